@@ -35,22 +35,23 @@ def allowed_methods(request: Request) -> list[str]:
 
 
 DESCRIPTION = """
-Every request names the adapters that it is answered with, and what it adds of them.
+Every request names the adapters that answer it, with a weight for each. The server adds their deltas inside the batch.
 
 - **Errors** are `{"error": {"message", "type", "param", "code"}}`, with the status as `code` and the field at fault as `param`. A
-  request is refused before the first byte of its answer. What fails later ends a stream with an `error` event.
-- **Bodies** are JSON (RFC 8259, UTF-8). An unknown field, a field that is there twice, and a value of another type are errors.
-- **Streams** are server-sent events. Lines that begin with a colon are comments, which keep the connection open.
-- **OpenAI's clients** work as they are: `model` is the base model, an adapter, or several, as `math:1+safety:0.8`.
+  request that is not valid is refused before the first byte of its answer. A failure after that ends a stream with an `error`
+  event.
+- **Bodies** are JSON (RFC 8259, UTF-8). Unknown fields, duplicate fields and values of another type are errors.
+- **Streams** are server-sent events. Lines that begin with a colon are comments; they keep the connection open.
+- **OpenAI's clients** work unchanged: `model` is the base model, an adapter, or several adapters, such as `math:1+safety:0.8`.
 """
 TAGS = (
-    ("generate", "Answers, with any adapters, merged in the request."),
-    ("openai", "The same for OpenAI's clients, with vLLM's fields."),
-    ("tokens", "Texts to tokens and back."),
-    ("adapters", "What can be added, and how it relates. What changes it needs an admin's key."),
-    ("operations", "For orchestrators and for Prometheus."),
+    ("generate", "Generation with any adapters, merged in the request."),
+    ("openai", "Generation by the routes of OpenAI's API, with vLLM's additional fields."),
+    ("tokens", "Conversion of text to tokens and back."),
+    ("adapters", "The adapters: list, compare, upload, change. Changes need an admin's key."),
+    ("operations", "Health checks for orchestrators, and metrics for Prometheus."),
 )
-REQUEST_ID = {"description": "The request's own X-Request-ID, or a new one: the log has it, too", "schema": {"type": "string"}}
+REQUEST_ID = {"description": "The request's own X-Request-ID, or a new one. The log has it, too.", "schema": {"type": "string"}}
 EVENTS = (TokenData, DoneData, ChatChunk, ErrorReply)
 """Events of streams, which FastAPI does not see."""
 KEY = "key"
