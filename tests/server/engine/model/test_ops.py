@@ -1,7 +1,7 @@
-"""Norm, gate and attention beside a layer's products: in C++ and in torch, against loops in fp64.
+"""Norm, gate and attention beside a layer's products: in C++ and in torch, against sums in fp64.
 
-What a test calls off is in units of what went into a sum: of the values that a token weighs, of |gated| * |up|, of the norm.
-Keys and values lie in memory that was full of what is not finite: only what a sequence wrote itself may be read.
+Allowed errors are relative to the magnitudes that went into a sum: the values that a token weighs, |gated| * |up|, the norm.
+Keys and values lie in memory that was full of NaN or infinities: a sequence may read only what it wrote itself.
 Shapes: T tokens of a step, L keys, H heads, G key-value heads, E head size, D width.
 """
 
@@ -35,7 +35,7 @@ CODE = [*product(["torch", "triton", *NATIVE], DTYPES)]
 
 
 def make_ops(implementation: str, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype) -> Ops:
-    """Returns torch's ops, a GPU's in Triton's interpreter, or those in C++ of an instruction set."""
+    """Return torch's ops, a GPU's in Triton's interpreter, or those in C++ of an instruction set."""
     if implementation == "torch":
         return TorchOps(heads, num_blocks, block_size, dtype, CPU)
     if implementation == "triton":
@@ -46,7 +46,7 @@ def make_ops(implementation: str, heads: Sequence[Heads], num_blocks: int, block
 
 
 def fill(ops: Any, dtype: torch.dtype, value: float) -> None:
-    """Fills the memory of keys and values."""
+    """Fill the memory of keys and values."""
     for memory in ops._memory:
         memory.view(dtype).fill_(value)
 
@@ -84,18 +84,16 @@ def num_threads() -> Iterator[Callable[[int], None]]:
 
 
 def weights(size: int, seed: int = 0) -> torch.Tensor:
-    """Returns the weight of a norm (E,)."""
+    """Return the weight of a norm (E,)."""
     return torch.rand(size, generator=torch.Generator().manual_seed(seed)) * 3 - 1
 
 
 # --- norm
 
 
-@each_implementation
-@each_dtype
-@pytest.mark.parametrize("is_added", [False, True])
-@pytest.mark.parametrize(("num_rows", "size"), [(1, 16), (3, 48), (65, 96), (5, 4096), (130, 576)])
-def test_norm(num_rows: int, size: int, is_added: bool, dtype: torch.dtype, implementation: str) -> None:
+@each_case("sizes,is_added", [(1, 16), (3, 48), (65, 96), (5, 4096), (130, 576)], [False, True])
+def test_norm(sizes: tuple[int, int], is_added: bool, dtype: torch.dtype, implementation: str) -> None:
+    num_rows, size = sizes
     g = torch.Generator().manual_seed(size)
     stream = (torch.randn(num_rows, size, generator=g) * torch.logspace(-3, 3, num_rows)[:, None]).to(dtype)
     added = torch.randn(num_rows, size, generator=g).to(dtype) if is_added else None
@@ -131,11 +129,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@each_implementation
-@each_dtype
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("num_rows", "size"), [(1, 16), (3, 48), (33, 80), (2, 4096)])
-def test_gate(num_rows: int, size: int, activation: str, dtype: torch.dtype, implementation: str) -> None:
+@each_case("sizes,activation", [(1, 16), (3, 48), (33, 80), (2, 4096)], list(ACTIVATIONS))
+def test_gate(sizes: tuple[int, int], activation: str, dtype: torch.dtype, implementation: str) -> None:
+    num_rows, size = sizes
     g = torch.Generator().manual_seed(size)
     x = (torch.randn(num_rows, 2 * size, generator=g) * 3).to(dtype)
     out = make_ops(implementation, [HEADS], 1, 16, dtype).gate(x, activation)
@@ -176,17 +172,17 @@ def test_what_is_not_a_number_passes_the_gate_alone(activation: str, dtype: torc
     assert out.isnan().nonzero().tolist() == [[0, 3], [1, 5]]
 
 
-# --- attention: what a step is, and the loop over tokens that it is held to
+# --- attention: what a step is, and the exact sum that it must equal
 
 
-def turns_at(positions: Sequence[int], size: int) -> Rotary:
-    """Returns turns (T, E) whose halves differ, so that one is not taken for the other."""
+def rotary_at(positions: Sequence[int], size: int) -> Rotary:
+    """Return cosines and sines (T, E) whose halves differ, so that one is not taken for the other."""
     at = torch.tensor(positions, dtype=torch.float64)[:, None] * torch.logspace(0, -2, size, dtype=torch.float64)
     return at.cos().float().contiguous(), at.sin().float().contiguous()
 
 
 @dataclass
-class Story:
+class History:
     """The keys and values (L, G, E) of one sequence, as they were rounded, and its blocks."""
 
     blocks: list[int]
@@ -194,40 +190,38 @@ class Story:
     values: list[torch.Tensor] = field(default_factory=list)
 
 
-def turned(x: torch.Tensor, norm: Norm | None, turns: Rotary) -> torch.Tensor:
-    """Returns x (T, H, E) normalised and turned, rounded to its dtype."""
+def rotated(x: torch.Tensor, norm: Norm | None, rotary: Rotary) -> torch.Tensor:
+    """Return x (T, H, E) normalised and rotated, rounded to its dtype."""
     wide = x.float()
     if norm is not None:
         wide = (wide.double() / (wide.double().square().mean(-1, keepdim=True) + norm.epsilon).sqrt()).float() * norm.weight
-    cosine, sine = (of[:, None].double() for of in turns)
+    cosine, sine = (part[:, None].double() for part in rotary)
     low, high = wide.double().chunk(2, -1)
     return (wide.double() * cosine + torch.cat([-high, low], -1) * sine).to(x.dtype)
 
 
-def attend_alone(query: torch.Tensor, story: Story, position: int, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what the token at `position` attends to, (H, E), and sum of weight * |value|; query (H, E)."""
-    first = max(0, position - heads.window + 1) if heads.window else 0
-    keys = torch.stack(story.keys[first : position + 1]).double()  # (L, G, E)
-    values = torch.stack(story.values[first : position + 1]).double()
+def attend_exactly(query: torch.Tensor, history: History, position: int, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what queries (T, H, E) from `position` on attend to, (T, H, E), and sum of weight * |value|; in fp64."""
     group = heads.num_heads // heads.num_kv_heads
-    out, magnitude = [], []
-    for head in range(heads.num_heads):
-        scores = keys[:, head // group] @ query[head].double() * heads.scale
-        if heads.softcap:
-            scores = heads.softcap * torch.tanh(scores / heads.softcap)
-        share = scores.softmax(0)
-        out.append(share @ values[:, head // group])
-        magnitude.append(share @ values[:, head // group].abs())
-    return torch.stack(out), torch.stack(magnitude)
+    keys, values = (
+        torch.stack(rows).double().repeat_interleave(group, 1) for rows in (history.keys, history.values)
+    )  # (L, H, E)
+    scores = torch.einsum("the,lhe->htl", query.double(), keys) * heads.scale
+    if heads.softcap:
+        scores = heads.softcap * torch.tanh(scores / heads.softcap)
+    distance = position + torch.arange(len(query))[:, None] - torch.arange(len(keys))  # (T, L)
+    hidden = (distance < 0) | (distance >= heads.window if heads.window else torch.tensor(False))
+    share = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("htl,lhe->the", share, values), torch.einsum("htl,lhe->the", share, values.abs())
 
 
 Work = tuple[str, int]
-"""A sequence's name and how many of its tokens are next."""
+"""A sequence's name, and the number of its tokens in a step."""
 
 
 @dataclass
 class Rig:
-    """Ops under test, and the stories of the sequences that they have seen. Blocks are given out in a random order."""
+    """Ops under test, and the histories of the sequences that they have seen. Blocks are allocated in a random order."""
 
     ops: Ops
     heads: Heads
@@ -235,7 +229,7 @@ class Rig:
     dtype: torch.dtype
     free: list[int]
     implementation: str
-    stories: dict[str, Story] = field(default_factory=dict)
+    histories: dict[str, History] = field(default_factory=dict)
     num_steps: int = 0
     layer: int = 0
 
@@ -249,63 +243,63 @@ class Rig:
         num_blocks: int = 24,
         poison: float = float("nan"),
     ) -> "Rig":
-        """Starts with memory full of `poison`."""
+        """Start with memory full of `poison`."""
         ops = make_ops(implementation, [heads], num_blocks, block_size, dtype)
         fill(ops, dtype, poison)
         free = random.Random(0).sample(range(num_blocks), num_blocks)
         return cls(ops, heads, block_size, dtype, free, implementation)
 
     def plan(self, work: Sequence[Work]) -> tuple[list[Span], torch.Tensor, Rotary]:
-        """Returns the spans, qkv (T, (H + 2 G) E) and turns of a step."""
+        """Return the spans, qkv (T, (H + 2 G) E) and the cosines and sines of a step."""
         spans: list[Span] = []
         positions: list[int] = []
         for name, num_tokens in work:
-            story = self.stories.setdefault(name, Story([]))
-            position = len(story.keys)
-            while len(story.blocks) * self.block_size < position + num_tokens:
-                story.blocks.append(self.free.pop())
-            spans.append(Span(len(positions), num_tokens, position, tuple(story.blocks)))
+            history = self.histories.setdefault(name, History([]))
+            position = len(history.keys)
+            while len(history.blocks) * self.block_size < position + num_tokens:
+                history.blocks.append(self.free.pop())
+            spans.append(Span(len(positions), num_tokens, position, tuple(history.blocks)))
             positions += range(position, position + num_tokens)
         self.num_steps += 1
         width = (self.heads.num_heads + 2 * self.heads.num_kv_heads) * self.heads.head_size
         qkv = torch.randn(len(positions), width, generator=torch.Generator().manual_seed(self.num_steps)).to(self.dtype)
-        return spans, qkv, turns_at(positions, self.heads.head_size)
+        return spans, qkv, rotary_at(positions, self.heads.head_size)
 
     def run(self, *work: Work) -> torch.Tensor:
-        """Runs a step, unchecked, and returns what its tokens attend to."""
-        spans, qkv, turns = self.plan(work)
-        self.remember(work, spans, qkv, turns)
-        return self.ops.attend(qkv, self.layer, self.heads, turns, self.ops.plan(spans))
+        """Run a step, unchecked, and return what its tokens attend to."""
+        spans, qkv, rotary = self.plan(work)
+        self.remember(work, spans, qkv, rotary)
+        return self.ops.attend(qkv, self.layer, self.heads, rotary, self.ops.plan(spans))
 
     def check(self, *work: Work) -> None:
-        """Runs a step, each token of which must be within its roundings."""
-        spans, qkv, turns = self.plan(work)
-        query = self.remember(work, spans, qkv, turns)
-        out = self.ops.attend(qkv, self.layer, self.heads, turns, self.ops.plan(spans))
-        rows = []
-        for (name, _), span in zip(work, spans, strict=True):
-            for i in range(span.num_tokens):
-                rows.append(attend_alone(query[span.row + i], self.stories[name], span.position + i, self.heads))
-        exact, magnitude = (torch.stack(parts).flatten(1) for parts in zip(*rows, strict=True))
+        """Run a step, each token of which must be within its roundings."""
+        spans, qkv, rotary = self.plan(work)
+        query = self.remember(work, spans, qkv, rotary)
+        out = self.ops.attend(qkv, self.layer, self.heads, rotary, self.ops.plan(spans))
+        parts = [
+            attend_exactly(query[span.row : span.row + span.num_tokens], self.histories[name], span.position, self.heads)
+            for (name, _), span in zip(work, spans, strict=True)
+        ]
+        exact, magnitude = (torch.cat(rows).flatten(1) for rows in zip(*parts, strict=True))
         assert out.dtype is self.dtype
         assert_attended(out, exact, magnitude, self.implementation)
 
-    def remember(self, work: Sequence[Work], spans: Sequence[Span], qkv: torch.Tensor, turns: Rotary) -> torch.Tensor:
-        """Goes on with the stories by a step and returns its turned queries (T, H, E)."""
+    def remember(self, work: Sequence[Work], spans: Sequence[Span], qkv: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """Append a step's keys and values to the histories, and return its rotated queries (T, H, E)."""
         heads, g = self.heads, self.heads.num_kv_heads
         query, key, value = qkv.clone().unflatten(1, (-1, heads.head_size)).split([heads.num_heads, g, g], 1)
-        key = turned(key, heads.key_norm, turns)
+        key = rotated(key, heads.key_norm, rotary)
         for (name, _), span in zip(work, spans, strict=True):
-            of = slice(span.row, span.row + span.num_tokens)
-            self.stories[name].keys += key[of]
-            self.stories[name].values += value[of]
-        return turned(query, heads.query_norm, turns)
+            rows = slice(span.row, span.row + span.num_tokens)
+            self.histories[name].keys += key[rows]
+            self.histories[name].values += value[rows]
+        return rotated(query, heads.query_norm, rotary)
 
 
 OFF = {
     ("native", FP32): 1e-5,
     ("torch", FP32): 1e-5,
-    ("native", BF16): 3 * 2.0**-8,  # weights and what comes out are rounded; a turned key may be rounded the other way
+    ("native", BF16): 3 * 2.0**-8,  # weights and what comes out are rounded; a rotated key may be rounded the other way
     ("torch", BF16): 8 * 2.0**-8,  # and queries times the scale, and scores
 }
 
@@ -318,9 +312,9 @@ def assert_attended(out: torch.Tensor, exact: torch.Tensor, magnitude: torch.Ten
 
 
 def heads_of(num_heads: int, num_kv_heads: int, head_size: int, **changes: Any) -> Heads:
-    """Returns heads whose scores are of about 1."""
-    of = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_size": head_size, "scale": head_size**-0.5}
-    return Heads(**(of | changes))
+    """Return heads whose scores are of about 1."""
+    fields = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_size": head_size, "scale": head_size**-0.5}
+    return Heads(**(fields | changes))
 
 
 # --- attention
@@ -364,7 +358,7 @@ def test_a_window_of_one_is_the_token_s_own_value(dtype: torch.dtype, implementa
     rig = Rig.of(implementation, heads_of(3, 1, 32, window=1), dtype)
     for work in (("a", 20), ("a", 1), ("a", 30)):
         out = rig.run(work)
-        own = torch.stack(rig.stories["a"].values[-work[1] :])
+        own = torch.stack(rig.histories["a"].values[-work[1] :])
         torch.testing.assert_close(out, own.expand(-1, 3, -1).flatten(1), rtol=1e-6, atol=0)
 
 
@@ -429,7 +423,7 @@ def test_any_steps(seed: int, implementation: str) -> None:
 @each_dtype
 def test_five_thousand_keys(dtype: torch.dtype, implementation: str) -> None:
     rig = Rig.of(implementation, heads_of(4, 2, 32), dtype, 16, 330)
-    while len(rig.stories.get("a", Story([])).keys) < 5000:
+    while len(rig.histories.get("a", History([])).keys) < 5000:
         rig.run(("a", 500))
     rig.check(("a", 1))
     rig.check(("a", 3))
@@ -444,12 +438,12 @@ def test_scores_that_are_far_apart(softcap: float, dtype: torch.dtype, implement
     rig = Rig.of(implementation, heads, dtype)
     for count in (20, 1, 17):
         spans, qkv, _ = rig.plan([("a", count)])
-        turns = torch.ones(count, 16), torch.zeros(count, 16)
+        rotary = torch.ones(count, 16), torch.zeros(count, 16)
         qkv[:, :32] = qkv[:, :32].sign()  # so that scores are whole thousands
-        query = rig.remember([("a", count)], spans, qkv, turns)
-        rows = [attend_alone(query[i], rig.stories["a"], spans[0].position + i, heads) for i in range(count)]
-        out = rig.ops.attend(qkv, 0, heads, turns, rig.ops.plan(spans))
-        assert_attended(out, *(torch.stack(parts).flatten(1) for parts in zip(*rows, strict=True)), implementation)
+        query = rig.remember([("a", count)], spans, qkv, rotary)
+        exact, magnitude = attend_exactly(query, rig.histories["a"], spans[0].position, heads)
+        out = rig.ops.attend(qkv, 0, heads, rotary, rig.ops.plan(spans))
+        assert_attended(out, exact.flatten(1), magnitude.flatten(1), implementation)
 
 
 @each_implementation
@@ -457,7 +451,10 @@ def test_layers_have_memory_of_their_own(implementation: str) -> None:
     heads = [heads_of(4, 2, 32), heads_of(4, 2, 32, window=5)]
     ops = make_ops(implementation, heads, 24, 16, FP32)
     fill(ops, FP32, torch.nan)
-    rigs = [Rig(ops, of, 16, FP32, list(range(24)), implementation, layer=i, num_steps=9 * i) for i, of in enumerate(heads)]
+    rigs = [
+        Rig(ops, layer_heads, 16, FP32, list(range(24)), implementation, layer=i, num_steps=9 * i)
+        for i, layer_heads in enumerate(heads)
+    ]
     for work in ([("a", 20)], [("a", 1), ("b", 3)], [("b", 1), ("a", 20)]):
         for rig in rigs:
             rig.check(*work)
@@ -494,9 +491,9 @@ def test_what_memory_held_before_changes_no_bit(
 @each_dtype
 def test_blocks_of_a_sequence_that_has_ended_are_as_fresh_ones(dtype: torch.dtype, implementation: str) -> None:
     rig = Rig.of(implementation, heads_of(6, 2, 32), dtype, num_blocks=3)
-    spans, qkv, turns = rig.plan([("ended", 48)])
-    assert not rig.ops.attend(qkv.fill_(torch.inf), 0, rig.heads, turns, rig.ops.plan(spans)).isfinite().any()
-    rig.free = rig.stories.pop("ended").blocks[::-1]
+    spans, qkv, rotary = rig.plan([("ended", 48)])
+    assert not rig.ops.attend(qkv.fill_(torch.inf), 0, rig.heads, rotary, rig.ops.plan(spans)).isfinite().any()
+    rig.free = rig.histories.pop("ended").blocks[::-1]
     for count in (1, 20, 1, 9, 17):
         rig.check(("next", count))
 
@@ -506,12 +503,12 @@ def test_blocks_of_a_sequence_that_has_ended_are_as_fresh_ones(dtype: torch.dtyp
 def test_what_is_not_finite_stays_with_its_sequence(dtype: torch.dtype, implementation: str) -> None:
     ill, well = (Rig.of(implementation, heads_of(6, 2, 32), dtype) for _ in range(2))
     for work in ((("a", 5), ("b", 20), ("c", 7)), (("b", 1), ("a", 1), ("c", 1))):
-        spans, qkv, turns = ill.plan(work)
+        spans, qkv, rotary = ill.plan(work)
         span = next(span for span, (name, _) in zip(spans, work, strict=True) if name == "b")
         of_b = slice(span.row, span.row + span.num_tokens)
-        ill.remember(work, spans, qkv, turns)
+        ill.remember(work, spans, qkv, rotary)
         qkv[of_b] = torch.nan
-        out, expected = ill.ops.attend(qkv, 0, ill.heads, turns, ill.ops.plan(spans)), well.run(*work)
+        out, expected = ill.ops.attend(qkv, 0, ill.heads, rotary, ill.ops.plan(spans)), well.run(*work)
         assert out[of_b].isnan().all()
         others = torch.ones(len(out), dtype=torch.bool)
         others[of_b] = False
@@ -524,9 +521,9 @@ def test_what_is_not_finite_stays_with_its_sequence(dtype: torch.dtype, implemen
 def test_sequences_that_share_the_blocks_of_a_prefix(block_size: int, dtype: torch.dtype, implementation: str) -> None:
     rig = Rig.of(implementation, heads_of(6, 2, 32), dtype, block_size)
     rig.check(("a", 2 * block_size + 5))
-    a, shared = rig.stories["a"], 2 * block_size
+    a, shared = rig.histories["a"], 2 * block_size
     for name in "bc":
-        rig.stories[name] = Story(a.blocks[:2], a.keys[:shared], a.values[:shared])
+        rig.histories[name] = History(a.blocks[:2], a.keys[:shared], a.values[:shared])
     rig.check(("b", 1), ("c", 18))
     rig.check(("a", 1), ("b", 1), ("c", 1))
     rig.check(("c", 1), ("a", 20), ("b", 20))
@@ -544,13 +541,13 @@ def test_how_a_sequence_is_cut_in_chunks_and_who_shares_its_steps_changes_no_bit
 ) -> None:
     heads, cuts = heads_of(*sizes, window=window), (0, 1, 16, 30, 31, 32, 70)
     whole, cut = (Rig.of(implementation, heads, dtype) for _ in range(2))
-    spans, qkv, turns = whole.plan([("a", 70)])
-    together = whole.ops.attend(qkv.clone(), 0, heads, turns, whole.ops.plan(spans))
+    spans, qkv, rotary = whole.plan([("a", 70)])
+    together = whole.ops.attend(qkv.clone(), 0, heads, rotary, whole.ops.plan(spans))
     for start, stop in pairwise(cuts):
         (other, span), others, _ = cut.plan([("b", 3), ("a", stop - start)])
-        cut.remember([("b", 3), ("a", stop - start)], [other, span], others, turns_at(range(3 + stop - start), sizes[2]))
+        cut.remember([("b", 3), ("a", stop - start)], [other, span], others, rotary_at(range(3 + stop - start), sizes[2]))
         others[3:] = qkv[start:stop]
-        both = turns_at([*range(other.position, other.position + 3), *range(start, stop)], sizes[2])
+        both = rotary_at([*range(other.position, other.position + 3), *range(start, stop)], sizes[2])
         out = cut.ops.attend(others, 0, heads, both, cut.ops.plan([other, span]))
         assert torch.equal(out[3:], together[start:stop])
 
@@ -561,14 +558,14 @@ def test_threads_give_the_same_bits(dtype: torch.dtype, implementation: str, num
     work = ((("a", 70),), (("a", 1), ("b", 95), ("c", 9)), tuple((name, 1) for name in "abcdefghijklmnopqrstuvwxyz0123456789"))
     norm = Norm(weight=weights(64), epsilon=1e-6)
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = []
+    outputs = []
     for threads in (1, 2, 3, 2, 3, 2, 3):
         num_threads(threads)
         rig = Rig.of(implementation, heads_of(6, 2, 32), dtype, num_blocks=60)
         outs = [rig.run(*step) for step in work]
-        found.append([*outs, rig.ops.norm(x.clone(), x, norm), rig.ops.gate(x, "silu")])
-    for other in found[1:]:
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
+        outputs.append([*outs, rig.ops.norm(x.clone(), x, norm), rig.ops.gate(x, "silu")])
+    for other in outputs[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs[0], other, strict=True))
 
 
 # --- what is refused
@@ -606,7 +603,7 @@ def test_a_block_beyond_the_memory_is_refused_and_nothing_is_written(block_size:
     before = qkv.clone()
     step = ops.plan([Span(0, 1, 0, [3]), Span(1, 1, 0, [beyond])])
     with pytest.raises(ValueError, match="of another memory"):
-        ops.attend(qkv, 0, HEADS, turns_at([0, 0], 32), step)
+        ops.attend(qkv, 0, HEADS, rotary_at([0, 0], 32), step)
     assert torch.equal(qkv, before)
     assert ops._memory[0].eq(0).all()
 
@@ -616,7 +613,7 @@ def test_a_step_for_other_heads_is_refused() -> None:
     ops, other = NativeOps([HEADS], 4, 16, FP32), NativeOps([heads_of(8, 2, 32)], 4, 16, FP32)
     step = other.plan([Span(0, 1, 0, [3])])
     with pytest.raises(ValueError, match="of another memory"):
-        ops.attend(torch.ones(1, 8 * 32), 0, HEADS, turns_at([0], 32), step)
+        ops.attend(torch.ones(1, 8 * 32), 0, HEADS, rotary_at([0], 32), step)
 
 
 @needs_native
