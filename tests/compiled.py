@@ -1,4 +1,4 @@
-"""Triton kernels compiled for a real device without one, in a process of its own in which Triton does not interpret."""
+"""Triton kernels compiled for a device that this machine may lack, in a separate process in which Triton does not interpret."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def properties(
 ) -> dict[str, Any]:
     """Compile `kernel` and return properties of its code.
 
-    Arguments named in `sizes` are constants. Of the others, those that `types` does not name are of `other_type`.
+    Arguments named in `sizes` are constants. The others have the type that `types` gives, or else `other_type`.
     """
     constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
     signature = {name: "constexpr" if name in constants else types.get(name, other_type) for name in kernel.arg_names}

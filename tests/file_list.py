@@ -14,7 +14,7 @@ Every module with the first paragraph of its docstring. `python -m tests.file_li
 
 
 def file_list() -> str:
-    """Return the page."""
+    """Return the text of docs/files.md."""
     folders = sorted({path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")})
     return "\n".join([HEAD, *filter(None, map(_table, folders))])
 

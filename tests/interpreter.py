@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended where it does not do as a device does, and made to take less time."""
+"""Corrections of Triton's interpreter where it differs from a device, and a speed-up."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,9 +20,9 @@ INTERPRETED = (
 
 
 def mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter (3.9) cuts fp32 off to bf16 where a device rounds, and takes the bits of bf16 matrices for numbers.
+    """Correct the interpreter (3.9): it truncates fp32 to bf16 where a device rounds, and reads bf16 matrices as integers.
 
-    It also replaces the language anew at each call of a function within a kernel, which took a third of its time.
+    The interpreter also patches the language again at each function call within a kernel, which took a third of the time.
     """
     cast, dot = InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot
 
@@ -41,11 +41,11 @@ def mend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def once_a_launch(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns a `patch` that leaves alone what it has replaced since a launch began; the launch restores it at its end."""
+    """Return a `patch` that patches each module once a launch. The end of the launch restores the modules."""
     replaced: set[str] = set()
 
     def patch_once(fn: Any) -> Any:
-        modules = {of.__name__ for of in fn.__globals__.values() if of is tl or of is tl.core}
+        modules = {module.__name__ for module in fn.__globals__.values() if module is tl or module is tl.core}
         if modules and modules <= replaced:
             return SimpleNamespace(restore=lambda: None)
         is_launch, scope = not replaced, patch(fn)

@@ -1,6 +1,6 @@
-"""The compiled module's types, from its bindings. `python -m tests.native_stub` writes lori/kernels/native/_lori_cpu.pyi.
+"""Type stub of the compiled module, from its bindings. `python -m tests.native_stub` writes lori/kernels/native/_lori_cpu.pyi.
 
-Install again first after a change in lori/kernels/native.
+After a change in lori/kernels/native, install the package again first.
 """
 
 import subprocess
@@ -16,9 +16,9 @@ HEAD = "# `python -m tests.native_stub` writes this file.\n"
 
 
 def native_stub() -> str:
-    """Return the types of the module that this environment imports, in ruff's format.
+    """Return the stub of the module that this environment imports, in ruff's format.
 
-    They do not depend on the compiler.
+    The stub does not depend on the compiler.
     """
     with TemporaryDirectory() as folder:
         stub = Path(folder) / STUB.name

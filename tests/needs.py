@@ -1,7 +1,7 @@
-"""Programs, rights and hardware that some tests need beside Python's packages.
+"""Programs, rights and hardware that some tests need besides Python packages.
 
-A test asks by a mark, `pytest.mark.needs("chromium")`, a fixture by `need`. It is skipped where one is missing; a run whose
-environment names it in TESTS_NEED ends before its first test instead. A GPU and the CPU's instruction sets cannot be required.
+A test declares a need by a mark, `pytest.mark.needs("chromium")`, a fixture by `need`. If a need is missing, the test is skipped.
+If TESTS_NEED names the need, the run ends before its first test instead. A GPU and the CPU's instruction sets cannot be required.
 """
 
 import os
@@ -19,7 +19,7 @@ from lori.kernels import native
 from tests.server.cluster.namespaces import why_not
 
 VARIABLE = "TESTS_NEED"
-"""The environment variable with the names, of `REQUIRABLE`, that a run requires: `.ci/run` sets all."""
+"""Environment variable with the names, out of `REQUIRABLE`, that a run requires. `.ci/run` sets all of them."""
 
 
 def chromium() -> str | None:
@@ -53,14 +53,14 @@ REQUIRABLE: dict[str, Callable[[], str | None]] = {
     "kernels": lambda: native.MISSING or None,
     "vllm-router": lambda: _unless(find_spec("vllm_router"), "there is no vllm-router: pip install vllm-router"),
 }
-"""For each name what returns why it is missing, or None where it is there."""
+"""By name: a function that returns why the need is missing, or None if it is met."""
 NEEDS = REQUIRABLE | {
     "gpu": lambda: _unless(torch.cuda.is_available(), "there is no GPU"),
 }
 
 
 def need(name: str) -> None:
-    """Skip the running test where `name`, of `NEEDS`, is missing; fail it where the run requires it."""
+    """Skip the running test if `name`, a key of `NEEDS`, is missing. Fail the test if the run requires `name`."""
     if reason := NEEDS[name]():
         if name in _required():
             pytest.fail(f"{VARIABLE} names {name}: {reason}")
@@ -72,11 +72,11 @@ def _required() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse a run that lacks what it requires, with all that is missing."""
+    """Refuse a run that lacks required programs, and list all that are missing."""
     config.addinivalue_line("markers", "needs(name): what the test needs beside Python's packages, of tests/needs.py")
     if unknown := [name for name in _required() if name not in REQUIRABLE]:
         raise pytest.UsageError(f"{VARIABLE} names {', '.join(unknown)}, expected some of {', '.join(REQUIRABLE)}")
-    if not hasattr(config, "workerinput"):  # a worker of xdist runs only where the first process found everything
+    if not hasattr(config, "workerinput"):  # xdist starts workers only after the first process has found everything
         faults = [f"  {name}: {reason}" for name in _required() if (reason := REQUIRABLE[name]())]
         if faults:
             raise pytest.UsageError("\n".join([f"this run requires what is missing here ({VARIABLE}):", *faults]))
@@ -84,7 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a marked test before its fixtures are made."""
+    """Skip a marked test before its fixtures are created."""
     for mark in item.iter_markers("needs"):
         need(*mark.args)
     if item.get_closest_marker("gpu"):

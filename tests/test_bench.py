@@ -1,4 +1,4 @@
-"""The benchmark of the kernels measures, judges and draws; what it finds is no matter here."""
+"""The benchmark of the kernels: it measures, judges and plots. The tests do not check its figures."""
 
 from dataclasses import asdict, replace
 from itertools import product as all_of
@@ -16,7 +16,7 @@ from tests.bench.kernel_steps import POPULARITY, Shape
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """A step of 32 tokens on a small module, as if it were those that the goals are for."""
+    """Return rows of a step of 32 tokens on a small module, labelled as the modules of the goals."""
     before = torch.get_num_threads()
     shape = Shape("Llama-3-8B", 40, 24)
     plan = Plan([shape], [32], list(POPULARITY), [1, 2], ["hot", "cold"], [1], 0.0)
@@ -36,16 +36,16 @@ def test_a_row_has_every_figure(rows: list[Row]) -> None:
 
 def test_every_goal_is_judged_by_its_own_rows(rows: list[Row]) -> None:
     wide = [replace(row, tokens=64) for row in rows]
-    said = list(verdicts([*rows, *wide]))
-    assert len(said) == 2 * (3 + 4) + 2  # two shapes: hot, cold with dense; the floor of each, cold
-    assert all(line.startswith(("met ", "missed ", "noisy ")) for line in said)
+    lines = list(verdicts([*rows, *wide]))
+    assert len(lines) == 2 * (3 + 4) + 2  # two shapes: three hot, four cold with dense; and the cold floor of each shape
+    assert all(line.startswith(("met ", "missed ", "noisy ")) for line in lines)
     quiet = [replace(row, base_us=1e9, expand_low_us=row.expand_us, expand_high_us=row.expand_us) for row in rows]
     assert next(verdicts(quiet)).startswith("met ")
     noisy = [replace(row, expand_low_us=0.0, expand_high_us=9 * row.expand_us) for row in rows]
     assert all(line.startswith("noisy ") for line in verdicts(noisy))
 
 
-def test_it_is_drawn(rows: list[Row], tmp_path: Path) -> None:
+def test_the_plot_is_drawn(rows: list[Row], tmp_path: Path) -> None:
     plot([asdict(row) for row in rows], tmp_path / "kernel.png")
     assert (tmp_path / "kernel.png").stat().st_size > 10_000
 
@@ -58,6 +58,6 @@ def test_products_of_each_set_are_measured() -> None:
     assert all(0 < row.low <= row.median <= row.high for row in rows)
 
 
-def test_a_speed_is_of_two_operations_for_each_weight_and_token() -> None:
+def test_a_speed_counts_two_operations_per_weight_and_token() -> None:
     row = product.Row.of_times("amx", "hot", 32, (1536, 576), product.Times(median=100.0, low=80.0, high=160.0))
     assert (row.low, row.median, row.high) == pytest.approx((353.9, 566.2, 707.8), abs=0.1)

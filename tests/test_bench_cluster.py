@@ -1,4 +1,4 @@
-"""The benchmark of replicas counts what it should."""
+"""The benchmark of replicas: throughput, load balance and affinity."""
 
 import asyncio
 from collections import Counter
@@ -16,7 +16,7 @@ from tests.bench.serve_wire import Reply
     ("asked", "ended", "share"),
     [(0, 9, 0), (5, 15, 0.5), (12, 14, 1), (10, 20, 1), (5, 25, 0.5), (18, 28, 0.2), (21, 30, 0)],
 )
-def test_an_answer_counts_with_its_part_in_the_window(asked: float, ended: float, share: float) -> None:
+def test_an_answer_counts_with_its_fraction_inside_the_window(asked: float, ended: float, share: float) -> None:
     assert counted(asked, ended, 10, 20) == pytest.approx(share)
 
 
@@ -36,14 +36,14 @@ def test_servers_share_requests_and_users() -> None:
 
         return send
 
-    found = throughput([server(0), server(1)], 6, no_adapter, "seed", Window(0.02, 0.1))
-    assert found.tokens_per_s >= NUM_TOKENS
-    assert found.cores >= 0
+    measured = throughput([server(0), server(1)], 6, no_adapter, "seed", Window(0.02, 0.1))
+    assert measured.tokens_per_s >= NUM_TOKENS
+    assert measured.cores >= 0
     assert most == [3, 3]
     assert max((asked[0] + asked[1]).values()) == 1
 
 
-def test_affinity_is_what_an_adapter_s_own_replica_answers() -> None:
+def test_affinity_is_the_share_answered_by_each_adapters_busiest_replica() -> None:
     before = {"math": {"one": 3.0}}
     after = {"math": {"one": 12.0, "other": 1.0}, "safety": {"other": 10.0}}
     assert affinity(before, after) == pytest.approx(19 / 20)

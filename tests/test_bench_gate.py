@@ -1,4 +1,4 @@
-"""The tests that a benchmark demands: that they are there, run once, and end it if they fail."""
+"""The tests that a benchmark demands: they exist, run once, and end the benchmark if they fail."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counting(folder: Path, passes: bool) -> tuple[Path, Path]:
-    """Returns a test file, and the file to which it adds a line whenever it runs."""
+    """Return a test file, and a second file to which each run of the test adds a line."""
     runs, test = folder / "runs", folder / "test_counting.py"
     test.write_text(f"def test():\n    open({str(runs)!r}, 'a').write('run\\n')\n    assert {passes}\n")
     return test, runs
@@ -28,17 +28,17 @@ def test_the_files_are_there(files: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_what_passed_is_not_run_again(tmp_path: Path) -> None:
+def test_tests_that_passed_are_not_run_again(tmp_path: Path) -> None:
     test, runs = counting(tmp_path, passes=True)
     check_tests([str(test)])
     check_tests([str(test)])
     assert runs.read_text() == "run\n"
     check_tests([str(test), "-k", "test"])
-    assert runs.read_text() == "run\nrun\n", "other tests than those that passed"
+    assert runs.read_text() == "run\nrun\n", "other arguments did not run the tests again"
 
 
 @pytest.mark.slow
-def test_what_failed_ends_the_benchmark_each_time(tmp_path: Path) -> None:
+def test_a_failed_test_ends_the_benchmark_every_time(tmp_path: Path) -> None:
     test, runs = counting(tmp_path, passes=False)
     for _ in range(2):
         with pytest.raises(SystemExit, match="1 failed"):

@@ -1,4 +1,4 @@
-"""The benchmark of the server asks, counts, judges and draws; what it finds is no matter here."""
+"""The benchmark of the server: it sends, counts, judges and plots. The tests do not check its figures."""
 
 import asyncio
 import itertools
@@ -19,7 +19,7 @@ from lori.store.store import AdapterStore
 from tests.bench.random_model import SHAPES, write_model
 from tests.bench.serve_adapters import DENSITY, adapter_name, export_adapters, write_adapters
 from tests.bench.serve_asks import Ask, distinct, make_asks, no_adapter, poisson, prompt, zipf
-from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, Turn, names, own_cases, peer_cases, turns
+from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, Trial, names, own_cases, peer_cases, trials
 from tests.bench.serve_figures import Spread, gaps_ms, percentile
 from tests.bench.serve_goals import MOST, goals
 from tests.bench.serve_load import Load, closed_loop, open_loop
@@ -37,13 +37,13 @@ TINY = Sizes(prompt_words=12, num_tokens=6, long_words=60, others_tokens=3900, n
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that writes for ever."""
+    """Return a tiny model that never ends its answers."""
     return save_writer_model(tmp_path_factory.mktemp("models") / "writer")
 
 
 @pytest.fixture(scope="module")
 def stage(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Real servers with and without adapters, which are both ended with the stage."""
+    """Yield a stage of real servers with and without adapters. Both servers end with it."""
     setting = Setting([0], tmp_path_factory.mktemp("scratch"), writer, num_registered=40, num_cold=8)
     with staged(setting) as stage:
         yield stage
@@ -54,15 +54,15 @@ def stage(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 
 @pytest.fixture(scope="module")
 def results(stage: Stage) -> Results:
-    """Two turns of the servers' cases, for few users, through their sockets."""
-    chosen = [Turn(case, 4) for case in own_cases(40) if case.slug in ("off", "unused", "1", "merge2", "zipf")]
-    chosen += [Turn(case, NUM_DISTINCT) for case in own_cases(40) if case.slug == str(NUM_DISTINCT)]
+    """Return the results of two rounds of the servers' cases, for few users, over sockets."""
+    chosen = [Trial(case, 4) for case in own_cases(40) if case.slug in ("off", "unused", "1", "merge2", "zipf")]
+    chosen += [Trial(case, NUM_DISTINCT) for case in own_cases(40) if case.slug == str(NUM_DISTINCT)]
     plan = Plan(chosen, ["open", "cold", "long"], TINY, num_warm=4)
     ticks: list[str] = []
-    found = plan.run(stage, 2, ticks.append)
+    results = plan.run(stage, 2, ticks.append)
     assert len(stage.targets) == 2
     assert len(ticks) == 2 * plan.size
-    return found
+    return results
 
 
 @pytest.mark.slow
@@ -79,28 +79,28 @@ def test_a_row_has_every_figure(results: Results) -> None:
 
 @pytest.mark.slow
 def test_every_request_generates_what_was_asked(results: Results) -> None:
-    for turn, loads in results.loads.items():
-        num_requests = TINY.num_arrivals if turn == OPEN else turn.num_requests
+    for trial, loads in results.loads.items():
+        num_requests = TINY.num_arrivals if trial == OPEN else trial.num_requests
         for load in loads:
             assert [reply.num_completion for reply in load.replies] == [TINY.num_tokens] * num_requests
             assert all(len(reply.times) == TINY.num_tokens for reply in load.replies)
 
 
 @pytest.mark.slow
-def test_goals_are_judged_where_their_cases_were_measured(results: Results) -> None:
+def test_only_goals_with_measured_cases_are_judged(results: Results) -> None:
     judged = {goal.what: goal for goal in goals(results, 10**6)}
     assert set(MOST) <= judged.keys()
-    assert "LoRI on, unused / off" not in judged  # 32 users did not ask it
+    assert "LoRI on, unused / off" not in judged  # not measured with 32 users
     assert "open loop: p99 / p50 between tokens" in judged
     assert all(str(goal).startswith(("met ", "missed ")) for goal in judged.values())
 
 
-def test_ratios_are_taken_within_a_turn() -> None:
+def test_ratios_are_computed_within_a_round() -> None:
     results = Results()
     speeds = {"off": [100, 50, 10], str(NUM_DISTINCT): [95, 45, 9.5], "vllm-off": [50, 50, 50]}
     for case in [*own_cases(100), *peer_cases()]:
         for speed in speeds.get(case.slug, []):
-            results.loads[Turn(case, NUM_DISTINCT)].append(load_of(speed))
+            results.loads[Trial(case, NUM_DISTINCT)].append(load_of(speed))
     judged = {goal.what: goal for goal in goals(results, 10**6)}
     assert judged["32 adapters / none"].value == Spread(0.95, 0.9, 0.95)
     assert judged["32 adapters / none"].is_met
@@ -108,9 +108,9 @@ def test_ratios_are_taken_within_a_turn() -> None:
     assert results.rows()[0].tokens_per_s == 50
 
 
-def test_one_user_is_compared_with_what_the_memory_allows() -> None:
+def test_one_user_is_compared_with_the_bandwidth_bound() -> None:
     results = Results()
-    results.loads[Turn(own_cases(1)[0], 1)].append(load_of(60))
+    results.loads[Trial(own_cases(1)[0], 1)].append(load_of(60))
     results.bandwidths.append(10e9)
     (goal, _) = goals(results, 10**8)
     assert goal.value.median == pytest.approx(0.6)
@@ -118,11 +118,11 @@ def test_one_user_is_compared_with_what_the_memory_allows() -> None:
 
 
 def load_of(tokens_per_s: float) -> Load:
-    """Returns a load of one reply at this speed."""
+    """Return a load of one reply at the given speed."""
     return Load(1 / tokens_per_s, [Reply(asked=0.0, times=[1.0, 2.0], ended=2.0, num_prompt=5, num_completion=1)])
 
 
-def test_percentiles_are_values_that_were_measured() -> None:
+def test_percentiles_are_measured_values() -> None:
     values = [float(i) for i in range(1, 101)]
     random.Random(0).shuffle(values)
     assert [percentile(values, p) for p in (0, 1, 50, 95, 99, 100)] == [1, 1, 50, 95, 99, 100]
@@ -130,7 +130,7 @@ def test_percentiles_are_values_that_were_measured() -> None:
     assert percentile([], 50) is None
 
 
-def test_the_popular_are_asked_for_in_proportion_to_their_rank() -> None:
+def test_zipf_popularity_is_inversely_proportional_to_rank() -> None:
     choose = zipf(names(1000), "seed")
     counts = Counter(choose(i)[0] for i in range(20_000))
     harmonic = sum(1 / k for k in range(1, 1001))
@@ -150,7 +150,7 @@ def test_poisson_arrivals_have_their_rate_and_no_memory() -> None:
     assert arrivals == poisson(5.0, 20_000, "seed") != poisson(5.0, 20_000, "another")
 
 
-def test_prompts_share_no_beginning_and_are_as_long_in_every_case() -> None:
+def test_prompts_share_no_prefix_and_have_the_same_lengths_in_every_case() -> None:
     one, other = (make_asks(seed, 32, 100, 64, no_adapter) for seed in ("one", "other"))
     assert len({ask.prompt[:60] for ask in one + other}) == 64
     lengths = [[len(ask.prompt.split()) for ask in asks] for asks in (one, other)]
@@ -166,15 +166,15 @@ def test_merges_are_all_different(num_terms: int) -> None:
     assert len({frozenset(merge) for merge in merges}) == 32
 
 
-def test_slow_peers_are_measured_at_one_number_of_users() -> None:
-    chosen = turns([*own_cases(100), *peer_cases()], CONCURRENCY)
-    users = {slug: [turn.concurrency for turn in chosen if turn.case.slug == slug] for slug in ("off", "vllm-off", "vllm-32")}
+def test_slow_peers_are_measured_with_32_users_only() -> None:
+    chosen = trials([*own_cases(100), *peer_cases()], CONCURRENCY)
+    users = {slug: [trial.concurrency for trial in chosen if trial.case.slug == slug] for slug in ("off", "vllm-off", "vllm-32")}
     assert users == {"off": CONCURRENCY, "vllm-off": CONCURRENCY, "vllm-32": [32]}
-    assert all(turn.num_requests >= turn.concurrency for turn in chosen)
+    assert all(trial.num_requests >= trial.concurrency for trial in chosen)
     assert len({case.slug for case in [*own_cases(1), *peer_cases()]}) == len([*own_cases(1), *peer_cases()])
 
 
-def test_a_gap_counts_where_it_meets_the_probe() -> None:
+def test_a_gap_counts_if_it_overlaps_the_probe() -> None:
     times = [0.0, 1.0, 4.0, 5.0, 9.0]
     assert largest_gap(times, 4.2, 4.4) == 1
     assert largest_gap(times, 3.9, 4.4) == 3
@@ -194,7 +194,7 @@ def test_adapters_on_one_file_are_different_adapters(writer: Path, tmp_path: Pat
     assert len(set(weights)) == 4
 
 
-def test_users_ask_again_when_answered_and_no_sooner() -> None:
+def test_users_send_the_next_request_only_after_an_answer() -> None:
     running, most = 0, 0
 
     async def send(one: Ask) -> Reply:
@@ -222,14 +222,14 @@ def test_an_answer_of_another_length_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "body", "said"),
+    ("head", "body", "message"),
     [
         ("400 Bad Request", b'{"error": "no such field"}', "400 Bad Request: .*no such field"),
         ("200 OK", b'f\r\ndata: {"error": \r\n6\r\n"so"}\n\r\n0\r\n\r\n', "so"),
     ],
 )
-def test_an_error_of_the_server_is_an_error(head: str, body: bytes, said: str) -> None:
-    with pytest.raises(FailedError, match=said):
+def test_an_error_of_the_server_is_an_error(head: str, body: bytes, message: str) -> None:
+    with pytest.raises(FailedError, match=message):
         asyncio.run(answered(f"HTTP/1.1 {head}\r\nTransfer-Encoding: chunked\r\n\r\n".encode() + body))
 
 
@@ -245,7 +245,7 @@ def test_events_are_read_whatever_the_chunks() -> None:
 
 
 async def answered(answer: bytes) -> Reply:
-    """Returns what the client makes of a server's `answer`."""
+    """Return the client's reply to a server that sends `answer`."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -284,7 +284,7 @@ def test_a_program_that_does_not_start_says_why(writer: Path, tmp_path: Path) ->
         pytest.fail("it started")
 
 
-def test_a_peer_that_is_not_there_is_left_out_with_the_reason(tmp_path: Path) -> None:
+def test_a_missing_peer_is_left_out_with_the_reason(tmp_path: Path) -> None:
     assert "--peers" in missing_peers(None)["vLLM"]
     assert "peers.sh" in missing_peers(tmp_path)["llama.cpp"]
     (tmp_path / "vllm").mkdir()
@@ -293,7 +293,7 @@ def test_a_peer_that_is_not_there_is_left_out_with_the_reason(tmp_path: Path) ->
 
 
 @pytest.mark.needs("kernels")
-def test_a_forced_set_has_a_build_of_llama_cpp_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_instruction_set_has_its_own_build_of_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "llama.cpp").mkdir()
     (tmp_path / "llama.cpp" / "model.gguf").touch()
     for build, isa in (("build", ""), ("build-portable", "portable")):
@@ -305,20 +305,20 @@ def test_a_forced_set_has_a_build_of_llama_cpp_of_its_own(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_it_is_drawn(results: Results, tmp_path: Path) -> None:
+def test_the_plot_is_drawn(results: Results, tmp_path: Path) -> None:
     plot([asdict(row) for row in results.rows()], tmp_path / "serve.png")
     assert (tmp_path / "serve.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_others_that_end_before_the_probe_spoil_it(stage: Stage) -> None:
+def test_other_requests_that_end_before_the_probe_fail_it(stage: Stage) -> None:
     short = replace(TINY, others_tokens=2)
     with stage.own() as server, pytest.raises(FailedError, match="too few"):
         probe_long(server, 2, [], short, "seed")
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_model_of_a_larger_ones_shape_answers_in_its_tokenizer_s_tokens(name: str, tmp_path: Path) -> None:
+def test_a_random_model_of_a_larger_shape_answers_with_its_tokenizers_tokens(name: str, tmp_path: Path) -> None:
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 96,

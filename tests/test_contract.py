@@ -1,4 +1,4 @@
-"""What holds training and serving together: a trained, saved and served adapter is the base with its delta folded in."""
+"""Contract of training and serving: a trained, saved and served adapter equals the base with its delta folded in."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from training.fit import fit
 
 @pytest.fixture(scope="module")
 def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters of different rank on one basis, and one on another, trained on different words."""
+    """Return a store of two adapters of different ranks on one basis, and one on another, trained on different words."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, word, changes in [
         ("first", "red", {}),
@@ -37,7 +37,7 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def folded_logits(tiny_model: Path, adapters: Path, weights: dict[str, float], ids: list[int]) -> torch.Tensor:
-    """Returns the logits (T, V) of transformers' own model with the weighted deltas added to its weights in float64."""
+    """Return the logits (T, V) of transformers' own model with the weighted deltas added to its weights in float64."""
     base = load_base_model(str(tiny_model), torch.float32)
     for name, weight in weights.items():
         adapter = load_adapter(adapters / name, base.identity)

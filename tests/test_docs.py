@@ -1,4 +1,4 @@
-"""The commands in README and docs/ do what the pages say, and the pages' links lead somewhere."""
+"""README and docs/: the commands have the effects that the pages describe, and the links have targets."""
 
 import itertools
 import json
@@ -32,31 +32,31 @@ PROGRAMS: Mapping[str, Callable[[], int]] = {
     "server.plan": plan_program.main,
     "training.fit": fit_program.main,
 }
-"""What `python -m` runs of these modules."""
+"""The functions that `python -m` runs, by module."""
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """The server as README's first command starts it, on a free port."""
+    """Yield a server started by README's first command, on a free port."""
     with start(tmp_path_factory.mktemp("demo") / "log") as server:
         yield server
 
 
-def test_there_is_a_curl_for_each_form_of_adapter() -> None:
+def test_the_pages_have_a_curl_for_each_form_of_adapter() -> None:
     bodies = [json.loads(shlex.split(curl)[-1]) for curl, _ in curls_and_replies()]
     forms = {type(body.get("adapter")) for body in bodies}
     assert forms >= {type(None), str, list}
     assert any("weights" in body for body in bodies)
 
 
-def within(shown: Any, told: Any) -> Any:
-    """What is told of what is shown: replies are shown shortened."""
-    if isinstance(shown, dict) and isinstance(told, dict):
-        return {key: within(value, told[key]) for key, value in shown.items() if key in told}
-    if isinstance(shown, list) and isinstance(told, list):
-        return [within(*both) for both in zip(shown, told, strict=True)]
-    return told
+def within(shown: Any, reply: Any) -> Any:
+    """Return the parts of `reply` that the page shows. The pages shorten replies."""
+    if isinstance(shown, dict) and isinstance(reply, dict):
+        return {key: within(value, reply[key]) for key, value in shown.items() if key in reply}
+    if isinstance(shown, list) and isinstance(reply, list):
+        return [within(*both) for both in zip(shown, reply, strict=True)]
+    return reply
 
 
 @pytest.mark.parametrize(("curl", "shown"), curls_and_replies())
@@ -66,16 +66,16 @@ def test_a_curl_gives_the_answer_shown(demo: Live, curl: str, shown: str) -> Non
     headers = dict(h.split(": ") for flag, h in itertools.pairwise(words) if flag == "-H")
     reply = demo.client.post(url.removeprefix(LOCAL), content=words[-1], headers=headers)
     if "event: " in shown:
-        told, expected = list(events(reply.text.splitlines())), list(events([*shown.splitlines(), ""]))
-        assert [name for name, _ in told] == [name for name, _ in expected]
-        assert [data.get("text") for _, data in told] == [data.get("text") for _, data in expected]
+        actual, expected = list(events(reply.text.splitlines())), list(events([*shown.splitlines(), ""]))
+        assert [name for name, _ in actual] == [name for name, _ in expected]
+        assert [data.get("text") for _, data in actual] == [data.get("text") for _, data in expected]
     else:
-        told, expected = reply.json(), json.loads(shown)
-        assert within(expected, told) == expected
+        actual, expected = reply.json(), json.loads(shown)
+        assert within(expected, actual) == expected
 
 
-def test_the_clients_do_what_they_show(demo: Live, capsys: pytest.CaptureFixture[str]) -> None:
-    """Was typed by nobody: one example lacked its prompt's name."""
+def test_the_client_examples_run(demo: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: one example lacked the name of its `prompt` argument."""
     by_openai, by_ours = (code for language, code in blocks("api.md", "With the clients you have") if language == "python")
     url = str(demo.client.base_url).rstrip("/")
     exec(by_openai.replace(LOCAL, url), {})
@@ -88,7 +88,7 @@ def test_the_clients_do_what_they_show(demo: Live, capsys: pytest.CaptureFixture
 def test_code_of_the_pages_runs(demo: Live, block: Block) -> None:
     url = str(demo.client.base_url).rstrip("/")
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        # Blocks that go on from others use these names.
+        # Names from earlier blocks, which later blocks use.
         exec(block.text.replace(LOCAL, url), {"client": client, "messages": [{"role": "user", "content": "What is 2 + 3?"}]})
 
 
@@ -99,14 +99,14 @@ def test_code_of_the_pages_runs(demo: Live, block: Block) -> None:
         ("merging.py", ["[1.0, 0.1]: ", "method='ties' density=0.7", "math@", "the versions are the same: True"]),
     ],
 )
-def test_an_example_says_what_it_does(demo: Live, tmp_path: Path, example: str, expected: list[str]) -> None:
+def test_an_example_prints_the_expected_output(demo: Live, tmp_path: Path, example: str, expected: list[str]) -> None:
     texts = {LOCAL: demo.url, "max_tokens=48": "max_tokens=12"}
     output = make_clone(tmp_path, texts).run(f".venv/bin/python {EXAMPLES.relative_to(ROOT) / example}")
     assert [text for text in expected if text not in output] == [], output
 
 
 def run(monkeypatch: pytest.MonkeyPatch, command: str, *more: str) -> None:
-    """Run a command of the pages, with `more` flags, by its program in this process. It must end well."""
+    """Run a command of the pages, with the flags `more`, in this process. It must succeed."""
     python, option, module, *flags = shlex.split(command)
     assert (python, option) == (".venv/bin/python", "-m")
     monkeypatch.setattr(sys, "argv", [module, *flags, *more])
@@ -116,10 +116,10 @@ def run(monkeypatch: pytest.MonkeyPatch, command: str, *more: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_on_adapters_do_what_they_say(
+def test_the_commands_on_adapters_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first one as a process, the others in this one."""
+    """The first command runs in a process of its own, the others in the test process."""
     shutil.copytree(ROOT / "server" / "adapters", tmp_path / "server" / "adapters")
     first, *others = blocks("adapters-and-merging.md", "Keep, merge and move adapters")[0][1].splitlines()
     command = shlex.split(first.replace(".venv/bin/python", sys.executable))
@@ -142,7 +142,7 @@ def test_a_trained_adapter_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     with threads_restored():
-        # Four rows fill no more than 100 tokens, but are repeated.
+        # The four rows have at most 100 tokens, but they are repeated.
         run(monkeypatch, fit.replace(re.findall(r"--steps \d+", fit)[0], "--steps 2"), "--batch-tokens", "100")
     assert capsys.readouterr().out.endswith("saved adapters/my\n")
     assert shlex.split(serve)[1:] == ["-m", "server", "--adapters", "adapters"]
@@ -153,18 +153,20 @@ def test_a_trained_adapter_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert reply.json()["adapter"][0]["name"] == "my", reply.text
 
 
-def test_a_plan_is_what_it_shows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_prints_the_lines_that_the_page_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan, simulation = (code for language, code in blocks("deployment.md", "Plan a deployment") if language == "bash")
     run(monkeypatch, plan)
     [shown] = [code for language, code in blocks("deployment.md", "Plan a deployment") if language == "text"]
-    told = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert [line for line in shown.splitlines() if line not in told] == []
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in shown.splitlines() if line not in printed] == []
     run(monkeypatch, simulation, "--requests", "500")
     assert "500 requests at 40 a second for 100,000 adapters, zipf 1" in capsys.readouterr().out
 
 
-def test_readme_shows_what_the_pages_show() -> None:
-    """The commands of README are run where the pages have them."""
+def test_readme_repeats_commands_of_the_pages() -> None:
+    """Tests run these commands of README in the pages that repeat them."""
     assert blocks("README.md", "With the clients you have")[0] in blocks("api.md", "With the clients you have")
     assert blocks("README.md", "Train your own")[0] == blocks("training.md", "Train your own")[0]
 
@@ -182,7 +184,7 @@ def anchor(heading: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_have_targets(page: str) -> None:
     path = PAGES[page]
     for target, fragment in LINK.findall(BLOCK.sub("", path.read_text(encoding="utf-8"))):
         linked = (path.parent / target).resolve() if target else path

@@ -1,5 +1,5 @@
-"""Which module may import which: `server -> lori <- training`, the order of the server's packages, no cycles, and one bridge
-between asyncio and torch."""
+"""Rules of imports: `server -> lori <- training`, the order of the server's packages, no cycles, and one bridge between asyncio
+and torch."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 WEB = {"fastapi", "starlette", "uvicorn", "httpx", "aiohttp", "requests", "flask", "gradio", "prometheus_client", "http", "anyio"}
 BRIDGE = "server.engine.thread"
 LISTENER = "server.service.answers"
-"""It hears several requests at once, in one of asyncio's tasks each: anyio's must not outlive a `yield`."""
+"""Module that reads several streams at once, each in an asyncio task, since an anyio task group must not outlive a `yield`."""
 ORDER = (
     "lori",
     "server.engine",
@@ -46,10 +46,10 @@ ORDER = (
     "server.plan",
     "server.cluster",
 )
-"""The packages of the server, and its modules outside them, the lowest first. Each imports only from those before it, also for
-types. docs/architecture.md says what each is for."""
+"""The packages of the server, and its modules outside of packages, the lowest first. Each imports only from those before it, also
+for types. docs/architecture.md describes each."""
 PROGRAMS = {"server.plan": {"server.cluster", "ray", "fastapi"}, "server.cluster": {"server.plan", "torch"}}
-"""Programs beside the server, each with the modules that must not be imported with it."""
+"""Programs beside the server, each with the modules that it must not import."""
 
 
 def module_name(path: Path) -> str:
@@ -62,16 +62,16 @@ MODULES = {module_name(path): path for path in FILES}
 
 def imports_of_source(source: str, module: str) -> set[str]:
     """Return the full names that `module` imports anywhere in `source`; `from a import b` gives both `a` and `a.b`."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 base = ".".join([*module.split(".")[: -node.level], *base.split(".")]).rstrip(".")
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return found
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
 
 
 @cache
@@ -85,25 +85,25 @@ def roots(module: str) -> set[str]:
 
 
 def ours(module: str) -> set[str]:
-    """Return those of our modules that `module` imports; an empty `__init__.py` is no module."""
+    """Return the modules of this project that `module` imports, without empty `__init__.py` files."""
     return {name for name in imports(module) if name in MODULES and name != module and MODULES[name].stat().st_size}
 
 
 def in_package(package: str) -> list[str]:
-    """Return the modules of `package` and of all packages in it; an empty `__init__.py` is no module."""
+    """Return the modules of `package` and of its subpackages, without empty `__init__.py` files."""
     return [name for name, path in MODULES.items() if f"{name}.".startswith(f"{package}.") and path.stat().st_size]
 
 
 def test_the_checks_see_all_forms_of_import() -> None:
     source = "import a.b as x, c\nfrom d import e\ndef f():\n    from .g import h\n    from .. import i\nif x:\n    import j"
-    found = imports_of_source(source, "server.engine.engine")
-    assert found == {"a.b", "c", "d", "d.e", "server.engine.g", "server.engine.g.h", "server", "server.i", "j"}
+    names = imports_of_source(source, "server.engine.engine")
+    assert names == {"a.b", "c", "d", "d.e", "server.engine.g", "server.engine.g.h", "server", "server.i", "j"}
     assert "server.engine.request" in imports("server.engine.engine")
     assert all(in_package(package) for package in PACKAGES)
 
 
 def place(module: str) -> int:
-    """Return the place of the package of `module` in `ORDER`."""
+    """Return the index of `module`'s package in `ORDER`."""
     [place] = [place for place, package in enumerate(ORDER) if f"{module}.".startswith(f"{package}.")]
     return place
 
@@ -117,7 +117,7 @@ def test_packages_import_only_those_before_them() -> None:
     assert later == {}
 
 
-def test_the_order_names_only_what_there_is() -> None:
+def test_the_order_names_only_existing_modules() -> None:
     assert {ORDER[place(module)] for module in (*in_package("lori"), *in_package("server"))} == {*ORDER}
 
 
@@ -129,8 +129,8 @@ def test_the_architecture_page_shows_this_order() -> None:
 
 
 def importing(names: Collection[str], modules: Iterable[str]) -> dict[str, set[str]]:
-    """Return which of the top-level packages `names` are imported, by module, without the modules that import none."""
-    return {module: found for module in modules if (found := roots(module) & {*names})}
+    """Return, by module, the top-level packages out of `names` that it imports. Modules that import none are left out."""
+    return {module: imported for module in modules if (imported := roots(module) & {*names})}
 
 
 def test_only_the_cluster_imports_ray() -> None:
@@ -178,27 +178,27 @@ import transformers.modeling_utils
 for modules in others:
     print_loaded(modules)
 """
-"""Prints a line of modules for each argument: those that a process has after it has imported the modules in it, which in all but
-the first had imported torch and transformers before, and nothing else."""
+"""Script that prints a line for each argument: the modules loaded after an import of the modules that the argument names. Each
+import runs in a forked process; for all but the first one torch and transformers are loaded before the fork."""
 
 
 @pytest.fixture(scope="module")
 def loaded() -> Mapping[str, set[str]]:
-    """The modules that a process has after it has imported a program and all that belongs to it."""
+    """Return, by program, the modules that are loaded after an import of the program and all of its modules."""
     asked = {package: in_package(package) for package in ("server.cluster", "server.plan")}
     asked["server"] = ["server.program", "server.serving", "server.keys", "server.client"]
     command = [sys.executable, "-c", LOADED, *(" ".join(modules) for modules in asked.values())]
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
-    found = {package: {*line.split()} for package, line in zip(asked, lines, strict=True)}
+    by_package = {package: {*line.split()} for package, line in zip(asked, lines, strict=True)}
     for package, modules in asked.items():
-        assert {*modules} <= found[package]
-    return found
+        assert {*modules} <= by_package[package]
+    return by_package
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PROGRAMS)
 def test_cluster_and_planner_are_imported_without_each_other(package: str, loaded: Mapping[str, set[str]]) -> None:
-    """With torch, a cluster's ingresses and the process that started it took 300 MB more each, and seconds."""
+    """Regression: torch cost each ingress of a cluster, and the process that started it, 300 MB and seconds."""
     assert not loaded[package] & PROGRAMS[package]
 
 
@@ -208,7 +208,7 @@ def test_the_server_is_imported_without_the_programs_beside_it(loaded: Mapping[s
 
 
 def leads_to_torch(module: str) -> bool:
-    """Whether `module` imports torch, or one of ours that does, at any distance."""
+    """Return whether `module` imports torch, directly or through other modules of this project."""
     seen: set[str] = set()
     open_ones = {module}
     while open_ones:
@@ -217,7 +217,7 @@ def leads_to_torch(module: str) -> bool:
     return any("torch" in roots(name) for name in seen)
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_imports_have_no_cycles() -> None:
     open_path: list[str] = []
     done: set[str] = set()
 

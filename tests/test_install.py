@@ -1,4 +1,4 @@
-"""The install builds the CPU kernel where it can, and goes on without it where it cannot."""
+"""Installation: it builds the CPU kernel if there is a compiler, and succeeds without it otherwise."""
 
 import re
 import shutil
@@ -15,16 +15,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def wheel(folder: Path, **environment: str) -> Path:
-    """Builds the package's wheel with the build tools of this environment."""
+    """Build the package's wheel with the build tools of this environment."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     done = subprocess.run(command, env={"PATH": path} | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    [found] = folder.glob("*.whl")
-    return found
+    [archive] = folder.glob("*.whl")
+    return archive
 
 
-def test_without_a_compiler_the_wheel_is_one_without_the_kernel(tmp_path: Path) -> None:
+def test_without_a_compiler_the_wheel_has_no_kernel(tmp_path: Path) -> None:
     built = wheel(tmp_path, CXX="/no/such/compiler")
     assert built.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(built).namelist()
@@ -44,7 +44,7 @@ def test_without_a_compiler_the_wheel_is_one_without_the_kernel(tmp_path: Path) 
 
 def test_with_a_compiler_the_kernel_and_its_types_are_in_the_wheel_and_its_sources_are_not(tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("c++") or "g++"} "$@" -O0\n')  # what the kernel is like is no matter here
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("c++") or "g++"} "$@" -O0\n')  # the kernel's speed does not matter here
     compiler.chmod(0o755)
     names = zipfile.ZipFile(wheel(tmp_path, CXX=str(compiler))).namelist()
     assert [name for name in names if re.fullmatch(r"_lori_cpu\..*\.(so|pyd)", name)]

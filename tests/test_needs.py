@@ -1,4 +1,4 @@
-"""A run that requires a program ends where it is missing; other runs skip, and count what they skipped."""
+"""Needs of tests: a run that requires a missing program ends; other runs skip tests and count the skipped ones."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def test_that_needs_nothing():
 
 
 def run(folder: Path, required: str, *flags: str, programs: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run `TESTS` in `folder` with no program on the PATH but stand-ins for `programs`."""
+    """Run `TESTS` in `folder`. The PATH has only stand-ins for `programs`."""
     (folder / "bin").mkdir()
     for name in programs:
         (folder / "bin" / name).touch(0o755)

@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with a token for every byte, and a chat template."""
+    """Return a tokenizer with a token for every byte, and a chat template."""
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -25,7 +25,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama_config(vocab_size: int, **changes: object) -> LlamaConfig:
-    """Returns a config of two layers whose sizes are all different."""
+    """Return a config of two layers whose sizes are all different."""
     sizes = {
         "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": True,
@@ -34,12 +34,12 @@ def tiny_llama_config(vocab_size: int, **changes: object) -> LlamaConfig:
 
 
 def save_tiny_model(folder: Path, config: PreTrainedConfig | None = None, seed: int = 0) -> Path:
-    """Writes a random fp32 model and its tokenizer to `folder` and returns it."""
+    """Write a random fp32 model and its tokenizer to `folder` and return it."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config or tiny_llama_config(len(tokenizer)), dtype=torch.float32)
     for parameter in model.parameters():
-        # The usual initial values are so small that every token is about as likely.
+        # With the usual small initial values all tokens would be about equally likely.
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)

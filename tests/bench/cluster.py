@@ -5,8 +5,8 @@ share with all processes.
 
 - Overhead: one request at a time, alternately to a plain server and to a cluster of one replica.
 - Throughput: users in a closed loop, at one plain server, at two plain servers with half of the users each (the limit of the
-  machine), and at clusters of one replica and of two. The targets take turns, and only one runs at a time. Ratios are computed
-  within a turn.
+  machine), and at clusters of one replica and of two. Each round measures every target, and only one target runs at a time.
+  Ratios are computed within a round.
 - Affinity: the share of requests that reach the replica which answered most requests of their adapter.
 - Loss: one of two replicas is killed under load. Counts the requests that the client library lost, and measures the time until
   there are two replicas again.
@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
     """Return the command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write all figures, anew after each part")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each; 3 if absent")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each part; 3 if absent")
     parser.add_argument("--users", type=int, default=64, help="users of the throughput; 64 if absent")
     parser.add_argument("--warm-s", type=float, default=8, help="seconds of each load that do not count; 8 if absent")
     parser.add_argument("--seconds", type=float, default=16, help="seconds of each load that count; 16 if absent")
@@ -133,30 +133,30 @@ def measure(stage: Stage, arguments: argparse.Namespace, results: Mapping[str, l
             bar.update()
             keep()
 
-        def loads(figures: dict[str, Any], servers: Sequence[Server], turn: int, cluster: Cluster | None = None) -> None:
+        def loads(figures: dict[str, Any], servers: Sequence[Server], round_number: int, cluster: Cluster | None = None) -> None:
             for send in SENDS:
                 for popularity, choice in POPULARITIES.items():
                     before = cluster.by_adapter() if cluster else {}
-                    choose = choice(NAMES, f"{turn}")
-                    seed = f"{send} {popularity} {turn}"
+                    choose = choice(NAMES, f"{round_number}")
+                    seed = f"{send} {popularity} {round_number}"
                     speed = throughput([SENDS[send](server) for server in servers], arguments.users, choose, seed, window)
                     share = {"affinity": affinity(before, cluster.by_adapter())} if cluster else {}
                     figures[f"{send}, {popularity}"] = asdict(speed) | share
                     done()
 
         with stage.plain(1) as plain, stage.cluster(1) as cluster:
-            for turn in range(arguments.repeats):
-                results["overhead"].append(overheads(plain[0].port, cluster.server.port, NAMES, f"overhead {turn}"))
+            for round_number in range(arguments.repeats):
+                results["overhead"].append(overheads(plain[0].port, cluster.server.port, NAMES, f"overhead {round_number}"))
                 done()
-        for turn in range(arguments.repeats):
-            turn_results: dict[str, Any] = {name: {} for name in (PLAIN, TWO_PLAIN, ONE, TWO)}
-            results["throughput"].append(turn_results)
+        for round_number in range(arguments.repeats):
+            round_results: dict[str, Any] = {name: {} for name in (PLAIN, TWO_PLAIN, ONE, TWO)}
+            results["throughput"].append(round_results)
             for name, count in ((PLAIN, 1), (TWO_PLAIN, 2)):
                 with stage.plain(count) as servers:
-                    loads(turn_results[name], servers, turn)
+                    loads(round_results[name], servers, round_number)
             for name, count in ((ONE, 1), (TWO, 2)):
                 with stage.cluster(count) as cluster:
-                    loads(turn_results[name], [cluster.server], turn, cluster)
+                    loads(round_results[name], [cluster.server], round_number, cluster)
         if arguments.kills:
             with stage.cluster(2) as cluster:
                 for _ in range(arguments.kills):
@@ -177,17 +177,19 @@ def report(results: Mapping[str, Any]) -> None:
     """Print tables of medians and ranges."""
     host = machine()
     print(f"{host['cpu']}, {host['cores']} cores; " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    overhead = {kind: Spread.of(turn[kind]["more_ms"] for turn in results["overhead"]) for kind in results["overhead"][0]}
-    plain = {kind: Spread.of(turn[kind]["plain_ms"] for turn in results["overhead"]) for kind in overhead}
+    overhead = {kind: Spread.of(row[kind]["more_ms"] for row in results["overhead"]) for kind in results["overhead"][0]}
+    plain = {kind: Spread.of(row[kind]["plain_ms"] for row in results["overhead"]) for kind in overhead}
     print_table(["one request", "plain, ms", "more, ms"], [[kind, str(plain[kind]), str(overhead[kind])] for kind in overhead])
-    turns, rows = results["throughput"], []
-    for load in turns[0][TWO]:
-        speeds = [{name: loads[load]["tokens_per_s"] for name, loads in turn.items()} for turn in turns]
+    rounds, rows = results["throughput"], []
+    for load in rounds[0][TWO]:
+        speeds = [{name: loads[load]["tokens_per_s"] for name, loads in targets.items()} for targets in rounds]
         medians = [number(Spread.of(speed[name] for speed in speeds).median) for name in (PLAIN, TWO_PLAIN, ONE, TWO)]
         ratios = [str(Spread.of(speed[a] / speed[b] for speed in speeds)) for a, b in RATIOS]
-        cores = [number(Spread.of(turn[name][load]["cores"] for turn in turns).median) for name in (PLAIN, TWO_PLAIN, ONE, TWO)]
+        cores = [
+            number(Spread.of(targets[name][load]["cores"] for targets in rounds).median) for name in (PLAIN, TWO_PLAIN, ONE, TWO)
+        ]
         rows.append(
-            [load, *medians, *ratios, " ".join(cores), str(Spread.of(100 * turn[TWO][load]["affinity"] for turn in turns))]
+            [load, *medians, *ratios, " ".join(cores), str(Spread.of(100 * targets[TWO][load]["affinity"] for targets in rounds))]
         )
     columns = ["tokens/s", PLAIN, TWO_PLAIN, ONE, TWO, *(f"{a} / {b}" for a, b in RATIOS), "cores busy, of each", "affinity, %"]
     for cells in zip(columns, *rows, strict=True):

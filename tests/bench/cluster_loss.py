@@ -35,14 +35,15 @@ def kill_one(cluster: Cluster, names: Sequence[str]) -> dict[str, float]:
 
     def user(index: int) -> None:
         with Client(f"http://127.0.0.1:{cluster.server.port}", timeout_s=LIMIT_S, num_retries=5) as client:
-            turn = 0
+            number = 0
             while not ended.is_set():
-                turn += 1
+                number += 1
                 count("asked")
-                fields = {"prompt": prompt(f"{time.time()} {index}", PROMPT_WORDS), "adapter": names[(index + turn) % len(names)]}
+                adapter = names[(index + number) % len(names)]
+                fields = {"prompt": prompt(f"{time.time()} {index}", PROMPT_WORDS), "adapter": adapter}
                 has_begun = False
                 try:
-                    if turn % 2:
+                    if number % 2:
                         client.generate(**fields, max_tokens=NUM_TOKENS, ignore_eos=True)
                     else:
                         for _ in client.stream(**fields, max_tokens=NUM_TOKENS, ignore_eos=True):

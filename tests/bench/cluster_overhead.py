@@ -26,12 +26,12 @@ def overheads(plain_port: int, cluster_port: int, names: Sequence[str], seed: st
 
 def _compared(clients: Sequence[httpx.Client], ask: Ask, names: Sequence[str], seed: str) -> Mapping[str, float]:
     times: list[list[float]] = [[], []]
-    for turn in range(NUM_WARM + NUM_REQUESTS):
+    for number in range(NUM_WARM + NUM_REQUESTS):
         document: dict[str, object] = {
-            "prompt": prompt(f"{seed} {turn}", PROMPT_WORDS), "adapter": names[turn % 2],
+            "prompt": prompt(f"{seed} {number}", PROMPT_WORDS), "adapter": names[number % 2],
             "max_tokens": NUM_TOKENS, "ignore_eos": True,
         }  # fmt: skip
-        for index in (0, 1) if turn % 2 else (1, 0):
+        for index in (0, 1) if number % 2 else (1, 0):
             started = time.perf_counter()
             ask(clients[index], document)
             times[index].append(1e3 * (time.perf_counter() - started))

@@ -77,7 +77,7 @@ class Plan:
         return prod(len(axis) for axis in axes)
 
     def measure(self, device: torch.device) -> Iterator[Row]:
-        """Yield the rows. Those of one shape, number of tokens and threads take turns with one base product."""
+        """Yield the rows. Those of one shape, number of tokens and threads are interleaved with one base product."""
         for threads, (cache, shape, tokens) in product(self.threads, product(self.caches, self.shapes, self.tokens)):
             torch.set_num_threads(threads)
             bandwidth = _bandwidth(device, threads)

@@ -27,7 +27,7 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     setting = f"{threads} thread{'s' * (threads > 1)}, {cache}"
-    figure.suptitle(f"time of one module: bf16, r = 32, 10% of B kept, {setting}; bands are quartiles", fontsize=11)
+    figure.suptitle(f"time of one module: bf16, r = 32, 10% of B nonzero, {setting}; bands are quartiles", fontsize=11)
     figure.savefig(file, dpi=130)
 
 

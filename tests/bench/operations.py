@@ -1,6 +1,7 @@
 """Cost of logging and tracing every request: streams of a fake engine over sockets (`python -m tests.bench.operations`).
 
-The server and its users have one core each, if there are two. The cases take turns; a figure is the median over the turns.
+The server and its users have one core each, if there are two. Each round measures every case; a figure is the median over the
+rounds.
 """
 
 import argparse
@@ -101,7 +102,7 @@ async def load(port: int, num_users: int, seconds: float) -> int:
 def main() -> None:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--users", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
@@ -114,8 +115,8 @@ def main() -> None:
     pin(0, 1)
     milliseconds: dict[str, list[float]] = {case: [] for case in CASES}
     with tempfile.TemporaryDirectory() as folder, collector() as traces:
-        for turn in range(arguments.turns):
-            for case in CASES[turn % 2 :] + CASES[: turn % 2]:
+        for number in range(arguments.rounds):
+            for case in CASES[number % 2 :] + CASES[: number % 2]:
                 with served(case, Path(folder) / "log", arguments.tokens, traces.url) as (port, process):
                     asyncio.run(load(port, arguments.users, 1))
                     milliseconds[case].append(measured(process, port, arguments.users, arguments.seconds))

@@ -3,9 +3,9 @@
     python -m tests.bench.product [--json FILE]
 
 "hot" multiplies one layer's weights again and again, so that they stay in the second cache; "cold" reads those of many layers
-from memory, in turn: 256 MiB for each set, which a large third cache may hold. GFLOP/s are those of the median turn, quartiles in
-parentheses; the sets take turns. On a machine that is shared with others the quartiles may lie far apart: AMX's tiles take twice
-as long while another program runs on the same core.
+from memory, in turn: 256 MiB for each set, which a large third cache may hold. GFLOP/s are those of the median round, quartiles
+in parentheses; each round runs every set. On a machine that is shared with others the quartiles may lie far apart: AMX's tiles
+take twice as long while another program runs on the same core.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def measure(budget_s: float, shape: tuple[int, int] = SHAPE, cold_bytes: int = C
 
 
 def _in_turn(products: Sequence[Product], x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    turns = cycle(products)
-    return lambda: next(turns)(x)
+    endless = cycle(products)
+    return lambda: next(endless)(x)
 
 
 @torch.inference_mode()

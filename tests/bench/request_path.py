@@ -38,7 +38,7 @@ def lines_of(code: CodeType) -> int:
 
 
 def main() -> None:
-    """Serve, ask twice, print."""
+    """Serve the model, send two requests, and print the path of the second one."""
     seen: dict[CodeType, None] = {}
 
     def note(frame: FrameType, event: str, _argument: object) -> None:
@@ -51,16 +51,16 @@ def main() -> None:
         client.post("/generate", json=BODY).raise_for_status()
         seen.clear()
         client.post("/generate", json=BODY).raise_for_status()
-        found = list(seen)
+        called = list(seen)
     sys.setprofile(None)
     threading.setprofile(None)
     files: dict[str, int] = {}
-    for code in found:
+    for code in called:
         name = str(Path(code.co_filename).relative_to(ROOT))
         files[name] = files.get(name, 0) + lines_of(code)
     for name, count in files.items():
         print(f"{count:5} {name}")
-    print(f"{len(files)} files, {sum(files.values())} lines of {len(found)} functions")
+    print(f"{len(files)} files, {sum(files.values())} lines of {len(called)} functions")
 
 
 if __name__ == "__main__":

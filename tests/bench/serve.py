@@ -6,10 +6,10 @@ the last core, which is one of the engines' if there is no other. Users are clie
 its next request when the last one is answered. In the open loop requests arrive at random, at 0.8 of the closed loop's rate. No
 prompt is repeated.
 
-The cases take turns, `--repeats` times. Figures are medians and ranges over the turns; ratios are computed within a turn. "first
-token" and "gap" (the time between two pieces of text) are percentiles over all requests of a case. Other engines are measured if
-they are installed: `tests/bench/peers.sh DIR`, then `--peers DIR`. The engine's tests must pass first; they run once for the same
-code.
+Each of the `--repeats` rounds measures every case. Figures are medians and ranges over the rounds; ratios are computed within a
+round. "first token" and "gap" (the time between two pieces of text) are percentiles over all requests of a case. Other engines
+are measured if they are installed: `tests/bench/peers.sh DIR`, then `--peers DIR`. The engine's tests must pass first; they run
+once for the same code.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from lori.embedded import embedded_model
 from lori.kernels.native import ISAS, MAX_ISA_VARIABLE
 from tests.bench.gate import check_tests
 from tests.bench.machine import machine, pinned, versions
-from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, PROBES, Turn, own_cases, peer_cases, turns
+from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, PROBES, Trial, own_cases, peer_cases, trials
 from tests.bench.serve_figures import Spread
 from tests.bench.serve_goals import goals
 from tests.bench.serve_probes import Sizes
@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="where to draw them")
     parser.add_argument("--quick", action="store_true", help=f"two repeats of {', '.join(QUICK)}: within three minutes")
     parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}; all if absent")
-    parser.add_argument("--repeats", type=int, help="turns of each case; 5 if absent")
+    parser.add_argument("--repeats", type=int, help="rounds of all cases; 5 if absent")
     parser.add_argument("--registered", type=int, default=10_000, help="adapters of the case zipf")
     parser.add_argument("--peers", type=Path, help="the folder that peers.sh filled")
     parser.add_argument("--model", type=Path, help="another base model's folder")
@@ -124,9 +124,9 @@ def planned(arguments: argparse.Namespace) -> Plan:
     probes = [probe for probe in PROBES if probe in arguments.cases]
     if "open" in probes and str(NUM_DISTINCT) not in arguments.cases:
         sys.exit(f"error: the case open is at a share of what {NUM_DISTINCT} adapters reach: add the case {NUM_DISTINCT}")
-    chosen = turns(present, [NUM_DISTINCT] if arguments.quick else CONCURRENCY)
+    chosen = trials(present, [NUM_DISTINCT] if arguments.quick else CONCURRENCY)
     if arguments.quick:
-        chosen += [Turn(case, 1) for case in present if case.slug == "off"]
+        chosen += [Trial(case, 1) for case in present if case.slug == "off"]
     return Plan(chosen, probes, Sizes(), num_warm=2000)
 
 

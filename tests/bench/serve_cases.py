@@ -41,8 +41,8 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """A case at one concurrency (0 for an open loop), which is measured once in every repeat."""
+class Trial:
+    """A case at one concurrency (0 for an open loop), which is measured once in every round."""
 
     case: Case
     concurrency: int
@@ -84,12 +84,12 @@ def peer_cases() -> list[Case]:
     ]
 
 
-def turns(cases: Iterable[Case], concurrency: Sequence[int]) -> list[Turn]:
-    """Return the turns of a repeat. Slow cases (PEFT, and vLLM with adapters) have 32 users only."""
+def trials(cases: Iterable[Case], concurrency: Sequence[int]) -> list[Trial]:
+    """Return the trials of a round. Slow cases (PEFT, and vLLM with adapters) have 32 users only."""
     chosen = []
     for case in cases:
         is_slow = case.engine == PEFT or (case.engine == VLLM and case.target == "on")
-        chosen += [Turn(case, users) for users in concurrency if users == NUM_DISTINCT or not is_slow]
+        chosen += [Trial(case, users) for users in concurrency if users == NUM_DISTINCT or not is_slow]
     return chosen
 
 

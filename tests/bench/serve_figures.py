@@ -32,7 +32,7 @@ class Spread:
 class Row:
     """One case of one engine at one concurrency (0: an open loop). Times in ms, over all runs; None without streaming.
 
-    `ratio` is tokens/s relative to the same engine without adapters, in the same turn.
+    `ratio` is tokens/s relative to the same engine without adapters, in the same round.
     """
 
     engine: str
@@ -71,7 +71,7 @@ def gaps_ms(loads: Iterable[Load]) -> list[float]:
 
 
 def ratios(loads: Sequence[Load], others: Sequence[Load]) -> Spread | None:
-    """Return the ratio of tokens/s of `loads` and `others`, turn by turn; None if either was not measured."""
+    """Return the ratio of tokens/s of `loads` and `others`, round by round; None if either was not measured."""
     pairs = list(zip(loads, others, strict=False))
     return Spread.of(load.tokens_per_s / other.tokens_per_s for load, other in pairs) if pairs else None
 

@@ -40,7 +40,7 @@ class Goal:
 
 def goals(results: Results, num_weight_bytes: int) -> Iterator[Goal]:
     """Yield the goals whose cases were measured."""
-    loads_of, many = results.of, str(NUM_DISTINCT)
+    loads_of, many = results.loads_of, str(NUM_DISTINCT)
     wanted = [
         ("base / vLLM's base", "off", "vllm-off", 1.0),
         ("LoRI on, unused / off", "unused", "off", 0.99),

@@ -27,7 +27,7 @@ class Load:
 
 
 async def closed_loop(send: Send, asks: Sequence[Ask], concurrency: int) -> Load:
-    """Send `asks` from `concurrency` users, each of whom sends its next request when answered. Raises `FailedError`."""
+    """Send `asks` from `concurrency` users. Each user sends its next request when answered. Raises `FailedError`."""
     remaining, replies = iter(asks), list[Reply]()
 
     async def user() -> None:

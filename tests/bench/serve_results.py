@@ -5,39 +5,39 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tests.bench.serve_cases import NUM_DISTINCT, Turn
+from tests.bench.serve_cases import NUM_DISTINCT, Trial
 from tests.bench.serve_figures import PERCENTILES, Row, Spread, first_ms, gaps_ms, number, percentile, ratios
 from tests.bench.serve_load import Load
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The loads of each turn and the figures of each probe, one for each repeat; and the cores' memory bandwidth in bytes/s.
+    """The loads of each trial and the figures of each probe, one for each round; and the cores' memory bandwidth in bytes/s.
 
     `disturbances`: for each load, the fraction of its time for which the cores were busy with other processes than the target.
     """
 
-    loads: dict[Turn, list[Load]] = field(default_factory=lambda: defaultdict(list))
+    loads: dict[Trial, list[Load]] = field(default_factory=lambda: defaultdict(list))
     figures: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     bandwidths: list[float] = field(default_factory=list)
     disturbances: list[float] = field(default_factory=list)
 
-    def of(self, slug: str, concurrency: int = NUM_DISTINCT) -> Sequence[Load]:
+    def loads_of(self, slug: str, concurrency: int = NUM_DISTINCT) -> Sequence[Load]:
         """Return the loads of a case; empty if it was not measured."""
-        matches = (loads for turn, loads in self.loads.items() if (turn.case.slug, turn.concurrency) == (slug, concurrency))
+        matches = (loads for trial, loads in self.loads.items() if (trial.case.slug, trial.concurrency) == (slug, concurrency))
         return next(matches, [])
 
     def rows(self) -> list[Row]:
         """Return a row for each case and concurrency."""
-        return [self._row(turn, loads) for turn, loads in self.loads.items()]
+        return [self._row(trial, loads) for trial, loads in self.loads.items()]
 
-    def _row(self, turn: Turn, loads: Sequence[Load]) -> Row:
-        case, speed = turn.case, Spread.of(load.tokens_per_s for load in loads)
-        ratio = ratios(loads, self.of(case.base, turn.concurrency))
+    def _row(self, trial: Trial, loads: Sequence[Load]) -> Row:
+        case, speed = trial.case, Spread.of(load.tokens_per_s for load in loads)
+        ratio = ratios(loads, self.loads_of(case.base, trial.concurrency))
         first, gaps = first_ms(loads), gaps_ms(loads)
         prompts = [reply.num_prompt for load in loads for reply in load.replies]
         return Row(
-            case.engine, case.title, case.adapters, case.terms, turn.concurrency, speed.median, speed.low, speed.high,
+            case.engine, case.title, case.adapters, case.terms, trial.concurrency, speed.median, speed.low, speed.high,
             ratio and ratio.median, ratio and ratio.low, ratio and ratio.high, statistics.mean(prompts),
             *(percentile(first, percent) for percent in PERCENTILES), *(percentile(gaps, percent) for percent in PERCENTILES),
         )  # fmt: skip

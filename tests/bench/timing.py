@@ -1,4 +1,4 @@
-"""Timing of functions that take turns, so that a drift of the machine's speed affects all alike."""
+"""Timing of interleaved functions, so that a drift of the machine's speed affects all alike."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -11,44 +11,44 @@ import torch
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 SHORTEST_S = 2e-3
-"""Minimum seconds of a turn, in which a function is called repeatedly. So the cache contents of other functions do not matter."""
+"""Minimum seconds of a repetition, which calls a function many times. So the cache contents of other functions do not matter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Times of one call in us: median, first quartile and third quartile over the turns."""
+    """Times of one call in us: median, first quartile and third quartile over the rounds."""
 
     median: float
     low: float
     high: float
 
 
-def timed(calls: Mapping[Key, Call], budget_s: float, min_turns: int = 7, max_turns: int = 200) -> dict[Key, Times]:
-    """Run `calls` in turn for about `budget_s` seconds and return the times of each."""
+def timed(calls: Mapping[Key, Call], budget_s: float, min_rounds: int = 7, max_rounds: int = 200) -> dict[Key, Times]:
+    """Run `calls` in rounds for about `budget_s` seconds and return the times of each."""
     counts = {name: _count(call) for name, call in calls.items()}
-    turns: dict[Key, list[float]] = {name: [] for name in calls}
+    times_us: dict[Key, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget_s
-    for turn in range(max_turns):
-        if turn >= min_turns and time.perf_counter() > end:
+    for number in range(max_rounds):
+        if number >= min_rounds and time.perf_counter() > end:
             break
         for name, call in calls.items():
-            turns[name].append(_turn(call, counts[name]) / counts[name] * 1e6)
-    quartiles = {name: quantiles(times, n=4) for name, times in turns.items()}
-    return {name: Times(median(times), quartiles[name][0], quartiles[name][2]) for name, times in turns.items()}
+            times_us[name].append(_repeat(call, counts[name]) / counts[name] * 1e6)
+    quartiles = {name: quantiles(times, n=4) for name, times in times_us.items()}
+    return {name: Times(median(times), quartiles[name][0], quartiles[name][2]) for name, times in times_us.items()}
 
 
 def read_bandwidth(device: torch.device, num_bytes: int = 2**28) -> float:
     """Return the memory bandwidth in bytes/s: the best of several dot products of large arrays, on a CPU with torch's threads."""
     a, b = (torch.ones(num_bytes // 4, device=device) for _ in range(2))
-    return max(2 * num_bytes / _turn(lambda: torch.dot(a, b), 1) for _ in range(7))
+    return max(2 * num_bytes / _repeat(lambda: torch.dot(a, b), 1) for _ in range(7))
 
 
 def _count(call: Call) -> int:
-    once = max(_turn(call, 1), 1e-7)
+    once = max(_repeat(call, 1), 1e-7)
     return max(1, int(SHORTEST_S / once))
 
 
-def _turn(call: Call, count: int) -> float:
+def _repeat(call: Call, count: int) -> float:
     call()
     _wait()
     started = time.perf_counter()

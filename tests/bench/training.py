@@ -1,4 +1,4 @@
-"""Speed and memory of a training step: LoRI-S, LoRI-D and PEFT's LoRA take turns on the same batches.
+"""Speed and memory of a training step: LoRI-S, LoRI-D and PEFT's LoRA, interleaved on the same batches.
 
 `python -m tests.bench.training`
 """

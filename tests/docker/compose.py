@@ -1,4 +1,4 @@
-"""Reads compose's files."""
+"""A reader of compose files."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import yaml
 
 
 class ComposeLoader(yaml.SafeLoader):
-    """Knows compose's marks of what replaces, or takes away, what the file before says."""
+    """YAML loader that knows compose's tags: `!override` replaces a value of the file before, and `!reset` removes it."""
 
 
 ComposeLoader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
@@ -15,5 +15,5 @@ ComposeLoader.add_constructor("!reset", lambda loader, node: loader.construct_se
 
 
 def read(path: Path) -> Any:
-    """Returns what a YAML file says."""
+    """Return the content of a YAML file."""
     return yaml.load(path.read_text(), ComposeLoader)

@@ -1,4 +1,4 @@
-"""What docker/inferencepool.yaml says, by kind and name."""
+"""The objects of docker/inferencepool.yaml, by kind and name."""
 
 from pathlib import Path
 from typing import Any
@@ -12,4 +12,4 @@ OBJECTS: dict[tuple[str, str], dict[str, Any]] = {
 PICKER: dict[str, Any] = yaml.safe_load(OBJECTS["ConfigMap", "lori-server-picker"]["data"]["picker.yaml"])
 PARAMETERS: dict[str, dict[str, Any]] = {plugin["type"]: plugin.get("parameters", {}) for plugin in PICKER["plugins"]}
 [ENGINE] = PARAMETERS["core-metrics-extractor"]["engineConfigs"]
-"""Which metric the endpoint picker reads what of."""
+"""The metric of each quantity that the endpoint picker reads."""

@@ -1,4 +1,4 @@
-"""What the compose files promise: nothing runs as root or can be written that need not be, and no port is open by itself."""
+"""Promises of the compose files: no service runs as root or writes without need, and no port is open to others by default."""
 
 import json
 import re
@@ -29,13 +29,13 @@ ALL = {**SERVICES, "router": ROUTED}
 
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
-    """Returns what is mounted where, without modes."""
+    """Return the sources of a service's mounts by their targets, without modes."""
     parts = (re.fullmatch(r"(\$\{[^}]*\}|[^:]+):([^:]+)(?::ro|:\$\{[^}]*\})?", one) for one in service["volumes"])
-    return {found[2]: found[1] for found in parts if found}
+    return {match[2]: match[1] for match in parts if match}
 
 
 @pytest.mark.parametrize("service", ALL.values(), ids=ALL)
-def test_services_can_write_and_do_little(service: dict[str, Any]) -> None:
+def test_services_have_a_read_only_root_and_few_privileges(service: dict[str, Any]) -> None:
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -58,24 +58,24 @@ def test_only_the_server_runs_without_a_profile() -> None:
     assert all(re.search(r":v?\d+\.\d+\.\d+$", SERVICES[name]["image"]) for name in ("prometheus", "grafana"))
 
 
-def test_the_server_is_asked_whether_it_is_ready() -> None:
+def test_the_health_check_of_the_server_asks_for_readiness() -> None:
     assert '"/ready"' in SERVER["healthcheck"]["test"][-1]
 
 
 @pytest.mark.parametrize("service", ALL.values(), ids=ALL)
-def test_what_ends_is_started_again(service: dict[str, Any]) -> None:
-    """A server whose engine has died ends: health alone has compose start nothing."""
+def test_services_that_end_are_restarted(service: dict[str, Any]) -> None:
+    """Restart on exit: a server whose engine died exits, and compose restarts nothing that is only unhealthy."""
     assert service["restart"] == "unless-stopped"
 
 
-def test_servers_go_by_the_names_that_they_are_reached_by() -> None:
-    """Without keys they answer to no other."""
+def test_servers_answer_to_the_names_that_they_are_reached_by() -> None:
+    """Check LORI_ALLOW_HOST: servers without keys answer to no other names."""
     names = {"COMPOSE_PROJECT_NAME": "lori"}
     [target] = read(MONITORING / "prometheus.yml")["scrape_configs"][0]["static_configs"][0]["targets"]
     urls = [flag for flag in ROUTED["command"] if flag.startswith("http://")]
     for server, used in ((SERVER, [f"http://{target}"]), (ROUTER["services"]["server"], urls)):
         given = server["environment"]["LORI_ALLOW_HOST"]
-        assert given.endswith("${LORI_ALLOW_HOST:+,${LORI_ALLOW_HOST:-}}"), "more may be set where compose is started"
+        assert given.endswith("${LORI_ALLOW_HOST:+,${LORI_ALLOW_HOST:-}}"), "the operator may add names"
         allowed = AllowedHosts(Template(given.partition("${LORI_ALLOW_HOST")[0]).substitute(names).split(","))
         for url in used:
             assert allowed.includes(urlsplit(Template(url).substitute(names)).netloc), url
@@ -93,7 +93,7 @@ def test_the_image_runs_as_a_user_who_owns_the_cache() -> None:
     assert any(volume.endswith(":/adapters:${LORI_ADAPTERS_MODE:-ro}") for volume in SERVER["volumes"])
 
 
-def test_compose_from_the_root_starts_the_same() -> None:
+def test_compose_from_the_root_starts_the_same_services() -> None:
     assert read(DOCKER.parent / "compose.yaml") == {"name": MAIN["name"], "include": ["docker/compose.yaml"]}
 
 
@@ -106,9 +106,9 @@ def test_extras_that_readme_offers_can_be_built_in() -> None:
 
 
 def test_a_server_with_its_defaults_grows_no_larger_than_its_container() -> None:
-    """With 4 GiB the system would have killed it when some 530 adapters had been used."""
+    """Regression: with 4 GiB the system would have killed the server after some 530 adapters had been used."""
     settings = Settings()
-    weights, held = 0.31, 1.62  # `server.plan.speed.HELD_FACTOR`: of adapters whose memory was told 1.0
+    weights, held = 0.31, 1.62  # the figure at 1.0 of `server.plan.speed.HELD_FACTOR`
     grown = weights + OVERHEAD_GIB + settings.kv_cache_gib + settings.loaded_gib + held * settings.resident_gib
     [limit] = re.findall(r"^\$\{LORI_MEMORY:-(\d+)g\}$", SERVER["mem_limit"])
     pod = OBJECTS["Deployment", "lori-server"]["spec"]["template"]["spec"]["containers"][0]
@@ -151,7 +151,7 @@ def test_the_router_has_the_port_and_knows_each_server() -> None:
 
 
 def test_servers_on_one_machine_share_its_cores() -> None:
-    """By itself each would start a thread for every core."""
+    """Check LORI_THREADS: by default each server would start a thread for every core."""
     assert "LORI_THREADS" in SERVER["environment"]
     assert ROUTER["services"]["server"]["environment"]["LORI_THREADS"] == "${LORI_THREADS:-1}"
 
@@ -193,13 +193,13 @@ def test_a_gpu_is_reserved_by_its_own_file_alone() -> None:
     assert all(f"ARG {name}=" in DOCKERFILE for name in arguments)
 
 
-def test_what_is_mounted_is_there() -> None:
+def test_mounted_files_exist() -> None:
     for service in (*SERVICES.values(), *KEYS["services"].values()):
         for source in mounts(service).values() if "volumes" in service else ():
             assert source.startswith("${") or source in MAIN["volumes"] or (DOCKER / source).exists(), source
 
 
-def test_grafana_finds_its_dashboard_and_that_its_source() -> None:
+def test_grafana_finds_its_dashboard_and_the_dashboard_its_source() -> None:
     mounted = mounts(SERVICES["grafana"])
     [provider] = read(MONITORING / "grafana-dashboards.yml")["providers"]
     folder = provider["options"]["path"]

@@ -1,4 +1,4 @@
-"""The layer with the model is built from the modules that make it alone; the first process hears a SIGTERM at any time."""
+"""The Dockerfile: the model's layer depends only on the modules that build it, and the first process handles every SIGTERM."""
 
 import json
 import re
@@ -14,7 +14,7 @@ COPIED = re.compile(r"^COPY ((?:lori/\w+\.py )+)lori/$", re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_what_makes_the_model_is_copied_whole() -> None:
+def test_the_model_s_layer_copies_every_module_that_builds_the_model() -> None:
     (copied,) = COPIED.findall(DOCKERFILE)
     program = "import sys, lori.embedded; print(*(name for name in sys.modules if name.partition('.')[0] == 'lori'))"
     loaded = subprocess.run(
@@ -25,7 +25,7 @@ def test_what_makes_the_model_is_copied_whole() -> None:
 
 
 def test_the_first_process_passes_signals_on_while_the_server_imports() -> None:
-    """The system keeps them from a first process without a handler: `docker stop` killed a server that was starting."""
+    """Regression: Linux withholds signals from a first process without a handler, so `docker stop` killed a starting server."""
     [command] = re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)
     assert json.loads(command) == ["tini", "--", "python", "-m", "server"]
     assert re.search(r"apt-get install .* tini ", DOCKERFILE.rpartition("\nFROM ")[2])

@@ -1,4 +1,4 @@
-"""The example for the Gateway API's inference extension: its objects know each other, and the server. No cluster reads it."""
+"""The example for the Gateway API's inference extension: its objects refer to each other and to the server. No cluster runs."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ CHOOSER = OBJECTS["Deployment", "lori-server-picker"]["spec"]["template"]
 
 
 def container(pod: dict[str, Any]) -> dict[str, Any]:
-    """Returns a pod's only container."""
-    [one] = pod["spec"]["containers"]
-    found: dict[str, Any] = one
-    return found
+    """Return a pod's only container."""
+    containers: list[dict[str, Any]] = pod["spec"]["containers"]
+    [only] = containers
+    return only
 
 
-def test_the_route_leads_to_the_pool_and_that_to_the_servers() -> None:
+def test_the_route_leads_to_the_pool_and_the_pool_to_the_servers() -> None:
     [rule] = OBJECTS["HTTPRoute", "lori-server"]["spec"]["rules"]
-    assert rule["timeouts"] == {"request": "0s"}, "which the Gateway API reads as none"
+    assert rule["timeouts"] == {"request": "0s"}, "the Gateway API reads 0s as no timeout"
     [backend] = rule["backendRefs"]
     assert (backend["kind"], backend["name"]) in OBJECTS
     assert OBJECTS[backend["kind"], backend["name"]]["apiVersion"].startswith(backend["group"] + "/")
@@ -29,7 +29,7 @@ def test_the_route_leads_to_the_pool_and_that_to_the_servers() -> None:
     assert port["containerPort"] == Settings.model_fields["port"].default
 
 
-def test_the_pool_asks_the_picker_that_is_started() -> None:
+def test_the_pool_asks_the_deployed_picker() -> None:
     service = OBJECTS["Service", POOL["endpointPickerRef"]["name"]]["spec"]
     [port] = service["ports"]
     assert port["port"] == POOL["endpointPickerRef"]["port"]["number"]
@@ -44,7 +44,7 @@ def test_the_pool_asks_the_picker_that_is_started() -> None:
     assert file in OBJECTS["ConfigMap", volume["configMap"]["name"]]["data"]
 
 
-def test_the_picker_may_read_what_it_watches() -> None:
+def test_the_picker_may_read_the_resources_that_it_watches() -> None:
     account = CHOOSER["spec"]["serviceAccountName"]
     assert ("ServiceAccount", account) in OBJECTS
     binding = OBJECTS["RoleBinding", account]
@@ -53,13 +53,13 @@ def test_the_picker_may_read_what_it_watches() -> None:
     assert {resource for rule in rules for resource in rule["resources"]} >= {"pods", "inferencepools"}
 
 
-def test_every_scorer_that_counts_is_there() -> None:
+def test_every_scorer_of_the_profile_is_configured() -> None:
     [profile] = PICKER["schedulingProfiles"]
-    assert {of["pluginRef"] for of in profile["plugins"]} == {name for name in PARAMETERS if name.endswith("-scorer")}
+    assert {plugin["pluginRef"] for plugin in profile["plugins"]} == {name for name in PARAMETERS if name.endswith("-scorer")}
     assert PARAMETERS["core-metrics-extractor"]["defaultEngine"] == ENGINE["name"]
 
 
-def test_the_server_is_told_what_it_knows() -> None:
+def test_the_server_gets_only_settings_that_it_knows() -> None:
     server = container(SERVER)
     known = {f"LORI_{name.upper()}" for name in Settings.model_fields}
     assert {variable["name"] for variable in server["env"]} <= known

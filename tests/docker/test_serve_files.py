@@ -1,4 +1,4 @@
-"""The examples for Ray Serve and KubeRay: what they ask for is there."""
+"""The examples for Ray Serve and KubeRay: the programs, resources and settings that they name exist."""
 
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,20 @@ def test_every_container_of_kuberay_has_the_environment_and_a_limit() -> None:
         spec = group["template"]["spec"]
         assert spec["securityContext"] == {"runAsNonRoot": True, "runAsUser": 10001}
         [container] = spec["containers"]
-        assert {of["name"]: of["value"] for of in container["env"]} == PREFERRED | {HAPROXY: f"{home}/bin/{HAPROXY_PROGRAM}"}
+        environment = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert environment == PREFERRED | {HAPROXY: f"{home}/bin/{HAPROXY_PROGRAM}"}
         assert container["resources"]["limits"]["memory"]
-        assert {of["name"] for of in container["volumeMounts"]} == {of["name"] for of in spec["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in spec["volumes"]}
 
 
-def test_kuberay_has_ray_s_ports_want_a_token() -> None:
-    """Whoever reached a pod ran code in it. The operator sends the token as well, which it would not know from `env`."""
+def test_ray_s_ports_need_a_token_on_kuberay() -> None:
+    """Regression: anyone who reached a pod could run code in it. The operator sends the token, too, and does not read `env`."""
     cluster = yaml.safe_load((DOCKER / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
     assert cluster["authOptions"] == {"mode": "token"}
-    assert [*map(int, cluster["rayVersion"].split("."))] >= [2, 52, 0], "the operator refuses it for those before"
+    assert [*map(int, cluster["rayVersion"].split("."))] >= [2, 52, 0], "the operator refuses tokens for older versions"
 
 
-def test_kuberay_has_room_for_as_many_replicas_as_may_come() -> None:
+def test_kuberay_has_room_for_the_greatest_number_of_replicas() -> None:
     config = _serve_configs()["rayservice.yaml"]["applications"][0]["args"]
     cluster = yaml.safe_load((DOCKER / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
     [group] = cluster["workerGroupSpecs"]
@@ -65,6 +66,6 @@ def test_kuberay_has_room_for_as_many_replicas_as_may_come() -> None:
 
 
 @pytest.mark.parametrize("name", ["host", "port", "ray_address"])
-def test_what_the_cluster_decides_is_no_argument_of_the_application(name: str) -> None:
+def test_settings_of_the_cluster_are_no_arguments_of_the_application(name: str) -> None:
     with pytest.raises(ValueError, match=f"args: {name}"):
         from_config({name: "9000"})

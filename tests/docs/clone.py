@@ -12,16 +12,16 @@ from pathlib import Path
 from tests.docs.pages import EXAMPLES, ROOT
 
 KEY_VARIABLES = ("KEY", "LORI_API_KEY")
-"""Variables that the pages put a key into."""
+"""Environment variables that hold a key in the pages."""
 FAILING_CURL = 'curl() { command curl --fail-with-body "$@"; }\n'
-"""For pages whose `curl -s` shows a refusal and ends with exit code 0."""
+"""Replacement for `curl -s` in pages that show a refusal, since `curl -s` then ends with exit code 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clone:
     """A folder with the packages, the environment as `.venv`, and the examples.
 
-    `texts` maps texts of the pages, such as ports, to those of a test.
+    `texts` maps texts of the pages, such as ports, to their replacements in a test.
     """
 
     folder: Path
@@ -29,7 +29,7 @@ class Clone:
     key: str
 
     def run(self, script: str) -> str:
-        """Return the output of a bash script. Raises if a command fails."""
+        """Return the output of a bash script. Raises an error if a command fails."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LORI_")}
         environment |= dict.fromkeys(KEY_VARIABLES, self.key) | {"NO_PROXY": "localhost,127.0.0.1"}
         command = ["bash", "-euo", "pipefail", "-c", FAILING_CURL + self.translate(script)]
@@ -38,13 +38,13 @@ class Clone:
         return done.stdout
 
     def translate(self, text: str) -> str:
-        """Return a text of the pages with this clone's texts."""
+        """Return a text of the pages with the replacements of `texts`."""
         pattern = "|".join(map(re.escape, sorted(self.texts, key=len, reverse=True)))
         return re.sub(pattern, lambda match: self.texts[match[0]], text)
 
 
 def make_clone(folder: Path, texts: Mapping[str, str], key: str = "none") -> Clone:
-    """Fill an empty folder."""
+    """Make a clone in an empty folder."""
     clone = Clone(folder, texts, key)
     (folder / ".venv").symlink_to(sys.prefix)
     for package in ("lori", "server", "training"):

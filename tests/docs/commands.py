@@ -1,4 +1,4 @@
-"""Checks of the pages' commands, without running them: flags by each program's own parser, extras and files by name."""
+"""Checks of the pages' commands without running them: flags by each program's own parser, extras and files by name."""
 
 import ast
 import importlib.util
@@ -154,7 +154,7 @@ def _command_line(*words: str) -> Iterator[None]:
 
 
 def _check_by_source(module: str, arguments: Sequence[str]) -> None:
-    # These take long to import, and read their flags in main(): flags are compared with those that the source adds.
+    # These modules are slow to import and parse their flags in main(), so the flags are compared with those in the source.
     spec = importlib.util.find_spec(module)
     assert spec, module
     assert spec.origin, module

@@ -1,4 +1,4 @@
-"""Every command of the documentation is run by a test, or checked, or has a reason why not."""
+"""Commands of the documentation: a test runs or checks each of them, or there is a reason why not."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ FILES = ("both.lori", "my.lori")
 
 @pytest.fixture
 def _readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder with what a reader of the pages has."""
+    """Change to a folder with the files that a reader of the pages has."""
     for folder in FOLDERS:
         (tmp_path / folder).mkdir(parents=True)
     for file in FILES:
@@ -34,14 +34,14 @@ def _readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_readers_folder")
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
-def test_a_command_is_understood_by_the_program_that_it_starts(script: Block) -> None:
+def test_a_command_is_accepted_by_its_program(script: Block) -> None:
     for words in commands(script.text):
         if words[0] != "curl":
             check(words)
 
 
-def test_a_request_is_one_that_a_test_sends() -> None:
-    """`tests/test_docs.py` sends those with a reply, `tests/docs/test_examples.py` those of an admin."""
+def test_every_request_is_sent_by_a_test() -> None:
+    """`tests/test_docs.py` sends the requests with a reply, `tests/docs/test_examples.py` those of an admin."""
     sent = {curl for curl, _ in curls_and_replies()} | {block.text for block in admin_curls()}
     assert [str(block) for block in SCRIPTS if "curl" in block.text and block.text not in sent] == []
 
@@ -56,7 +56,7 @@ def inline_commands() -> list[tuple[str, str]]:
 
 @pytest.mark.usefixtures("_readers_folder")
 @pytest.mark.parametrize(("page", "command"), inline_commands())
-def test_a_command_in_a_sentence_is_understood(page: str, command: str) -> None:  # noqa: ARG001  # the page is for the test's name
+def test_a_command_in_a_sentence_is_accepted_by_its_program(page: str, command: str) -> None:  # noqa: ARG001  # the page is for the test's name
     [words] = commands(command)
     check_mention(words)
 
@@ -67,7 +67,7 @@ def test_commands_stand_in_blocks_that_the_tests_read() -> None:
     assert [str(block) for block in others if COMMAND.search(block.text)] == []
 
 
-def test_a_program_that_no_test_knows_is_found() -> None:
+def test_an_unknown_program_is_found() -> None:
     with pytest.raises(UncheckedError, match="unknown-program --flag"):
         check(["unknown-program", "--flag"])
 
@@ -113,22 +113,22 @@ def test_a_script_is_read_as_the_shell_reads_it() -> None:
     assert commands(script) == [words for words in read if words != ["KEY=$"]]
 
 
-def test_each_program_that_is_not_checked_is_one_of_the_pages() -> None:
+def test_every_unchecked_program_appears_in_the_pages() -> None:
     programs = {words[0].removeprefix(".venv/bin/") for script in SCRIPTS for words in commands(script.text)}
     assert programs >= NOT_CHECKED.keys()
 
 
-def test_the_key_file_of_the_page_is_one() -> None:
+def test_the_key_file_of_the_page_is_valid() -> None:
     [shown] = all_blocks("toml")
     assert parse_keys(shown.text.encode(), str(shown)).tenants["acme"].policy == (("safety", 0.5),)
 
 
-def test_the_study_s_recipe_of_the_page_is_one(tmp_path: Path) -> None:
+def test_the_study_recipe_of_the_page_is_valid(tmp_path: Path) -> None:
     [shown] = all_blocks("yaml")
     (tmp_path / "mine.yaml").write_text(shown.text)
     config = StudyConfig(data=tmp_path, output=tmp_path / "out", recipe=str(tmp_path / "mine.yaml"))
     assert {*config.tasks} == {"colours", "sums"}
 
 
-def test_pages_name_one_address() -> None:
+def test_pages_use_one_server_address() -> None:
     assert {match for block in all_blocks("python") for match in re.findall(r"http://[\w.:]+", block.text)} == {LOCAL}

@@ -32,7 +32,7 @@ ANSWERED = re.compile(r"^  \S+: (\d) at the first server, (\d) at the second", r
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two servers and their router, as the example starts them."""
+    """Two servers and their router, started by the example."""
 
     clone: Clone
     one: httpx.Client
@@ -90,7 +90,7 @@ def test_requests_stay_with_the_server_that_has_their_adapters(pair: Pair) -> No
     assert counts == [[0, 4]] * 5, output
 
 
-def test_an_adapter_is_trained_on_rows_of_ones_own_and_published(pair: Pair, tmp_path: Path) -> None:
+def test_an_adapter_is_trained_on_own_rows_and_published(pair: Pair, tmp_path: Path) -> None:
     output = pair.clone_of_one(tmp_path).run("docs/examples/train_your_own/run.sh")
     base, adapter = map(float, FIGURE.findall(output))
     assert base < 0.5 < adapter

@@ -13,7 +13,7 @@ from lori.format import save_adapter, seal
 from lori.identity import BaseIdentity
 from lori.sparse import SparseB
 
-# Bitmaps of 27 bits, and of 48, which are whole bytes.
+# The masks are bitmaps of 27 bits, and of 48, which are whole bytes.
 SHAPES = {
     "layers.0.q_proj": (9, 5),
     "layers.0.up_proj": (16, 7),
@@ -28,7 +28,7 @@ RANK = 3
 
 
 def targeted(shapes: Mapping[str, tuple[int, int]], targets: tuple[str, ...] = TARGETS) -> dict[str, tuple[int, int]]:
-    """Returns those of `shapes` (D, N) that an adapter on `targets` changes."""
+    """Return the modules of `shapes` (D, N) that an adapter on `targets` changes."""
     return {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in targets}
 
 
@@ -39,7 +39,7 @@ def make_modules(
     seed: int = 0,
     density: float = 0.4,
 ) -> dict[str, SparseB]:
-    """Returns random sparse B for every targeted module."""
+    """Return random sparse B for every targeted module."""
     g = torch.Generator().manual_seed(seed)
     modules = {}
     for name, (num_outputs, _) in targeted(shapes, targets).items():
@@ -57,7 +57,7 @@ def make_config(
     base_digest: str = BASE_DIGEST,
     **section: Any,
 ) -> AdapterConfig:
-    """Returns a sound config, but for its digests; `section` are more fields of `lori`."""
+    """Return a valid config except for its digests. `section` has further fields of `lori`."""
     inputs = {name: (rank, num_inputs) for name, (_, num_inputs) in targeted(shapes, targets).items()}
     fields = {"sparsity": 0.6, "templates": ("chat",), "content_digest": UNSEALED, "config_digest": UNSEALED} | section
     return AdapterConfig(
@@ -76,7 +76,7 @@ def make_config(
 
 
 def save(folder: Path, config: AdapterConfig, modules: Mapping[str, SparseB], basis: Explicit | None = None) -> Adapter:
-    """Saves an adapter on the basis that `config` names, or on `basis`."""
+    """Save an adapter on `basis`, by default on the basis that `config` names."""
     if basis:
         section = config.lori.model_copy(update={"basis": basis_config(basis)})
         config = config.model_copy(update={"lori": section})
@@ -94,12 +94,12 @@ def make_adapter(
     basis: Seeded = Seeded(seed=5, stream=1),  # noqa: B008 - frozen
     seed: int = 0,
 ) -> Adapter:
-    """Returns a random adapter in memory."""
+    """Return a random adapter in memory."""
     config = make_config(shapes, targets, rank, alpha, basis, values="float32")
     return seal(Adapter(name, config, make_modules(shapes, targets, rank, seed), basis)).adapter
 
 
 def fold(adapter: Adapter, module: str, num_inputs: int) -> torch.Tensor:
-    """Returns what `adapter` at weight 1 adds to the weight of `module`: (alpha / r) B A, (D, N) fp64."""
+    """Return the delta of `adapter` at weight 1 to the weight of `module`: (alpha / r) B A, (D, N) fp64."""
     a = adapter.basis.draw(module, adapter.config.r, num_inputs).double()  # (R, N)
     return adapter.config.lora_alpha / adapter.config.r * adapter.modules[module].dense(torch.float64) @ a

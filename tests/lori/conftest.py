@@ -1,4 +1,4 @@
-"""Fixtures of the tests of `lori`."""
+"""Fixtures for the tests of `lori`."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Products this small gain nothing from a second thread, and wait for it for seconds where the machine is busy."""
+    """Limit torch to one thread. A second one does not speed up such small products, and on a busy machine takes seconds."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

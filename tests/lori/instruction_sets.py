@@ -1,6 +1,6 @@
-"""The compiler's flags of each instruction set, as the kernels' CMakeLists.txt has them.
+"""Compiler flags of each instruction set, read from the kernels' CMakeLists.txt.
 
-`python -m tests.lori.instruction_sets` prints the sets that a test run can be forced down to.
+`python -m tests.lori.instruction_sets` prints the sets to which a test run can be limited.
 """
 
 import re
@@ -18,7 +18,7 @@ FLAGS = {"portable": ""} | {
 
 
 def lower_sets() -> tuple[str, ...]:
-    """Return the instruction sets below the best that this process may use, the fastest first."""
+    """Return the instruction sets below the best one that this process may use, the fastest first."""
     return instruction_sets()[1:]
 
 

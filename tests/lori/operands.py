@@ -1,4 +1,4 @@
-"""Operands and steps for the tests of the kernels.
+"""Operands and steps for the kernels' tests.
 
 Shapes: T tokens, A bases, R rank, D outputs, S slots.
 """
@@ -15,7 +15,7 @@ from lori.kernels import Operands, Route, Term
 from lori.sparse import SparseB
 
 Popularity = Callable[[random.Random, int, int], Sequence[int]]
-"""Chooses the slots of one span's terms: from a random source, the number of slots and the number of terms."""
+"""Function from a random source, the number of slots and the number of terms to the slots of one span's terms."""
 
 POPULARITY: dict[str, Popularity] = {
     "identical": lambda _rng, _slots, terms: [0] * terms,
@@ -31,27 +31,27 @@ SIZES = [
 ]  # fmt: skip
 """T, A, R, D, S."""
 DENSITIES = (0.1, 0.4, 1.0, 0.0)
-"""Slots take them in turn: sparse, half full, dense as LoRI-D's, empty."""
+"""Densities of the slots' B, repeated in this order: sparse, half full, dense as LoRI-D's, empty."""
 
 
 def sparse(dense: torch.Tensor) -> SparseB:
-    """Returns a B (D, R) that keeps what is not zero."""
+    """Return the nonzero entries of `dense` (D, R) as a sparse B."""
     return SparseB.from_dense(dense, dense != 0)
 
 
 def put(operands: Operands, slot: int, dense: torch.Tensor, basis: int = 0) -> None:
-    """Packs and puts a dense B (D, R)."""
+    """Pack a dense B (D, R) and put it into a slot."""
     operands.put(slot, operands.pack(sparse(dense)), basis)
 
 
 def random_b(num_outputs: int, rank: int, density: float, g: torch.Generator) -> torch.Tensor:
-    """Returns a dense B (D, R) of which about `density` is kept; its rows keep very different shares."""
+    """Return a dense B (D, R) of which about the fraction `density` is nonzero. The rows differ widely in their fractions."""
     share = density if density in (0.0, 1.0) else density * 2 * torch.rand(num_outputs, 1, generator=g)
     return torch.randn(num_outputs, rank, generator=g) * (torch.rand(num_outputs, rank, generator=g) < share)
 
 
 def strided(rows: int, columns: int, like: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns a buffer of NaN and a view of random numbers (rows, columns) in its midst."""
+    """Return a buffer of NaN and a view (rows, columns) of random numbers inside it."""
     buffer = torch.full((rows + 2, columns + 5), torch.nan, dtype=like.dtype, device=like.device)
     view = buffer[1:-1, 3:-2]
     view.copy_(torch.randn(rows, columns, generator=g))
@@ -59,14 +59,14 @@ def strided(rows: int, columns: int, like: torch.Tensor, g: torch.Generator) -> 
 
 
 def spans(num_tokens: int, rng: random.Random) -> list[tuple[int, int]]:
-    """Cuts the tokens of a step in runs, as requests do."""
+    """Divide the tokens of a step into spans, as requests do."""
     cuts = sorted({0, num_tokens, *(rng.randrange(num_tokens + 1) for _ in range(num_tokens // 2))})
     return list(pairwise(cuts))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One step's inputs. `y` and `s` are strided views in buffers that are NaN elsewhere; `b` are the B (D, r) of the slots."""
+    """Inputs of one step. `y` and `s` are strided views of buffers that are NaN elsewhere. `b` has the B (D, r) of each slot."""
 
     buffer: torch.Tensor
     y: torch.Tensor
@@ -81,7 +81,7 @@ class Case:
         return Route.from_terms(self.terms, len(self.y), self.y.device)
 
     def assert_nothing_else_is_written(self) -> None:
-        """The buffer is NaN wherever y is not."""
+        """Assert that the buffer is still NaN outside of y."""
         outside = torch.ones_like(self.buffer, dtype=torch.bool)
         outside[1:-1, 3:-2] = False
         assert self.buffer[outside].isnan().all()
@@ -95,7 +95,7 @@ def make_case(
     device: str = "cpu",
     densities: Sequence[float] = DENSITIES,
 ) -> Case:
-    """Returns a step of `sizes` (T, A, R, D, S), the same for the same arguments."""
+    """Return a step of `sizes` (T, A, R, D, S). Equal arguments give equal steps."""
     num_tokens, num_bases, rank, num_outputs, num_slots = sizes
     rng, g = random.Random(f"{sizes}{popularity}{num_terms}"), torch.Generator().manual_seed(sum(sizes) + num_terms)
     operands = Operands(num_slots, rank, num_outputs, dtype, device)
@@ -114,7 +114,7 @@ def make_case(
 
 
 def by_hand(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the exact result in fp64, and the sum of the magnitudes that make up each entry."""
+    """Return the exact result in fp64, and for each entry the sum of the magnitudes of its terms."""
     exact, magnitude = case.y.double(), case.y.double().abs()
     for term in case.terms:
         b = term.weight * case.b[term.slot].to(case.y).double().T  # (r, D)
@@ -125,11 +125,11 @@ def by_hand(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
-"""The largest relative error of rounding once to a dtype; fp32 has its own bound."""
+"""Maximum relative error of rounding once to a dtype. fp32 has a bound of its own."""
 
 
 def assert_close(got: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, num_rounded: int = 0) -> None:
-    """`got` is the fp32 sum rounded once; `num_rounded` operands were rounded to its dtype before."""
+    """Assert that `got` is the fp32 sum rounded once, after `num_rounded` operands were rounded to `got`'s dtype."""
     rounding = ROUNDING[got.dtype]
     allowed = rounding * exact.abs() + (num_rounded * rounding + 1e-5) * magnitude
     excess = (got.double() - exact).abs() - allowed

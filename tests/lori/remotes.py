@@ -1,4 +1,4 @@
-"""File systems of fsspec's that a test can watch, stop and break, and adapters at an address."""
+"""File systems of fsspec that a test can watch, block and break, and adapters at an address."""
 
 import hashlib
 import threading
@@ -14,20 +14,20 @@ LIMIT_S = 60
 
 
 def let(_: str, __: str) -> None:
-    """Lets everything be done."""
+    """Do nothing, so every operation proceeds."""
 
 
 class WatchedFileSystem(MemoryFileSystem):
-    """Keeps its files in memory, and writes down what is asked of it."""
+    """In-memory file system that records its operations."""
 
     protocol = "watched"
     cachable = False
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
     asked: ClassVar[list[tuple[str, str]]] = []
-    """What was done to which path."""
+    """The operations so far, each with its path."""
     before: ClassVar[Callable[[str, str], None]] = staticmethod(let)
-    """Called with the same: may raise, or wait."""
+    """Function called with the operation and the path before each operation. It may raise or block."""
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -42,7 +42,7 @@ class WatchedFileSystem(MemoryFileSystem):
 
     @classmethod
     def num(cls, what: str, end: str = "") -> int:
-        """Returns how often `what` was done to paths that end with `end`."""
+        """Return the number of operations `what` on paths that end with `end`."""
         return Counter(asked for asked, path in cls.asked if path.endswith(end))[what]
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
@@ -55,7 +55,7 @@ class WatchedFileSystem(MemoryFileSystem):
 
     def get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
         self._note("fetch", rpath)
-        Path(lpath).write_bytes(super().cat_file(rpath, **kwargs))  # its own would share one position among all who read
+        Path(lpath).write_bytes(super().cat_file(rpath, **kwargs))  # in the base's get_file all readers share one position
 
     def pipe_file(self, path: str, value: bytes, **kwargs: Any) -> None:
         self._note("write", path)
@@ -71,7 +71,7 @@ class WatchedFileSystem(MemoryFileSystem):
 
 
 class FlatFileSystem(WatchedFileSystem):
-    """The same as object stores are: listed by prefix, with md5s, without folders, of which none is missing."""
+    """File system like an object store: listings by prefix with md5s, and no folders, so no folder is ever missing."""
 
     protocol = "flat"
 
@@ -91,14 +91,14 @@ class FlatFileSystem(WatchedFileSystem):
         return {name: self.info(name) for name in sorted(self.store) if name.startswith(start)}
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        found = dict(super().info(path, **kwargs))
-        if found["type"] == "file":
-            found["ETag"] = f'"{hashlib.md5(self.store[found["name"]].getvalue(), usedforsecurity=False).hexdigest()}"'
-        return found
+        details = dict(super().info(path, **kwargs))
+        if details["type"] == "file":
+            details["ETag"] = f'"{hashlib.md5(self.store[details["name"]].getvalue(), usedforsecurity=False).hexdigest()}"'
+        return details
 
 
 class Gate:
-    """Lets those who do something wait until it is opened, and says that one waits."""
+    """Gate that blocks the operation `what` until `is_open` is set. The gate sets `has_come` when a caller waits."""
 
     def __init__(self, what: str, end: str = "") -> None:
         self.what, self.end = what, end
@@ -111,7 +111,7 @@ class Gate:
 
 
 class Broken:
-    """Fails what is done, as a network does."""
+    """Broken network: the operation `what` fails."""
 
     def __init__(self, what: str, end: str = "") -> None:
         self.what, self.end = what, end

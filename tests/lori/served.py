@@ -1,4 +1,4 @@
-"""Transformers' own models with the products that serve adapters in place of their linear layers."""
+"""Models of transformers whose linear layers are replaced by the products that serve adapters."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ Terms = Sequence[tuple[str, int, int, float]]
 
 
 class Served:
-    """Slots filled with `adapters`, and their products in every linear layer of `model`, which is changed."""
+    """Slots filled with `adapters`, and products with these adapters in every linear layer of `model`. Modifies `model`."""
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
         self.model = model
@@ -36,22 +36,22 @@ class Served:
             setattr(model.get_submodule(parent), child, _Product(self, product))
 
     def apply(self, terms: Terms, num_tokens: int) -> None:
-        """Has the adapters of `terms` applied from now on."""
+        """Apply the adapters of `terms` from now on."""
         self.route = Route.from_terms(
             [Term(i, j, self.slots[name], w * self.scales[name]) for name, i, j, w in terms], num_tokens
         )
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Returns what the model computes now."""
+        """Return the model's current logits."""
         with torch.inference_mode():
-            found: torch.Tensor = self.model(ids).logits
-        return found
+            values: torch.Tensor = self.model(ids).logits
+        return values
 
 
 class _Product(nn.Module):
     def __init__(self, served: Served, product: Projection) -> None:
         super().__init__()
-        self._served, self._product = [served], product  # in a list: it is no child
+        self._served, self._product = [served], product  # in a list, so that it is no child module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._product(x.flatten(0, -2), self._served[0].route).unflatten(0, x.shape[:-1])

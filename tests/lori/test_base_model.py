@@ -1,4 +1,4 @@
-"""The base model: found, loaded and identified."""
+"""The base model: lookup, loading and identity."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ EMBEDDED_DIGEST = "8a2bcc5f7ffada7bfd0d8ccde0fd4154703c14d8b73d214e3565432b1d032
 
 
 def counted_model(**changes: Any) -> PreTrainedModel:
-    """Returns a tiny Llama whose parameters count up, so that they are the same on any machine."""
+    """Return a tiny Llama whose parameters count up, so they are the same on every machine."""
     model = AutoModelForCausalLM.from_config(tiny_llama_config(257, **changes), dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data = (torch.arange(parameter.numel()) % 97 / 64 - 0.75).view(parameter.shape)
@@ -45,12 +45,12 @@ def test_a_folder_is_loaded_for_inference(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_is_the_one_that_is_asked_for(tiny_model: Path, attention: str) -> None:
+def test_the_requested_attention_is_used(tiny_model: Path, attention: str) -> None:
     assert load_base_model(str(tiny_model), torch.float32, attention).model.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "nobody/nothing"])
-def test_a_model_that_is_not_there_is_named(name: str) -> None:
+def test_a_missing_model_is_named(name: str) -> None:
     with pytest.raises(ModelError, match=f"^cannot load the base model '{name}': "):
         load_base_model(name, torch.float32)
 
@@ -60,7 +60,7 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         load_base_model(str(tmp_path), torch.float32)
 
 
-def test_an_attention_that_nobody_knows_is_a_model_error(tiny_model: Path) -> None:
+def test_an_unknown_attention_is_a_model_error(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match="nonsense"):
         load_base_model(str(tiny_model), torch.float32, "nonsense")
 
@@ -85,11 +85,11 @@ def cut_weights(folder: Path) -> None:
         pytest.param(lambda folder: edit_config(folder, model_type="zzz"), id="unknown architecture"),
         pytest.param(lambda folder: edit_config(folder, model_type="vit"), id="no language model"),
         pytest.param(lambda folder: (folder / "tokenizer.json").write_text("{"), id="broken tokenizer"),
-        # Was a SafetensorError: what a download that was cut off leaves.
+        # An interrupted download. Regression: it raised a SafetensorError.
         pytest.param(cut_weights, id="weights cut off"),
-        # Was a RuntimeError.
+        # Regression: it raised a RuntimeError.
         pytest.param(lambda folder: edit_config(folder, intermediate_size=96), id="weights of another shape"),
-        # Was loaded, with random numbers for the third layer.
+        # Regression: it was loaded, with random numbers for the third layer.
         pytest.param(lambda folder: edit_config(folder, num_hidden_layers=3), id="weights of a layer missing"),
     ],
 )
@@ -105,8 +105,8 @@ def edit_tokenizer(folder: Path, **changes: Any) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer | changes))
 
 
-def test_a_tokenizer_that_cuts_and_pads_does_neither(tiny_model: Path, tmp_path: Path) -> None:
-    # Some files on the hub say so: a long prompt would be cut in silence.
+def test_a_tokenizers_own_truncation_and_padding_are_disabled(tiny_model: Path, tmp_path: Path) -> None:
+    # Some files on the hub enable both: a long prompt would be cut in silence.
     folder = shutil.copytree(tiny_model, tmp_path / "cutting")
     padding = {"strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
     edit_tokenizer(
@@ -154,12 +154,12 @@ def digest_of(model: PreTrainedModel) -> str:
 
 
 def test_digest_is_the_same_for_ever() -> None:
-    # It is in the file of every adapter: if this fails, no adapter loads any more.
+    # Every adapter's file has the digest. If this test fails, no existing adapter loads any more.
     assert digest_of(counted_model()) == GOLDEN_DIGEST
 
 
 @torch.no_grad()
-def test_digest_sees_every_parameter() -> None:
+def test_digest_changes_with_every_parameter() -> None:
     model = counted_model()
     digests = {GOLDEN_DIGEST}
     for _, parameter in model.named_parameters():
@@ -183,7 +183,7 @@ def test_digest_sees_every_parameter() -> None:
         {"hidden_act": "gelu"},
     ],
 )
-def test_digest_sees_the_architecture(changes: dict[str, Any]) -> None:
+def test_digest_changes_with_the_architecture(changes: dict[str, Any]) -> None:
     assert digest_of(counted_model(**changes)) != GOLDEN_DIGEST
 
 
@@ -201,7 +201,7 @@ def test_a_base_is_identified_by_its_files_alone(tiny_model: Path, tmp_path: Pat
 
 
 def test_a_single_file_is_taken_before_shards(tiny_model: Path, tmp_path: Path) -> None:
-    # As transformers does: another base was identified than would be loaded.
+    # transformers does so. Regression: the identified base was another than the loaded one.
     load_base_model(str(tiny_model), torch.float32).model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     other = save_tiny_model(tmp_path / "other", seed=1)
     shutil.copy(other / "model.safetensors", tmp_path / "base")
@@ -209,7 +209,7 @@ def test_a_single_file_is_taken_before_shards(tiny_model: Path, tmp_path: Path) 
 
 
 def test_a_tied_parameter_of_its_own_value_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    # Loading does not tie it then: the base would be another.
+    # Loading does not tie such a parameter, so the loaded base would be another.
     folder = shutil.copytree(tiny_model, tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
     for change, is_sound in ((0.0, True), (1.0, False)):
@@ -232,7 +232,7 @@ def test_a_config_that_makes_no_model_is_a_model_error(tiny_model: Path, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["no config", "no weights", "not safetensors", "other shapes", "no such parameter"])
-def test_files_that_are_no_base_are_a_model_error(tiny_model: Path, tmp_path: Path, damage: str) -> None:
+def test_invalid_base_files_are_a_model_error(tiny_model: Path, tmp_path: Path, damage: str) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "base")
     weights, config = folder / "model.safetensors", folder / "config.json"
     match damage:
@@ -263,7 +263,7 @@ def test_dtypes_by_name() -> None:
 def test_a_cpu_without_instructions_for_bf16_computes_in_fp32(
     monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: torch.dtype
 ) -> None:
-    """Was bf16 wherever oneDNN can: 32 requests took twice as long on a CPU with AVX-512 alone."""
+    """Regression: bf16 was used if oneDNN supports it. On a CPU with plain AVX-512, 32 requests took twice as long."""
     monkeypatch.delenv(MAX_ISA_VARIABLE, raising=False)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)

@@ -1,4 +1,4 @@
-"""The frozen A: what it is drawn from, and that it never changes."""
+"""The frozen A: its random stream, its digest, and explicit bases."""
 
 import hashlib
 import tracemalloc
@@ -9,7 +9,7 @@ import torch
 
 from lori.basis import GENERATOR, PIECE, Explicit, Seeded
 
-# Checked once against a Philox4x64-10 written from its paper (Salmon et al. 2011), key and mapping as in lori/basis.
+# Checked once against a Philox4x64-10 written from its paper (Salmon et al. 2011), with key and mapping as in lori/basis.
 GOLDEN_VALUES = {
     (0, 0, "q_proj", 2, 5): [
         "-0x1.349588p-3", "-0x1.b170e0p-4", "0x1.7bb2f8p-2", "-0x1.810758p-3", "-0x1.ed4228p-3",
@@ -50,7 +50,7 @@ def test_digest_does_not_depend_on_the_order_of_modules() -> None:
         (Seeded(), {name.replace("a", "z", 1): shape for name, shape in GOLDEN_SHAPES.items()}),
     ],
 )
-def test_digest_sees_what_differs(basis: Seeded, shapes: dict[str, tuple[int, int]]) -> None:
+def test_digest_changes_with_the_basis_and_the_shapes(basis: Seeded, shapes: dict[str, tuple[int, int]]) -> None:
     assert basis.digest(shapes) != GOLDEN_DIGEST
 
 
@@ -71,7 +71,7 @@ def test_an_a_of_several_pieces_is_one_stream(count: int) -> None:
 
 
 def test_drawing_takes_little_more_memory_than_a_itself() -> None:
-    """An adapter's file of 4 KB can name an A of 2**26 entries a module: it took 1.9 GB to draw, seven times what A takes."""
+    """Regression: a file of 4 KB can name an A of 2**26 entries a module. Drawing it took 1.9 GB, seven times A's size."""
     tracemalloc.start()
     try:
         Seeded().digest({"m": (16, PIECE)})
@@ -136,7 +136,7 @@ def test_an_unsound_basis_is_refused(fields: dict[str, int], complaint: str) -> 
         Seeded(**fields)  # type: ignore[arg-type]
 
 
-def test_equal_bases_are_one_key() -> None:
+def test_equal_bases_have_equal_hashes() -> None:
     assert len({Seeded(1, 2), Seeded(1, 2), Seeded(2, 1)}) == 2
 
 
@@ -155,7 +155,7 @@ def test_an_explicit_basis_is_named_by_its_content() -> None:
     assert basis != Explicit.from_tensors({"a": Seeded(7).draw("a", 3, 5)})
 
 
-def test_its_first_rows_are_drawn_and_what_it_lacks_is_zero() -> None:
+def test_an_explicit_basis_draws_its_first_rows_and_zeros_for_missing_modules() -> None:
     basis = explicit()
     assert torch.equal(basis.draw("a", 2, 5), Seeded(7).draw("a", 2, 5))
     assert torch.equal(basis.draw("a", 4, 5), torch.cat([Seeded(7).draw("a", 3, 5), torch.zeros(1, 5)]))

@@ -1,4 +1,4 @@
-"""`python -m lori`, as a person or a script runs it."""
+"""`python -m lori`: exit codes and output for people and scripts."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs the program in this process and returns its exit code, stdout and stderr."""
+    """Return a function that runs the program in this process and returns its exit code, stdout and stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lori", *map(str, arguments)])
@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A store of three adapters as their makers left them, on one basis."""
+    """Return a store of three adapters in plain folders, on one basis."""
     for seed, name in enumerate(("math", "law", "code")):
         save(tmp_path / "store" / name, make_config(basis=Seeded()), make_modules(seed=seed))
     return tmp_path / "store"
@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_adapter(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """The tiny model, and a random adapter for it on the shared basis."""
+    """Return the tiny model, and a random adapter for it on the shared basis."""
     base = load_base_model(str(tiny_model), torch.float32)
     modules = make_modules(base.identity.shapes, ("q_proj", "down_proj"), rank=4, density=0.1)
     config = new_config(
@@ -66,7 +66,7 @@ def tiny_adapter(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_the_module_runs_and_its_exit_code_means_something(store: Path) -> None:
+def test_the_module_runs_and_its_exit_code_reports_success(store: Path) -> None:
     command = [sys.executable, "-m", "lori", "verify", str(store)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "code: sound\nlaw: sound\nmath: sound\n"
     (store / "law" / WEIGHTS_FILE).write_bytes(b"x")
@@ -105,21 +105,21 @@ def test_list_is_a_table_or_json(run: Run, store: Path) -> None:
     assert rows[2]["bytes"] == sum(file.stat().st_size for file in (store / "math").iterdir())
 
 
-def test_list_shows_what_is_not_sound_and_says_so_by_its_code(run: Run, store: Path) -> None:
+def test_list_shows_unsound_adapters_and_exits_with_1(run: Run, store: Path) -> None:
     (store / "law" / CONFIG_FILE).write_text("{")
     code, out, _ = run("list", store)
     assert code == 1
     assert "adapter_config.json: JSON: Invalid JSON" in out
-    assert run("list", store, "--brief")[0] == 1  # its version is in the config
+    assert run("list", store, "--brief")[0] == 1  # --brief reads the version from the config
     AdapterStore(store).publish(store / "math")
     (AdapterStore(store).find("math").folder / CONFIG_FILE).write_text("{")
     shutil.rmtree(store / "law")
     code, out, _ = run("list", store, "--brief")
-    assert code == 0  # nothing was opened
+    assert code == 0  # --brief opened no file
     assert "math" in out
 
 
-def test_a_store_that_is_not_there_is_an_error(run: Run, tmp_path: Path) -> None:
+def test_a_missing_store_is_an_error(run: Run, tmp_path: Path) -> None:
     code, out, err = run("list", tmp_path / "none")
     assert (code, out) == (1, "")
     assert err == f"error: {tmp_path / 'none'} is no folder of adapters: No such file or directory\n"
@@ -134,10 +134,10 @@ def test_inspect_shows_every_module(run: Run, store: Path) -> None:
     for name, b in make_modules(seed=0).items():
         line = next(line for line in out.splitlines() if name in line)
         assert f" {b.values.numel()} " in line
-    found = json.loads(run("inspect", store / "math", "--json")[1])
-    assert [row["module"] for row in found["modules"]] == list(make_modules())
-    assert found["total"]["num_kept"] == sum(row["num_kept"] for row in found["modules"])
-    assert found["config"]["r"] == RANK
+    report = json.loads(run("inspect", store / "math", "--json")[1])
+    assert [row["module"] for row in report["modules"]] == list(make_modules())
+    assert report["total"]["num_kept"] == sum(row["num_kept"] for row in report["modules"])
+    assert report["config"]["r"] == RANK
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
@@ -200,7 +200,7 @@ def test_compare_takes_the_weights_of_the_sum(run: Run, store: Path) -> None:
     assert pair["total"]["norm_a"] > 1
 
 
-def test_versions_of_one_name_are_told_apart(run: Run, store: Path) -> None:
+def test_versions_of_one_name_are_distinguished(run: Run, store: Path) -> None:
     AdapterStore(store).publish(store / "law", "math")
     versions = [entry.version for entry in AdapterStore(store).list() if entry.name == "math"]
     _, out, _ = run("compare", *(f"{store}/math@{version}" for version in versions), "--json")
@@ -237,7 +237,7 @@ def test_merge_by_another_method(run: Run, store: Path, method: str) -> None:
     assert load_adapter(AdapterStore(store).find("both").folder).config.lori.training["merge"]["method"] == method
 
 
-def test_a_weight_too_few_is_refused(run: Run, store: Path) -> None:
+def test_a_missing_weight_is_refused(run: Run, store: Path) -> None:
     code, _, err = run("merge", store / "math", store / "law", "-w", 1, "-o", store / "both")
     assert code == 2
     assert "expected 2" in err
@@ -246,7 +246,7 @@ def test_a_weight_too_few_is_refused(run: Run, store: Path) -> None:
 def test_an_alias_is_made_and_removed(run: Run, store: Path) -> None:
     assert run("alias", store, "prod", "math")[0] == 0
     assert "prod" in run("list", store)[1]
-    assert run("remove", store, "math")[0] == 1  # prod means it
+    assert run("remove", store, "math")[0] == 1  # the alias prod means math
     assert run("remove", store, "prod")[0] == run("remove", store, "math")[0] == 0
     assert set(AdapterStore(store).current()) == {"law", "code"}
 
@@ -278,14 +278,14 @@ def test_a_dense_lora_is_pruned_only_where_asked(run: Run, tmp_path: Path, tiny_
     assert load_adapter(AdapterStore(tmp_path / "in").find("part").folder).config.lori.sparsity == pytest.approx(0.9, abs=0.01)
 
 
-def test_one_of_ours_is_imported_as_it_is(run: Run, store: Path, tmp_path: Path) -> None:
+def test_an_adapter_in_the_native_format_is_imported_unchanged(run: Run, store: Path, tmp_path: Path) -> None:
     assert run("import", store / "math", tmp_path / "in", "--name", "sums")[0] == 0
     assert AdapterStore(tmp_path / "in").find("sums").version == AdapterStore(store).find("math").version
     assert run("import", store / "math", tmp_path / "in", "--sparsity", 0.9)[0] == 2
 
 
 @pytest.mark.parametrize("source", ["none", "hf://no-such"])
-def test_a_source_that_is_not_there_is_an_error(run: Run, tmp_path: Path, source: str) -> None:
+def test_a_missing_source_is_an_error(run: Run, tmp_path: Path, source: str) -> None:
     code, _, err = run("import", source, tmp_path / "in")
     assert code == 1
     assert source in err
@@ -301,11 +301,11 @@ def test_pack_and_unpack(run: Run, store: Path, tmp_path: Path) -> None:
     assert run("unpack", tmp_path / "math.lori", tmp_path / "in")[0] == 1
 
 
-# --- what was found by trying
+# --- regressions
 
 
-def test_a_store_that_is_not_whole_is_listed_and_mended(run: Run, store: Path) -> None:
-    # One alias that meant nothing hid the whole store, and could not be removed.
+def test_a_damaged_store_is_listed_and_can_be_repaired(run: Run, store: Path) -> None:
+    # Regression: one dangling alias made the whole store unlistable, and could not be removed.
     AdapterStore(store).alias("prod", "math")
     shutil.rmtree(AdapterStore(store).find("math").folder)
     code, out, err = run("list", store, "--brief")
@@ -316,7 +316,7 @@ def test_a_store_that_is_not_whole_is_listed_and_mended(run: Run, store: Path) -
     assert run("list", store)[0] == 0
 
 
-def test_verify_of_nothing_is_not_fine(run: Run, tmp_path: Path) -> None:
+def test_verifying_an_empty_store_fails(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     code, _, err = run("verify", tmp_path / "empty")
     assert (code, err) == (1, f"error: {tmp_path / 'empty'} holds no adapter\n")
@@ -324,11 +324,11 @@ def test_verify_of_nothing_is_not_fine(run: Run, tmp_path: Path) -> None:
 
 def test_an_adapter_is_compared_with_itself(run: Run, store: Path) -> None:
     pairs = json.loads(run("compare", store / "math", store / "math", store / "law", "--json")[1])
-    assert len(pairs) == 3  # was two
+    assert len(pairs) == 3  # regression: two pairs
     assert pairs[0]["total"]["cosine"] == pytest.approx(1)
 
 
-def test_a_folder_and_an_alias_of_one_name_are_not_chosen_between(run: Run, store: Path) -> None:
+def test_a_name_of_both_a_folder_and_an_alias_is_ambiguous(run: Run, store: Path) -> None:
     AdapterStore(store).publish(store / "law", "math")
     save(store / "math", make_config(basis=Seeded()), make_modules(seed=7))
     for command in ("inspect", "verify"):
@@ -338,13 +338,13 @@ def test_a_folder_and_an_alias_of_one_name_are_not_chosen_between(run: Run, stor
 
 
 @pytest.mark.parametrize("options", [["--density", 0.1], ["--sign", "total"], ["--seed", 3], ["--method", "ties", "--seed", 3]])
-def test_an_option_that_would_do_nothing_is_refused(run: Run, store: Path, options: list[object]) -> None:
+def test_an_option_without_effect_is_refused(run: Run, store: Path, options: list[object]) -> None:
     code, _, err = run("merge", store / "math", store / "law", "-o", store / "x", *options)
     assert code == 2
     assert "has no " in err
 
 
-def test_every_command_that_makes_something_speaks_json(run: Run, store: Path, tmp_path: Path) -> None:
+def test_every_command_that_creates_something_can_print_json(run: Run, store: Path, tmp_path: Path) -> None:
     made = json.loads(run("merge", store / "math", store / "law", "-o", store / "both", "--json")[1])
     assert made["name"] == "both"
     assert json.loads(run("pack", store / "both", tmp_path / "x", "--json")[1])["version"] == made["version"]
@@ -355,15 +355,15 @@ def test_every_command_that_makes_something_speaks_json(run: Run, store: Path, t
     assert json.loads(run("remove", store, "prod", "--json")[1]) == {"removed": ["prod"]}
 
 
-def test_what_a_file_says_does_not_reach_the_terminal_raw(run: Run, store: Path) -> None:
+def test_text_from_a_file_is_escaped_for_the_terminal(run: Run, store: Path) -> None:
     save(store / "math", make_config(basis=Seeded()).model_copy(update={"base_model_name_or_path": "x\x1b[2Jy"}), make_modules())
     _, out, _ = run("list", store)
     assert "\x1b" not in out
     assert "x\\x1b[2Jy" in out
 
 
-def test_how_prompts_are_written_goes_out_and_comes_back(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
-    # An import took `chat` in silence, whatever the adapter was trained on.
+def test_templates_survive_export_and_import(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
+    # Regression: an import silently assumed `chat`, whatever the adapter was trained on.
     model, folder = tiny_adapter
     plain = load_adapter(folder)
     section = plain.config.lori.model_copy(update={"templates": ("plain", "chat")})
@@ -372,13 +372,15 @@ def test_how_prompts_are_written_goes_out_and_comes_back(run: Run, tmp_path: Pat
     assert "templates: plain, chat" in run("import", tmp_path / "peft", tmp_path / "in", "--model", model)[1]
     assert AdapterStore(tmp_path / "in").find("peft").load().config.lori.templates == ("plain", "chat")
     run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--template", "chat", "--name", "other")
-    found = AdapterStore(tmp_path / "in")
-    assert found.find("other").load().config.lori.templates == ("chat",)
-    assert found.find("other").version != found.find("peft").version
+    imported = AdapterStore(tmp_path / "in")
+    assert imported.find("other").load().config.lori.templates == ("chat",)
+    assert imported.find("other").version != imported.find("peft").version
 
 
-def test_how_an_adapter_was_made_is_not_forgotten(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
-    # Its equal, imported under its name, replaced a merge's record with its own.
+def test_the_record_of_a_merge_survives_the_import_of_an_equal_adapter(
+    run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]
+) -> None:
+    # Regression: an equal adapter, imported under the merge's name, replaced the merge's record.
     model, folder = tiny_adapter
     run("merge", folder, folder, "-w", 1, "-w", 1, "-o", tmp_path / "in/both", "--values", "float32")
     before = AdapterStore(tmp_path / "in").find("both")
@@ -414,7 +416,7 @@ def test_an_adapter_goes_from_store_to_store_by_name(run: Run, store: Path, tmp_
     assert AdapterStore(tmp_path / "in").find("math").version == AdapterStore(store).find("math").version
 
 
-def test_a_name_that_cannot_be_is_asked_for(run: Run, store: Path, tmp_path: Path) -> None:
+def test_a_source_without_a_valid_name_needs_the_name_option(run: Run, store: Path, tmp_path: Path) -> None:
     shutil.copytree(store / "math", tmp_path / "My LoRA")
     code, _, err = run("import", tmp_path / "My LoRA", tmp_path / "in")
     assert code == 2

@@ -1,4 +1,4 @@
-"""adapter_config.json: what it admits and what it refuses."""
+"""adapter_config.json: valid and invalid fields."""
 
 import json
 from typing import Any
@@ -27,11 +27,11 @@ def test_a_config_comes_back_from_json() -> None:
     assert AdapterConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_the_basis_is_what_the_fields_say() -> None:
+def test_the_basis_is_the_one_that_the_fields_describe() -> None:
     assert make_config(basis=Seeded(seed=2**63 - 1, stream=3)).lori.basis.basis() == Seeded(seed=2**63 - 1, stream=3)
 
 
-def test_a_file_says_what_it_is_in_peft_s_words() -> None:
+def test_a_config_uses_pefts_field_names() -> None:
     written = json.loads(make_config().model_dump_json())
     assert written["peft_type"] == "LORI"
     assert written["task_type"] == "CAUSAL_LM"
@@ -41,7 +41,7 @@ def test_a_file_says_what_it_is_in_peft_s_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "section", "where"),
+    ("changes", "section", "location"),
     [
         ({"peft_type": "LORA"}, {}, "peft_type"),
         ({"rank": 3}, {}, "rank"),
@@ -50,7 +50,7 @@ def test_a_file_says_what_it_is_in_peft_s_words() -> None:
         ({"lora_alpha": 0}, {}, "lora_alpha"),
         ({"lora_alpha": -1.0}, {}, "lora_alpha"),
         ({"lora_alpha": float("nan")}, {}, "lora_alpha"),
-        # Was read as infinity: every delta of such an adapter is not a number.
+        # Regression: it was read as infinity, and every delta of such an adapter was NaN.
         ({"lora_alpha": float("inf")}, {}, "lora_alpha"),
         ({"target_modules": []}, {}, "target_modules"),
         ({"bias": "all"}, {}, "bias"),
@@ -79,10 +79,10 @@ def test_a_file_says_what_it_is_in_peft_s_words() -> None:
         ({}, {"metric": {}}, "lori.metric"),
     ],
 )
-def test_a_field_that_is_not_sound_is_named(changes: dict[str, Any], section: dict[str, Any], where: str) -> None:
+def test_an_invalid_field_is_named(changes: dict[str, Any], section: dict[str, Any], location: str) -> None:
     with pytest.raises(ValidationError) as caught:
         AdapterConfig.model_validate_json(document(changes, section))
-    assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [where]
+    assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [location]
 
 
 @pytest.mark.parametrize("field", ["base_model_name_or_path", "r", "lora_alpha", "target_modules", "lori"])
@@ -101,18 +101,18 @@ def test_a_config_does_not_change() -> None:
         config.lori.sparsity = 0.0  # type: ignore[misc]
 
 
-def test_a_module_has_its_own_rank_and_alpha_where_the_patterns_say_so() -> None:
+def test_a_module_has_the_rank_and_alpha_of_its_patterns() -> None:
     raw = json.loads(document({"rank_pattern": {"layers.0.q_proj": 8}, "alpha_pattern": {"layers.1.q_proj": 9.0}}, {}))
     config = AdapterConfig.model_validate(raw)
     assert [config.rank_of(f"layers.{i}.q_proj") for i in range(3)] == [8, 3, 3]
     assert [config.scale_of(f"layers.{i}.q_proj") for i in range(3)] == [6 / 8, 9 / 3, 6 / 3]
 
 
-def test_shapes_are_said_once_and_exceptions_by_full_name() -> None:
+def test_shapes_are_listed_once_and_exceptions_by_full_name() -> None:
     shapes = {f"layers.{i}.q_proj": (8, 4) for i in range(3)} | {"layers.1.q_proj": (8, 6), "lm.up_proj": (2, 3)}
-    found = compact_shapes(shapes)
-    assert found == {"q_proj": (8, 4), "layers.1.q_proj": (8, 6), "up_proj": (2, 3)}
-    config = AdapterConfig.model_validate_json(document({}, {"shapes": found}))
+    compact = compact_shapes(shapes)
+    assert compact == {"q_proj": (8, 4), "layers.1.q_proj": (8, 6), "up_proj": (2, 3)}
+    config = AdapterConfig.model_validate_json(document({}, {"shapes": compact}))
     assert {module: config.shape_of(module) for module in shapes} == shapes
     assert config.shape_of("layers.0.k_proj") is None
 
@@ -125,7 +125,7 @@ def test_shapes_are_said_once_and_exceptions_by_full_name() -> None:
         (["layers.0.q_proj", "layers.1.q_proj", "layers.1.o_proj"], ("layers.0.q_proj", "layers.1.q_proj", "layers.1.o_proj")),
     ],
 )
-def test_targets_are_last_parts_only_where_every_such_module_is_one(modules: list[str], expected: tuple[str, ...]) -> None:
+def test_targets_are_last_name_parts_only_if_every_such_module_is_a_target(modules: list[str], expected: tuple[str, ...]) -> None:
     base = [f"layers.{i}.{name}" for i in range(2) for name in ("q_proj", "o_proj")]
     names = target_names(dict.fromkeys(modules), dict.fromkeys(base))
     assert names == expected

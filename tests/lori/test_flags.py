@@ -1,4 +1,4 @@
-"""What a program says of its flags."""
+"""Messages about a program's flags."""
 
 from typing import Self
 
@@ -41,14 +41,14 @@ class Settings(BaseModel):
         ({"max_batch": 0, "place": "a b"}, "--max-batch: Input should be greater than or equal to 1; --place: holds a space"),
     ],
 )
-def test_every_fault_is_told_by_its_flag_in_one_line(fields: dict[str, object], expected: str) -> None:
+def test_every_fault_names_its_flag_in_one_line(fields: dict[str, object], expected: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Settings.model_validate(fields)
     assert flag_faults(caught.value) == expected
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("message", "expected"),
     [
         ("unrecognized arguments: --max-bach 3", "there is no flag --max-bach: did you mean --max-batch?"),
         ("unrecognized arguments: --plce=x --qqqqq", "there is no flag --plce: did you mean --place?; there is no flag --qqqqq: "
@@ -57,15 +57,15 @@ def test_every_fault_is_told_by_its_flag_in_one_line(fields: dict[str, object], 
         ("argument --low: expected one argument", "argument --low: expected one argument"),
     ],
 )  # fmt: skip
-def test_an_unknown_flag_is_told_with_those_that_look_like_it(said: str, expected: str) -> None:
-    assert refused_arguments(ValueError(f"error parsing CLI: {said}"), Settings.model_fields) == expected
+def test_an_unknown_flag_is_reported_with_similar_flags(message: str, expected: str) -> None:
+    assert refused_arguments(ValueError(f"error parsing CLI: {message}"), Settings.model_fields) == expected
 
 
 HINTS = {"--max-model-len": "leave it out", "-c": "use --place", STRAY: "a place is given as --place NAME"}
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("message", "expected"),
     [
         ("unrecognized arguments: --max-model-len=4 -c 5", "there is no flag --max-model-len: leave it out; "
          "there is no flag -c: use --place"),
@@ -75,5 +75,5 @@ HINTS = {"--max-model-len": "leave it out", "-c": "use --place", STRAY: "a place
         ("unrecognized arguments: stray", "unrecognized arguments: stray: a place is given as --place NAME"),
     ],
 )  # fmt: skip
-def test_a_flag_with_a_hint_is_told_that_and_not_one_that_looks_alike(said: str, expected: str) -> None:
-    assert refused_arguments(ValueError(f"error parsing CLI: {said}"), Settings.model_fields, HINTS) == expected
+def test_a_flag_with_a_hint_is_reported_with_the_hint_and_no_similar_flag(message: str, expected: str) -> None:
+    assert refused_arguments(ValueError(f"error parsing CLI: {message}"), Settings.model_fields, HINTS) == expected

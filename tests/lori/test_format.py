@@ -1,4 +1,4 @@
-"""An adapter on disk: what is written is what is read, and what is not sound is refused with every fault."""
+"""An adapter on disk: writing and reading restore it, and an unsound one is refused with every fault."""
 
 import json
 import math
@@ -42,7 +42,7 @@ Q = "layers.0.q_proj"  # (9, 5) at rank 3, 27 entries: its mask, a bitmap at thi
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A sound adapter called math."""
+    """Return the folder of a sound adapter called math."""
     return save(tmp_path / "math", make_config(metrics={"loss": 1.25}), make_modules()) and tmp_path / "math"
 
 
@@ -51,7 +51,7 @@ def load(folder: Path) -> Adapter:
 
 
 def load_if_sound(folder: Path) -> Adapter | None:
-    """Returns the adapter, or `None` where it is refused; any other error is the test's failure."""
+    """Return the adapter, or `None` if it is refused. Any other error fails the test."""
     try:
         return load(folder)
     except AdapterFormatError:
@@ -72,7 +72,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def forge(
     folder: Path, edit: Callable[[Tensors], Any] | None = None, config: Callable[[dict[str, Any]], Any] | None = None
 ) -> None:
-    """Changes tensors and config of an adapter in place and signs the result, as one who wants it to be loaded would."""
+    """Change tensors and config of an adapter in place and give it matching digests, as a forger would."""
     tensors, raw = load_tensors((folder / WEIGHTS_FILE).read_bytes()), json.loads((folder / CONFIG_FILE).read_bytes())
     if edit:
         edit(tensors)
@@ -84,7 +84,7 @@ def forge(
 
 
 def sign(folder: Path, raw: dict[str, Any]) -> None:
-    """Gives a changed adapter the digests that it would have been saved with."""
+    """Give a changed adapter the digests with which it would have been saved."""
     raw["lori"]["content_digest"] = "0" * 64
     config = AdapterConfig.model_validate_json(json.dumps(raw))
     raw["lori"]["content_digest"] = content_digest((folder / WEIGHTS_FILE).read_bytes(), config)
@@ -92,14 +92,14 @@ def sign(folder: Path, raw: dict[str, Any]) -> None:
 
 
 def sign_config(folder: Path, raw: dict[str, Any]) -> None:
-    """Gives a changed config its own digest."""
+    """Give a changed config the digest of its new content."""
     raw["lori"]["config_digest"] = config_digest(json.dumps(raw).encode())
     (folder / CONFIG_FILE).write_text(json.dumps(raw))
 
 
 @contextmanager
 def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """Makes every write of this process past `num_bytes` into a file fail, as a full disk does."""
+    """Context manager: every write of this process beyond `num_bytes` of a file fails, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -109,12 +109,12 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
 
 
 def effect(adapter: Adapter) -> tuple[object, ...]:
-    """All that decides what an adapter does, in a form that compares."""
+    """Return everything that determines an adapter's effect, in a comparable form."""
     modules = {name: (b.mask.tolist(), b.values.tolist()) for name, b in adapter.modules.items()}
     return modules, adapter.version, adapter.basis, adapter.config.r, adapter.config.scale, adapter.config.lori.templates
 
 
-# --- what is written is what is read
+# --- saving and loading
 
 
 def test_save_load_save_gives_identical_bytes(tmp_path: Path) -> None:
@@ -174,20 +174,20 @@ def test_a_folder_is_made_with_its_parents_and_is_readable_for_all(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("config", "value", "where"),
+    ("config", "value", "module"),
     [
-        # Each was saved without a word and then refused by load: a training run's result was lost.
+        # Regression: each was saved silently and then refused by load, so a training run's result was lost.
         pytest.param({}, math.nan, Q, id="a value that is not a number"),
         pytest.param({}, 3.4e38, Q, id="a value that bf16 rounds to infinity"),
     ],
 )
-def test_save_refuses_what_load_would_refuse(tmp_path: Path, config: dict[str, Any], value: float, where: str) -> None:
+def test_save_refuses_values_that_load_would_refuse(tmp_path: Path, config: dict[str, Any], value: float, module: str) -> None:
     modules = make_modules()
     modules[Q].values[0] = value
     with pytest.raises(AdapterFormatError) as caught:
         save(tmp_path / "a", make_config(**config), modules)
     assert len(caught.value.faults) == 1
-    assert where in caught.value.faults[0]
+    assert module in caught.value.faults[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -202,7 +202,7 @@ def test_save_refuses_what_load_would_refuse(tmp_path: Path, config: dict[str, A
         pytest.param({"basis": Seeded(seed=6, stream=1)}, 0, id="seed"),
         pytest.param({"basis": Seeded(seed=5, stream=2)}, 0, id="stream"),
         pytest.param({"base_digest": "c" * 64}, 0, id="base"),
-        # What is asked of it is written in another way.
+        # Another template writes the same prompt differently.
         pytest.param({"templates": ("plain",)}, 0, id="template"),
     ],
 )
@@ -245,14 +245,14 @@ def test_a_save_that_fails_leaves_the_old_adapter_and_nothing_else(folder: Path)
 def test_a_disk_that_is_full_leaves_the_old_adapter_and_nothing_else(folder: Path) -> None:
     before = content(folder)
     with file_size_limit(len(before[WEIGHTS_FILE])), pytest.raises(OSError, match="File too large"):
-        # The weights fit, the config that is written after them does not.
+        # The weights fit on the disk. The config, which is written after them, does not.
         save(folder, make_config(alpha=2.0, training={"note": "x" * 4096}), make_modules())
     assert content(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["math"]
 
 
 def test_saving_over_a_link_replaces_the_link(folder: Path) -> None:
-    # Was an OSError after the new adapter was in place, which left the old link beside it.
+    # Regression: an OSError was raised after the new adapter was in place, and the old link was left beside it.
     link = folder.with_name("linked")
     link.symlink_to(folder, target_is_directory=True)
     saved = save(link, make_config(alpha=2.0), make_modules(seed=1))
@@ -260,7 +260,7 @@ def test_saving_over_a_link_replaces_the_link(folder: Path) -> None:
     assert sorted(path.name for path in folder.parent.iterdir()) == ["linked", "math"]
 
 
-# --- what is measured later
+# --- figures that are recorded later
 
 
 def test_a_written_config_and_card_replace_the_old_and_leave_the_rest(folder: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_written_config_and_card_replace_the_old_and_leave_the_rest(folder: Pa
 
 
 def test_a_metric_that_is_not_a_number_does_not_spoil_a_saved_adapter(folder: Path) -> None:
-    # Was written as null, which no float may be: the adapter could not be loaded any more.
+    # Regression: it was written as null, which is no float, so the adapter could not be loaded any more.
     saved = load(folder)
     before = content(folder)
     section = saved.config.lori.model_copy(update={"metrics": {"loss": math.nan}})
@@ -286,7 +286,7 @@ def test_a_metric_that_is_not_a_number_does_not_spoil_a_saved_adapter(folder: Pa
     assert content(folder) == before
 
 
-# --- one fault at a time, signed again so that nothing else is wrong
+# --- one fault at a time, signed again so that there is no other fault
 
 NUM_VALUES = make_modules()[Q].values.numel()
 
@@ -336,7 +336,7 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", TENSOR_FAULTS)
-def test_one_fault_in_the_tensors_is_the_one_that_is_reported(folder: Path, fault: str) -> None:
+def test_a_single_fault_in_the_tensors_is_reported_alone(folder: Path, fault: str) -> None:
     edit, expected = TENSOR_FAULTS[fault]
     forge(folder, edit)
     (fault,) = faults_of(folder)
@@ -396,13 +396,13 @@ def test_another_rank_is_refused(folder: Path) -> None:
     assert f"{Q}: the mask's code holds " in " ".join(faults_of(folder))
 
 
-def test_a_target_that_the_base_has_not_is_refused(folder: Path) -> None:
-    # Was loaded: the part of the adapter that was meant for it would have done nothing, in silence.
+def test_a_target_that_the_base_lacks_is_refused(folder: Path) -> None:
+    # Regression: the adapter was loaded, and the part for the missing target silently had no effect.
     forge(folder, config=lambda raw: raw.update(target_modules=[*TARGETS, "gate_proj"]))
     assert any("gate_proj" in fault for fault in faults_of(folder))
 
 
-def test_a_layer_that_the_base_has_not_is_an_unknown_tensor(folder: Path) -> None:
+def test_a_layer_that_the_base_lacks_is_an_unknown_tensor(folder: Path) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if name != Q}
     with pytest.raises(AdapterFormatError) as caught:
         load_adapter(folder, BaseIdentity("a/base", BASE_DIGEST, shapes))
@@ -443,7 +443,7 @@ def test_every_fault_is_listed_at_once(folder: Path) -> None:
 
 
 def test_a_wrong_basis_is_listed_beside_another_fault(folder: Path) -> None:
-    # Was left out as soon as anything else was wrong, and came up as news when that was mended.
+    # Regression: the wrong basis was not reported beside any other fault, only after that fault was corrected.
     forge(folder, TENSOR_FAULTS["NaN"][0], lambda raw: raw["lori"].update(basis_digest="d" * 64))
     faults = faults_of(folder)
     assert TENSOR_FAULTS["NaN"][1] in faults
@@ -477,7 +477,7 @@ def test_a_missing_file(folder: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
-def test_a_folder_where_a_file_should_be(folder: Path, file: str) -> None:
+def test_a_folder_in_place_of_a_file(folder: Path, file: str) -> None:
     (folder / file).unlink()
     (folder / file).mkdir()
     assert faults_of(folder) == (f"{file} cannot be read: it is not a regular file",)
@@ -512,7 +512,7 @@ def test_read_config_reads_the_config_alone(folder: Path) -> None:
 
 
 class Payload:
-    """Leaves a file behind where a pickle of it is loaded."""
+    """Object whose unpickling creates a file."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -546,7 +546,7 @@ def test_truncated_weights(folder: Path) -> None:
         assert fault.startswith(f"{WEIGHTS_FILE} is not a safetensors file: "), length
 
 
-def test_weights_with_more_behind_them(folder: Path) -> None:
+def test_weights_with_trailing_bytes(folder: Path) -> None:
     (folder / WEIGHTS_FILE).write_bytes((folder / WEIGHTS_FILE).read_bytes() + b"\0" * 8)
     assert len(faults_of(folder)) == 1
 
@@ -562,7 +562,7 @@ def test_a_truncated_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     "tensor",
     [
-        # Each passes safetensors' own parser and then raised a KeyError, a RuntimeError or a TypeError on the way to torch.
+        # Each passes safetensors' own parser. Regression: the conversion to torch raised a KeyError, RuntimeError or TypeError.
         pytest.param({"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}, id="4-bit floats"),
         pytest.param({"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}, id="exponents"),
         pytest.param({"dtype": "U8", "shape": [0, 2**63 - 1, 4], "data_offsets": [0, 0]}, id="strides overflow"),
@@ -577,7 +577,7 @@ def test_a_tensor_that_torch_cannot_hold_is_refused(folder: Path, tensor: dict[s
 
 
 def corruptions(whole: bytes, count: int, rng: random.Random) -> list[bytes]:
-    """Returns copies of `whole` with one byte changed: half of them by a bit, half of them at will."""
+    """Return copies of `whole` with one changed byte: half of them by one bit, the others to a random byte."""
     copies = []
     for i in range(count):
         at = rng.randrange(len(whole))
@@ -600,7 +600,7 @@ def test_one_wrong_byte_in_a_signed_file_gives_an_adapter_or_a_format_error(fold
         sign(folder, raw)
         loaded.append(load_if_sound(folder))
     sound = [adapter for adapter in loaded if adapter]
-    assert 0 < len(sound) < 400  # a changed value is a sound adapter, a changed header is none
+    assert 0 < len(sound) < 400  # a changed value gives a sound adapter, a changed header does not
     assert all(b.values.isfinite().all() for adapter in sound for b in adapter.modules.values())
 
 
@@ -610,11 +610,11 @@ def test_one_wrong_byte_in_the_config_never_gives_another_adapter(folder: Path) 
         (folder / CONFIG_FILE).write_bytes(config)
         loaded.append(load_if_sound(folder))
     sound = [adapter for adapter in loaded if adapter]
-    assert 0 < len(sound) < 300  # white space or a record changed
+    assert 0 < len(sound) < 300  # changes of white space or of a record
     assert all(effect(adapter) == before for adapter in sound)
 
 
-def test_adapters_on_a_part_of_the_layers_do_not_need_the_others(tmp_path: Path) -> None:
+def test_adapters_on_some_layers_do_not_need_the_others(tmp_path: Path) -> None:
     config = make_config(targets=("o_proj",))
     save(tmp_path / "a", config, make_modules(targets=("o_proj",)))
     loaded = load(tmp_path / "a")
@@ -652,7 +652,7 @@ def test_values_of_another_type_than_the_config_says_are_refused(folder: Path, v
         (lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][1:].clone()}), f"{Q}.scales: 8 of them, expected 9"),
         (lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"].float()}), f"{Q}.scales: torch.float32 of 1 dimensions"),
         (lambda t: t[f"{Q}.scales"].mul_(math.inf).nan_to_num_(0.0, math.inf), f"{Q}.values: "),
-        # Read as another adapter than the one it was saved as next.
+        # Regression: it was read, and saving it again gave another adapter.
         (lambda t: t[f"{Q}.values"].fill_(3), f"{Q}.scales: not those of its values"),
         (lambda t: t[f"{Q}.scales"].neg_(), f"{Q}.scales: not those of its values"),
     ],
@@ -719,25 +719,25 @@ def test_a_record_that_was_edited_is_refused(folder: Path, field: str) -> None:
     assert fault.startswith(f"{CONFIG_FILE}: its digest is ")
 
 
-def test_a_config_may_be_spaced_and_ordered_as_one_likes(folder: Path) -> None:
+def test_a_config_may_have_any_spacing_and_order(folder: Path) -> None:
     raw = json.loads((folder / CONFIG_FILE).read_bytes())
     before = effect(load(folder))
     (folder / CONFIG_FILE).write_text(json.dumps(dict(reversed(raw.items())), indent=7))
     assert effect(load(folder)) == before
 
 
-# --- what cannot be sealed
+# --- adapters and records that cannot be saved
 
 
-def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
-    # Each was saved without a word and then refused by load.
+def test_an_adapter_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    # Regression: each was saved silently and then refused by load.
     for modules in ({}, make_modules(rank=2), make_modules() | {"layers.9.k_proj": make_modules()[Q]}):
         with pytest.raises(AdapterFormatError):
             save(tmp_path / "a", make_config(), modules)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_whose_basis_is_not_its_config_s_is_not_saved(tmp_path: Path) -> None:
+def test_an_adapter_whose_basis_differs_from_its_config_is_not_saved(tmp_path: Path) -> None:
     adapter = replace(make_adapter("a"), basis=Seeded(77))
     with pytest.raises(AdapterFormatError, match="its basis is seed 77, stream 0, and its config's seed 5, stream 1"):
         save_adapter(adapter, tmp_path / "a")
@@ -752,7 +752,7 @@ def test_a_record_that_changes_what_an_adapter_does_is_refused(folder: Path) -> 
 
 @pytest.mark.parametrize("key", ["config_digest", "content_digest", "shapes", "basis", "templates", "sparsity"])
 def test_a_config_that_lacks_a_field_is_refused(folder: Path, key: str) -> None:
-    # Without its own digest it raised a KeyError.
+    # Regression: a config without its own digest raised a KeyError.
     raw = json.loads((folder / CONFIG_FILE).read_bytes())
     raw["lori"].pop(key)
     (folder / CONFIG_FILE).write_text(json.dumps(raw))
@@ -760,7 +760,7 @@ def test_a_config_that_lacks_a_field_is_refused(folder: Path, key: str) -> None:
 
 
 def test_a_missing_file_hides_no_other_fault(folder: Path) -> None:
-    # A changed config was news after the weights were there again.
+    # Regression: a changed config was reported only after the missing weights were back.
     raw = json.loads((folder / CONFIG_FILE).read_bytes())
     (folder / CONFIG_FILE).write_text(json.dumps(raw | {"lora_alpha": 99.0}))
     (folder / WEIGHTS_FILE).unlink()
@@ -769,7 +769,7 @@ def test_a_missing_file_hides_no_other_fault(folder: Path) -> None:
     assert second.startswith(f"{CONFIG_FILE}: its digest is ")
 
 
-def test_a_folder_of_the_first_format_says_what_to_do(folder: Path) -> None:
+def test_a_folder_of_format_1_is_refused_as_outdated(folder: Path) -> None:
     raw = json.loads((folder / CONFIG_FILE).read_bytes())
     raw["lori"]["format_version"] = 1
     (folder / CONFIG_FILE).write_text(json.dumps(raw))
@@ -778,7 +778,7 @@ def test_a_folder_of_the_first_format_says_what_to_do(folder: Path) -> None:
 
 @pytest.mark.parametrize("field", ["metrics", "merge_weights", "training", "lora_dropout"])
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
-def test_a_number_that_json_has_not_is_refused(folder: Path, field: str, number: str) -> None:
+def test_a_number_that_json_lacks_is_refused(folder: Path, field: str, number: str) -> None:
     raw = json.loads((folder / CONFIG_FILE).read_bytes())
     value = float(number)
     changed = {"metrics": {"x": value}, "merge_weights": {"x": [1, value]}, "training": {"deep": [{"x": value}]}}.get(
@@ -789,14 +789,14 @@ def test_a_number_that_json_has_not_is_refused(folder: Path, field: str, number:
     assert any(field in fault for fault in faults_of(folder))
 
 
-def test_a_mask_longer_than_any_is_refused_before_it_is_read(folder: Path) -> None:
-    # 20 MB of ones took 2 GB of memory.
+def test_an_overlong_mask_is_refused_before_it_is_decoded(folder: Path) -> None:
+    # Regression: 20 MB of ones took 2 GB of memory.
     forge(folder, lambda t: t.update({f"{Q}.mask": torch.full((2**20,), 255, dtype=torch.uint8)}))
     assert any("more than any mask of 27 entries" in fault for fault in faults_of(folder))
 
 
-def test_an_a_that_nothing_bears_out_is_not_drawn(tmp_path: Path) -> None:
-    # A file of 3 kB could make us draw for hours.
+def test_an_oversized_a_is_not_drawn(tmp_path: Path) -> None:
+    # Regression: a file of 3 kB could make the loader draw for hours.
     shapes = {f"layers.{i}.q_proj": (1, 2**24) for i in range(65)}
     config = make_config({"layers.0.q_proj": (1, 4)}, ("q_proj",), rank=1)
     save(tmp_path / "a", config, make_modules({"layers.0.q_proj": (1, 4)}, ("q_proj",), rank=1))
@@ -820,7 +820,7 @@ def test_an_a_that_nothing_bears_out_is_not_drawn(tmp_path: Path) -> None:
     ],
 )
 def test_an_explicit_basis_that_does_not_fit_is_refused(tmp_path: Path, a: torch.Tensor, expected: str) -> None:
-    # Each was a traceback, and the other adapters of a store were not looked at.
+    # Regression: each raised an unhandled error, and the store's other adapters were not checked.
     shapes = {Q: (9, 5)}
     drawn = Explicit.from_tensors({Q: Seeded(5, 1).draw(Q, RANK, 5)})
     save(tmp_path / "a", make_config(shapes, ("q_proj",)), make_modules(shapes, ("q_proj",)), drawn)
@@ -837,8 +837,8 @@ def load_faults(folder: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("what", ["a store", "a file", "a folder of notes"])
-def test_nothing_but_an_adapter_is_saved_over(tmp_path: Path, what: str) -> None:
-    # A store that was named in place of store/name was gone, with all it held.
+def test_saving_replaces_only_adapters(tmp_path: Path, what: str) -> None:
+    # Regression: a store that was named in place of store/name was deleted with all of its content.
     target = tmp_path / "target"
     if what == "a file":
         target.write_text("x")
@@ -858,13 +858,13 @@ def test_an_adapter_is_saved_into_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_a_module_that_its_explicit_basis_lacks_is_refused(tmp_path: Path) -> None:
-    # A of zeros was made up for it, of any size.
+    # Regression: an A of zeros, of any size, was assumed.
     basis = Explicit.from_tensors({Q: Seeded(5, 1).draw(Q, RANK, 5)})
     with pytest.raises(AdapterFormatError, match=r"layers\.1\.q_proj: its basis has no A for it"):
         save(tmp_path / "a", make_config(targets=("q_proj",)), make_modules(targets=("q_proj",)), basis)
 
 
-def test_a_config_beyond_reason_is_not_read(folder: Path) -> None:
+def test_an_oversized_config_is_not_read(folder: Path) -> None:
     with (folder / CONFIG_FILE).open("ab") as file:
         file.truncate(2**40)
     assert any("it has 1099511627776 bytes" in fault for fault in faults_of(folder))

@@ -1,4 +1,4 @@
-"""What a container has left counts, not what its machine has. Linux' files of groups are written here."""
+"""Free memory in a container: the container's limit counts, not the machine's. The tests write the cgroup files of Linux."""
 
 from pathlib import Path
 
@@ -40,27 +40,27 @@ def test_a_container_has_less_than_its_machine(groups: Path) -> None:
     assert free_memory() == 5 * MIB
 
 
-def test_of_groups_around_each_other_the_fullest_counts(groups: Path) -> None:
+def test_among_nested_groups_the_fullest_counts(groups: Path) -> None:
     within(groups, "0::/slice/unit")
     write(groups / "slice", V2, limit=20 * MIB, used=18 * MIB)
     write(groups / "slice" / "unit", V2, limit="max", used=17 * MIB)
     assert free_memory() == 2 * MIB
 
 
-def test_a_container_of_the_first_version_is_the_root_that_it_sees(groups: Path) -> None:
+def test_a_cgroup_v1_container_sees_its_group_as_the_root(groups: Path) -> None:
     within(groups, "5:cpu,cpuacct:/docker/ab", "4:memory:/docker/ab", "1:name=systemd:/", "0::/")
     write(groups / "memory", V1, limit=20 * MIB, used=15 * MIB)
     assert free_memory() == 5 * MIB
 
 
-def test_files_that_were_read_make_room(groups: Path) -> None:
+def test_the_page_cache_counts_as_free(groups: Path) -> None:
     within(groups, "0::/")
     write(groups, V2, limit=20 * MIB, used=19 * MIB, cached=9 * MIB)
     assert free_memory() == 10 * MIB
 
 
 @pytest.mark.parametrize("names", [V1, V2])
-def test_more_than_the_limit_leaves_nothing(groups: Path, names: tuple[str, str, str]) -> None:
+def test_usage_above_the_limit_leaves_nothing_free(groups: Path, names: tuple[str, str, str]) -> None:
     within(groups, "4:memory:/a", "0::/a")
     write(groups / "memory" / "a" if names == V1 else groups / "a", names, limit=20 * MIB, used=21 * MIB)
     assert free_memory() == 0
@@ -75,7 +75,7 @@ def test_without_a_limit_the_machine_counts(groups: Path) -> None:
     assert before < free_memory() <= psutil.virtual_memory().total
 
 
-def test_what_a_container_does_not_hold_is_refused_before_it_is_taken(groups: Path) -> None:
+def test_memory_that_a_container_lacks_is_refused_before_allocation(groups: Path) -> None:
     within(groups, "0::/")
     write(groups, V2, limit=20 * MIB, used=15 * MIB)
     assert len(zeros(5 * MIB)) == 5 * MIB

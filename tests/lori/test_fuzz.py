@@ -1,4 +1,4 @@
-"""Ten thousand damaged adapters: each is refused with a reason, or is the adapter that was saved."""
+"""Ten thousand damaged adapters: each is refused with a reason, or equals the saved adapter."""
 
 import random
 from pathlib import Path
@@ -16,7 +16,7 @@ from lori.store.bases import BASES_FOLDER
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
 NUM_DAMAGED = 2500
-"""For each type of values: ten thousand in all."""
+"""Number of damaged adapters for each type of values; ten thousand in total."""
 
 
 def is_equal(a: Adapter, b: Adapter) -> bool:
@@ -27,7 +27,7 @@ def is_equal(a: Adapter, b: Adapter) -> bool:
 
 
 def load_if_sound(folder: Path, base: BaseIdentity | None) -> Adapter | None:
-    """Returns the adapter, or `None` where it is refused with a reason; any other error is the test's failure."""
+    """Return the adapter, or `None` if it is refused with a reason. Any other error fails the test."""
     try:
         return load_adapter(folder, base)
     except AdapterFormatError as error:
@@ -37,7 +37,7 @@ def load_if_sound(folder: Path, base: BaseIdentity | None) -> Adapter | None:
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Returns `content` cut short, or with one bit or one byte changed."""
+    """Return `content` truncated, or with one changed bit or byte."""
     at = rng.randrange(len(content))
     match rng.randrange(4):
         case 0:
@@ -64,11 +64,11 @@ def test_a_damaged_adapter_is_refused_or_the_same(tmp_path: Path, values: ValueT
         file = rng.choice(sorted(files))
         file.write_bytes(damaged(files[file], rng))
         for base in (None, BASE):
-            if found := load_if_sound(tmp_path / "math", base):
+            if loaded := load_if_sound(tmp_path / "math", base):
                 same += 1
-                assert is_equal(found, saved)
+                assert is_equal(loaded, saved)
         file.write_bytes(files[file])
-    assert 0 < same < NUM_DAMAGED / 2  # white space, and nothing else
+    assert 0 < same < NUM_DAMAGED / 2  # only damaged white space gives an equal adapter
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Adapters of a hostile writer: damaged or invented content whose digests are right, so that the parser meets it."""
+"""Adapters of a hostile writer: damaged or invented content with right digests, so that it reaches the parser."""
 
 import random
 import re
@@ -30,9 +30,9 @@ from lori.weights import parts, weight_bytes
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
 NUM_MUTANTS = 400
-"""For each type of values, and each kind of mutation."""
+"""Number of mutants for each type of values and each kind of mutation."""
 MAX_MORE_BYTES = 512 * 2**20
-"""Of address space, beside what the process has: the adapters have 4 KB."""
+"""Address space that the process may add to its current one. The adapters have 4 KB."""
 MODULES = [*targeted(SHAPES)]
 NUMBERS = (
     b"0",
@@ -51,14 +51,14 @@ NUMBERS = (
     b"[]",
     b"{}",
 )
-"""In place of a number in a config."""
+"""Replacements for a number in a config."""
 Files = Mapping[str, bytes]
 Tensors = dict[str, torch.Tensor]
 
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Let allocations fail that take the process beyond `MAX_MORE_BYTES` more than it has, where the system can (Linux)."""
+    """Context manager: allocations beyond `MAX_MORE_BYTES` of additional memory fail, if the system supports it (Linux)."""
     if sys.platform != "linux":
         yield
         return
@@ -72,12 +72,12 @@ def bounded_memory() -> Iterator[None]:
 
 
 def with_digest(config: bytes, field: str, digest: str) -> bytes:
-    """Return `config` with another digest in `field`; as it is where the field holds none."""
+    """Return `config` with another digest in `field`, or unchanged if the field has no digest."""
     return re.sub(rb'("%s"\s*:\s*")[0-9a-f]{64}"' % field.encode(), rb'\g<1>%s"' % digest.encode(), config)
 
 
 def resealed(files: Files) -> Files:
-    """Return `files` with the digests that a writer of this content would put into the config; as they are where it is none."""
+    """Return `files` with a config that has the digests of this content. Return them unchanged if the config is invalid."""
     content, weights = files[CONFIG_FILE], files[WEIGHTS_FILE]
     try:
         config = AdapterConfig.model_validate_json(content)
@@ -90,7 +90,7 @@ def resealed(files: Files) -> Files:
 
 
 def drawn_digest(config: AdapterConfig) -> str | None:
-    """Return the digest of the A that `config` names, over the modules of the test; None where drawing it would take long."""
+    """Return the digest of the A that `config` names, over the test's modules; None if drawing it would take long."""
     shapes = {m: (config.rank_of(m), shape[1]) for m in MODULES if (shape := config.shape_of(m)) and config.is_target(m)}
     if not isinstance(config.lori.basis, SeededConfig) or sum(r * n for r, n in shapes.values()) > 10_000:
         return None
@@ -101,7 +101,7 @@ def drawn_digest(config: AdapterConfig) -> str | None:
 
 
 def bytes_changed(content: bytes, rng: random.Random) -> bytes:
-    """Return `content` with one to three places changed, left out, or said twice."""
+    """Return `content` with one to three places changed, deleted or repeated."""
     for _ in range(rng.randint(1, 3)):
         begin = rng.randrange(len(content))
         end = min(len(content), begin + rng.choice((1, 1, 1, 8, 64)))
@@ -115,22 +115,22 @@ def bytes_changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def number_changed(content: bytes, rng: random.Random) -> bytes:
-    """Return a config with another value in place of one of its numbers, or of a few."""
+    """Return a config in which one or two numbers are replaced."""
     for _ in range(rng.randint(1, 2)):
-        found = rng.choice([*re.finditer(rb"(?<=[:\[\s,])-?\d+(\.\d+)?(?=[,\s\]])", content)])
-        content = content[: found.start()] + rng.choice((*NUMBERS, b"%d" % rng.randrange(64))) + content[found.end() :]
+        match = rng.choice([*re.finditer(rb"(?<=[:\[\s,])-?\d+(\.\d+)?(?=[,\s\]])", content)])
+        content = content[: match.start()] + rng.choice((*NUMBERS, b"%d" % rng.randrange(64))) + content[match.end() :]
     return content
 
 
 def header_changed(content: bytes, rng: random.Random) -> bytes:
-    """Return safetensors with another header, whose length is right."""
+    """Return safetensors with a changed header. The length field matches it."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = rng.choice((bytes_changed, number_changed))(content[8:end], rng)
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def data_changed(content: bytes, rng: random.Random) -> bytes:
-    """Return safetensors with one to three other bytes behind the header."""
+    """Return safetensors with one to three changed bytes after the header."""
     changed, begin = bytearray(content), 8 + int.from_bytes(content[:8], "little")
     for _ in range(rng.randint(1, 3)):
         changed[rng.randrange(begin, len(content))] = rng.randrange(256)
@@ -138,7 +138,7 @@ def data_changed(content: bytes, rng: random.Random) -> bytes:
 
 
 def tensors_changed(content: bytes, rng: random.Random) -> bytes:
-    """Return sound safetensors in which one to three tensors are others."""
+    """Return valid safetensors with one to three changed tensors."""
     tensors = load_tensors(content)
     for _ in range(rng.randint(1, 3)):
         name = rng.choice(sorted(tensors))
@@ -190,16 +190,16 @@ MUTATIONS: dict[str, tuple[str, Callable[[bytes, random.Random], bytes], float]]
     "data of the weights": (WEIGHTS_FILE, data_changed, 0.15),
     "tensors": (WEIGHTS_FILE, tensors_changed, 0.7),
 }
-"""For each: the file, and the least share of mutants that must get as far as to be refused for what their fields mean."""
+"""By name of the mutation: the file, the function, and the minimum fraction of mutants that are refused for their meaning."""
 SYNTAX = re.compile(rf"{CONFIG_FILE}: JSON|{WEIGHTS_FILE} is not a safetensors file")
 DIGEST = re.compile(r"content digest is|its digest is")
 
 
-# --- what may come of it
+# --- permitted outcomes
 
 
 def check_faults(faults: Sequence[str], tensors: Tensors | None, value_type: ValueType) -> None:
-    """Check that a refusal gives its reasons, and of `tensors`, where they could be read, each that is not as it should be."""
+    """Check that a refusal gives reasons, and names every wrong tensor of `tensors`, if these could be read."""
     assert faults
     assert all(faults)
     if tensors is None:
@@ -216,7 +216,7 @@ def check_faults(faults: Sequence[str], tensors: Tensors | None, value_type: Val
 
 
 def check_is_what_it_says(adapter: Adapter, files: Files, value_type: ValueType) -> None:
-    """Check an adapter that was accepted against its files, which are read by other means: the reference of the mask's code."""
+    """Check an accepted adapter against its files, read independently, with the reference decoder of masks."""
     assert adapter.config == AdapterConfig.model_validate_json(files[CONFIG_FILE])
     tensors = load_tensors(files[WEIGHTS_FILE])
     assert tensors.keys() == {f"{module}.{part}" for module in adapter.modules for part in parts(value_type)}
@@ -232,11 +232,11 @@ def check_is_what_it_says(adapter: Adapter, files: Files, value_type: ValueType)
         a = adapter.basis.draw(module, b.shape[1], adapter.config.lori.shapes[module.rpartition(".")[2]][1])
         assert a.isfinite().all()
     again = load_tensors(weight_bytes(adapter.modules, value_type))
-    assert all(torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8)) for name in tensors), "one form alone"
+    assert all(torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8)) for name in tensors), "not canonical"
 
 
 def outcome(files: Files, basis_of: BasisOf, base: BaseIdentity | None) -> Adapter | AdapterFormatError:
-    """Return what reading `files` gives; any other error is the test's failure."""
+    """Return the adapter or the refusal that reading `files` gives. Any other error fails the test."""
     try:
         return parse_adapter("math", files, basis_of, base)
     except AdapterFormatError as error:
@@ -246,7 +246,7 @@ def outcome(files: Files, basis_of: BasisOf, base: BaseIdentity | None) -> Adapt
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
-def test_an_adapter_with_right_digests_is_refused_or_is_what_it_says(
+def test_an_adapter_with_right_digests_is_refused_or_matches_its_files(
     tmp_path: Path, value_type: ValueType, mutation: str
 ) -> None:
     file, mutate, least_share = MUTATIONS[mutation]
@@ -259,22 +259,22 @@ def test_an_adapter_with_right_digests_is_refused_or_is_what_it_says(
         for _ in range(NUM_MUTANTS):
             mutant = resealed({**sound, file: mutate(sound[file], rng)})
             for base in (None, BASE):
-                found = outcome(mutant, partial(load_basis, tmp_path), base)
-                if isinstance(found, Adapter):
+                result = outcome(mutant, partial(load_basis, tmp_path), base)
+                if isinstance(result, Adapter):
                     counts["accepted"] += 1
-                    check_is_what_it_says(found, mutant, value_type)
+                    check_is_what_it_says(result, mutant, value_type)
                     continue
                 is_tensors = mutation == "tensors" and base is not None
-                check_faults(found.faults, load_tensors(mutant[WEIGHTS_FILE]) if is_tensors else None, value_type)
-                kinds = ["syntax" if SYNTAX.match(f) else "digest" if DIGEST.search(f) else "meaning" for f in found.faults]
+                check_faults(result.faults, load_tensors(mutant[WEIGHTS_FILE]) if is_tensors else None, value_type)
+                kinds = ["syntax" if SYNTAX.match(f) else "digest" if DIGEST.search(f) else "meaning" for f in result.faults]
                 counts.update({*kinds})
-    assert counts["digest"] == 0, "the digests are right"
+    assert counts["digest"] == 0, "a mutant was refused for its digests, which are right"
     assert counts["meaning"] > least_share * 2 * NUM_MUTANTS
     assert counts["accepted"] > 0 or mutate is header_changed
 
 
 @pytest.mark.parametrize("mutate", [header_changed, data_changed, tensors_changed])
-def test_an_adapter_on_a_hostile_basis_is_refused_or_has_what_it_says(
+def test_an_adapter_on_a_hostile_basis_is_refused_or_matches_the_basis_file(
     tmp_path: Path, mutate: Callable[[bytes, random.Random], bytes]
 ) -> None:
     explicit = Explicit.from_tensors({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
@@ -285,23 +285,23 @@ def test_an_adapter_on_a_hostile_basis_is_refused_or_has_what_it_says(
         for _ in range(NUM_MUTANTS):
             changed = mutate(content, rng)
             mutant = resealed_on(files, explicit, changed)
-            found = outcome(mutant, lambda digest, changed=changed: parse_basis("its file", changed, digest), BASE)
-            if isinstance(found, Adapter):
+            result = outcome(mutant, lambda digest, changed=changed: parse_basis("its file", changed, digest), BASE)
+            if isinstance(result, Adapter):
                 counts["accepted"] += 1
                 tensors = load_tensors(changed)
-                assert all(tensors[module].isfinite().all() for module in found.modules)
-                for module, b in found.modules.items():
-                    drawn = found.basis.draw(module, b.shape[1], SHAPES[module][1])
+                assert all(tensors[module].isfinite().all() for module in result.modules)
+                for module, b in result.modules.items():
+                    drawn = result.basis.draw(module, b.shape[1], SHAPES[module][1])
                     assert torch.equal(drawn[: len(tensors[module])], tensors[module].float()[: b.shape[1]])
                 continue
-            check_faults(found.faults, None, "bfloat16")
-            counts.update({"syntax" if "not a safetensors" in fault else "meaning" for fault in found.faults})
+            check_faults(result.faults, None, "bfloat16")
+            counts.update({"syntax" if "not a safetensors" in fault else "meaning" for fault in result.faults})
     assert counts["syntax" if mutate is header_changed else "meaning"] > 0
     assert counts["accepted"] > 0
 
 
 def resealed_on(files: Files, explicit: Explicit, changed: bytes) -> Files:
-    """Return `files`, which are on `explicit`, with the digests of the basis `changed`; as they are where that is none."""
+    """Return `files`, which are on `explicit`, with the digests of the basis `changed`, or unchanged if that is no basis."""
     try:
         basis = Explicit.from_tensors(load_tensors(changed))
         drawn = basis.digest({name: (RANK, n) for name, (_, n) in targeted(SHAPES).items()})
@@ -312,7 +312,7 @@ def resealed_on(files: Files, explicit: Explicit, changed: bytes) -> Files:
 
 
 def test_a_basis_under_the_name_of_another_is_refused() -> None:
-    """What it lacks or has more may not matter to the adapter that is loaded first, but to the next on that basis."""
+    """Missing or additional modules may not matter to the adapter that is loaded first, but to the next one on this basis."""
     tensors = {name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()}
     other = Explicit.from_tensors(tensors | {"layers.9.q_proj": torch.ones(RANK, 5)})
     with pytest.raises(AdapterFormatError, match=f"its basis has the digest {other.content_digest}, expected "):

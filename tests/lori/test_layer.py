@@ -1,4 +1,4 @@
-"""Which linear layers of a model can take a delta."""
+"""Linear layers of a model that can take a delta."""
 
 from pathlib import Path
 

@@ -39,8 +39,8 @@ def test_ties_go_to_the_first_positions_in_module_order(value: float, sparsity: 
     deltas = {name: torch.full(shape, value) for name, shape in SHAPES.items()}
     masks = top_k_mask(deltas, sparsity)
     flat = torch.cat([masks[name].flatten() for name in SHAPES])
-    kept = mask_nnz(NUM_ENTRIES, sparsity)
-    assert flat.tolist() == [True] * kept + [False] * (NUM_ENTRIES - kept)
+    nnz = mask_nnz(NUM_ENTRIES, sparsity)
+    assert flat.tolist() == [True] * nnz + [False] * (NUM_ENTRIES - nnz)
 
 
 def test_ties_at_the_threshold_only() -> None:
@@ -51,11 +51,11 @@ def test_ties_at_the_threshold_only() -> None:
 
 def test_one_threshold_for_all_modules() -> None:
     deltas = {"small": torch.full((4, 5), 0.1), "large": torch.full((2, 5), 10.0), "mid": torch.full((2, 5), -1.0)}
-    masks = top_k_mask(deltas, 0.5)  # 20 of 40: the two larger modules whole, none of the small one
+    masks = top_k_mask(deltas, 0.5)  # 20 of 40: all of the two larger modules, none of the small one
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"small": 0, "large": 10, "mid": 10}
 
 
-def test_what_survives_is_larger_than_what_does_not() -> None:
+def test_kept_entries_are_larger_than_dropped_ones() -> None:
     deltas = random_deltas()
     masks = top_k_mask(deltas, 0.7)
     flat = torch.cat([deltas[name].flatten().abs() for name in SHAPES])
@@ -75,7 +75,7 @@ def test_masks_have_the_shapes_and_names_of_the_deltas() -> None:
     assert list(masks) == list(SHAPES)
 
 
-def test_parameters_and_strided_deltas_are_read_as_they_stand() -> None:
+def test_parameters_and_strided_deltas_are_read_by_value() -> None:
     deltas = random_deltas()
     strided = {name: torch.nn.Parameter(delta.T.contiguous().T) for name, delta in deltas.items()}
     expected = top_k_mask(deltas, 0.6)
@@ -116,7 +116,7 @@ def test_each_group_keeps_its_own_largest(granularity: Granularity, num_groups: 
     ("granularity", "group"),
     [("model", ""), ("module", "self_attn"), ("layer", "model.layers.12"), ("projection", "q_proj"), ("matrix", None)],
 )
-def test_a_group_is_named_by_what_its_modules_share(granularity: Granularity, group: str | None) -> None:
+def test_a_group_is_named_by_the_common_part_of_its_modules(granularity: Granularity, group: str | None) -> None:
     module = "model.layers.12.self_attn.q_proj"
     assert group_of(module, granularity) == (module if group is None else group)
 

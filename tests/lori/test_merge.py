@@ -1,4 +1,4 @@
-"""A merge adds what its adapters add: exactly for `linear`, as PEFT computes it for the methods that prune."""
+"""Merges: `linear` adds exactly the deltas of its adapters, and the methods that prune equal PEFT's."""
 
 import math
 import random
@@ -40,7 +40,7 @@ SIGNS: list[SignMethod] = ["total", "frequency"]
 
 
 def random_b(shape: tuple[int, int], nnz: int, seed: int) -> SparseB:
-    """Returns a B (D, R) with `nnz` entries."""
+    """Return a B (D, R) with `nnz` entries."""
     g = torch.Generator().manual_seed(seed)
     mask = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
     mask[torch.randperm(len(mask), generator=g)[:nnz]] = True
@@ -58,7 +58,7 @@ def adapter_of(
     values: ValueType = "float32",
     shapes: Mapping[str, tuple[int, int]] = SHAPES,
 ) -> Adapter:
-    """Returns a sealed adapter."""
+    """Return a sealed adapter."""
     config = new_config(
         modules,
         basis,
@@ -73,7 +73,7 @@ def adapter_of(
 
 
 def adapter(name: str, rank: int = 3, modules: Sequence[str] = tuple(SHAPES), seed: int | None = None, **more: Any) -> Adapter:
-    """Returns a random adapter that keeps 13 entries of every module; another name is another B."""
+    """Return a random adapter with 13 entries in every module. Another name gives another B."""
     seed = sum(name.encode()) if seed is None else seed
     return adapter_of(name, {m: random_b((SHAPES[m][0], rank), 13, 10 * seed + i) for i, m in enumerate(modules)}, **more)
 
@@ -84,7 +84,7 @@ def mixed_ranks(name: str, ranks: Mapping[str, int], alphas: Mapping[str, float]
 
 
 def delta(adapter: Adapter, module: str) -> torch.Tensor:
-    """Returns what `adapter` adds to the weight of `module`, (alpha / r) B A, (D, N) fp64."""
+    """Return the delta of `adapter` to the weight of `module`, (alpha / r) B A, (D, N) fp64."""
     shape = adapter.config.shape_of(module)
     assert shape is not None
     if module not in adapter.modules:
@@ -94,7 +94,7 @@ def delta(adapter: Adapter, module: str) -> torch.Tensor:
 
 
 def folded(terms: Terms, module: str) -> torch.Tensor:
-    """Returns the weighted sum of what the adapters add to the weight of `module`, (D, N) fp64."""
+    """Return the weighted sum of the adapters' deltas to the weight of `module`, (D, N) fp64."""
     having = [(adapter, weight) for adapter, weight in terms if module in adapter.modules]
     return torch.stack([weight * delta(adapter, module) for adapter, weight in having]).sum(0)
 
@@ -104,7 +104,7 @@ def merged(terms: Terms, method: MergeMethod = "linear", **options: Any) -> Adap
 
 
 def is_same(one: SparseB, other: SparseB) -> bool:
-    """Says whether two B's are the same to a bit."""
+    """Return whether two B's are bit-identical."""
     bits = [b.values.contiguous().view(torch.uint8) for b in (one, other)]
     return one.shape == other.shape and torch.equal(one.indices, other.indices) and torch.equal(*bits)
 
@@ -182,7 +182,7 @@ def test_on_several_bases_each_basis_has_columns_of_its_own(terms: Terms) -> Non
         assert result.config.scale_of(module) == 1.0
 
 
-def test_where_the_scales_agree_b_is_the_weighted_sum_of_the_b_s() -> None:
+def test_with_equal_scales_b_is_the_weighted_sum_of_the_b_s() -> None:
     a, b = adapter("a", 3, alpha=0.3), adapter("b", 3, alpha=0.3)
     result = merge([a, b], [0.7, -0.2])
     assert (result.config.lora_alpha, result.config.r) == (0.3, 3)
@@ -191,7 +191,7 @@ def test_where_the_scales_agree_b_is_the_weighted_sum_of_the_b_s() -> None:
         assert torch.equal(result.modules[module].dense(), exact.float())
 
 
-def test_where_the_scales_differ_they_go_into_b() -> None:
+def test_different_scales_are_multiplied_into_b() -> None:
     result = merge([adapter("a", 3), mixed_ranks("b", {Q0: 3, UP0: 5}, {})], [1, 1])
     assert [result.config.scale_of(module) for module in SHAPES] == [1.0] * 4
     assert [result.config.rank_of(module) for module in SHAPES] == [3, 5, 3, 3]
@@ -277,11 +277,11 @@ def test_a_merge_that_is_cancelled_ends_before_the_next_module(method: MergeMeth
         merge(adapters, [0.5, 1], method, is_cancelled=is_cancelled)
     assert num_asked == 2
     assert len(SHAPES) > 1
-    kept = merge(adapters, [0.5, 1], method, is_cancelled=lambda: False)
-    assert are_same(kept.modules, merge(adapters, [0.5, 1], method).modules)
+    completed = merge(adapters, [0.5, 1], method, is_cancelled=lambda: False)
+    assert are_same(completed.modules, merge(adapters, [0.5, 1], method).modules)
 
 
-def test_what_cancels_is_left_out() -> None:
+def test_entries_that_cancel_are_left_out() -> None:
     modules = adapter("a").modules
     other = dict(modules) | {Q0: random_b((9, 3), 13, 99)}
     result = merge([adapter_of("a", modules), adapter_of("b", other)], [1, -1])
@@ -301,7 +301,7 @@ def test_the_order_of_the_adapters_makes_no_difference_to_a_bit(method: MergeMet
         assert shuffled.config == first.config
 
 
-def test_nor_does_it_on_several_bases() -> None:
+def test_the_order_of_the_adapters_makes_no_difference_on_several_bases() -> None:
     terms = ON_SEVERAL["two on one of three"]
     first, last = merged(terms), merged(terms[::-1])
     assert are_same(first.modules, last.modules)
@@ -320,18 +320,18 @@ def test_linear_is_linear_in_any_order(order: list[int], weights: list[float], e
     scaled = merge([ADAPTERS[i] for i in order], [factor * weights[i] for i in order])
     assert plain.modules.keys() == scaled.modules.keys()
     for module in plain.modules:
-        exact, found = delta(plain, module), delta(scaled, module)
-        torch.testing.assert_close(found, factor * exact, rtol=1e-12, atol=1e-30)
+        exact, actual = delta(plain, module), delta(scaled, module)
+        torch.testing.assert_close(actual, factor * exact, rtol=1e-12, atol=1e-30)
 
 
 class Stack:
-    """Adapters on one module whose masks keep `nnz` each, and their dense B's times their scales as PEFT takes them."""
+    """Adapters on one module with `nnz` entries each, and their dense B's times their scales, as PEFT takes them."""
 
     def __init__(self, alphas: Sequence[float], nnz: int, overlap: bool = True) -> None:
         shape = (16, 4)
         seeds = range(len(alphas))
         bs = [random_b(shape, nnz, seed) for seed in seeds]
-        if overlap:  # many positions that several keep
+        if overlap:  # many positions with an entry in several adapters
             bs = [SparseB(shape, bs[0].indices, random_b(shape, nnz, seed).values) for seed in seeds]
         self.adapters = [
             adapter_of(f"adapter-{i}", {UP0: b}, alpha=alpha) for i, (b, alpha) in enumerate(zip(bs, alphas, strict=True))
@@ -343,7 +343,7 @@ class Stack:
         return [a.config.scale * a.modules[UP0].dense(torch.float64) for a in self.adapters]
 
     def peft_density(self, density: float) -> float:
-        """PEFT's density, of all entries, at which as many survive as at `density` of the kept ones."""
+        """Return PEFT's density, a fraction of all entries, at which as many survive as at `density` of the nonzero ones."""
         return (round(density * self.nnz) + 0.5) / 64
 
 
@@ -379,7 +379,7 @@ def test_magnitude_is_peft_s_on_the_dense_b(stack: Stack, weights: Sequence[floa
 
 @pytest.mark.parametrize("sign", SIGNS)
 @pytest.mark.parametrize("method", TIES)
-def test_a_draw_elects_plus(method: MergeMethod, sign: SignMethod) -> None:
+def test_a_tied_election_elects_plus(method: MergeMethod, sign: SignMethod) -> None:
     one, other = (
         adapter_of(name, {Q0: SparseB((9, 3), torch.tensor([4]).int(), torch.tensor([value]))})
         for name, value in (("a", 2.0), ("b", -2.0))
@@ -399,8 +399,8 @@ def test_the_two_elections_differ() -> None:
 
 
 @pytest.mark.parametrize(("density", "expected"), [(0.01, 1), (0.1, 1), (0.3, 4), (0.5, 6), (0.9, 12), (1.0, 13)])
-def test_density_is_of_the_entries_that_are_kept(density: float, expected: int) -> None:
-    one = adapter("a")  # 13 of each module
+def test_density_is_a_fraction_of_the_nonzero_entries(density: float, expected: int) -> None:
+    one = adapter("a")  # 13 entries in each module
     result = merge([one], [1], "magnitude", density=density)
     for module, b in result.modules.items():
         own = one.modules[module].values.abs()
@@ -413,20 +413,20 @@ def test_the_first_of_equal_magnitudes_survive() -> None:
     assert merge([one], [1], "magnitude", density=0.5).modules[Q0].indices.tolist() == [1, 3, 5]
 
 
-def test_what_survives_stays_in_order() -> None:
+def test_surviving_entries_stay_in_order() -> None:
     indices = torch.tensor([1, 3, 5, 7]).int()
-    kept = keep_largest(SparseB((9, 3), indices, torch.tensor([1.0, -2.0, 0.5, 4.0])), 0.75)
-    assert (kept.indices.tolist(), kept.values.tolist()) == ([1, 3, 7], [1.0, -2.0, 4.0])
+    pruned = keep_largest(SparseB((9, 3), indices, torch.tensor([1.0, -2.0, 0.5, 4.0])), 0.75)
+    assert (pruned.indices.tolist(), pruned.values.tolist()) == ([1, 3, 7], [1.0, -2.0, 4.0])
 
 
 @pytest.mark.parametrize("method", PRUNING)
-def test_an_adapter_that_keeps_nothing_can_be_pruned(method: MergeMethod) -> None:
+def test_an_empty_adapter_can_be_pruned(method: MergeMethod) -> None:
     empty = adapter_of("a", {Q0: random_b((9, 3), 0, 0)})
     assert merge([empty], [1], method).nnz == 0
 
 
 def large(name: str, seed: int, alpha: float = 6.0) -> Adapter:
-    """Returns an adapter with half of 60,000 entries."""
+    """Return an adapter with half of 60,000 entries."""
     return adapter_of(name, {"m": random_b((20_000, 3), 30_000, seed)}, alpha=alpha, shapes={"m": (20_000, 2)})
 
 
@@ -434,7 +434,7 @@ LARGE = [large("a", 0), large("b", 1), large("c", 2, alpha=1.5)]
 
 
 def survivors(one: Adapter, density: float, seed: int = 0) -> torch.Tensor:
-    """Returns which entries of B survive DARE, (D, R) bool."""
+    """Return the mask of the entries of B that survive DARE, (D, R) bool."""
     return merge([one], [1], "dare_linear", density=density, seed=seed).modules["m"].mask
 
 
@@ -451,7 +451,7 @@ def test_dare_keeps_each_entry_with_the_probability_asked_and_rescales_it(densit
 
 @pytest.mark.parametrize("weights", WEIGHT_SETS)
 @pytest.mark.parametrize("density", [0.2, 0.7, 1.0])
-def test_dare_linear_sums_what_survived(density: float, weights: Sequence[float]) -> None:
+def test_dare_linear_sums_the_surviving_entries(density: float, weights: Sequence[float]) -> None:
     result = merge(LARGE, weights, "dare_linear", density=density, seed=3).modules["m"].dense(torch.float64)
     expected = torch.zeros_like(result)
     for one, weight in zip(LARGE, weights, strict=True):
@@ -463,7 +463,9 @@ def test_dare_linear_sums_what_survived(density: float, weights: Sequence[float]
 @pytest.mark.parametrize("sign", SIGNS)
 @pytest.mark.parametrize("weights", WEIGHT_SETS)
 @pytest.mark.parametrize("density", [0.2, 0.7, 1.0])
-def test_dare_ties_averages_what_survived_and_agrees(density: float, weights: Sequence[float], sign: SignMethod) -> None:
+def test_dare_ties_averages_the_surviving_entries_of_the_elected_sign(
+    density: float, weights: Sequence[float], sign: SignMethod
+) -> None:
     result = merge(LARGE, weights, "dare_ties", density=density, sign=sign, seed=3).modules["m"].dense(torch.float64)
     pruned = torch.stack(
         [one.config.scale * one.modules["m"].dense(torch.float64) * survivors(one, density, seed=3) / density for one in LARGE]
@@ -475,7 +477,7 @@ def test_dare_ties_averages_what_survived_and_agrees(density: float, weights: Se
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_draw_is_of_the_seed_the_content_and_the_module() -> None:
+def test_the_draw_depends_on_the_seed_the_content_and_the_module() -> None:
     def agreement(one: torch.Tensor, other: torch.Tensor) -> float:
         return float((one == other).double().mean())
 
@@ -492,7 +494,7 @@ def test_the_draw_is_of_the_seed_the_content_and_the_module() -> None:
     assert {what: round(agreement(mask, drawn), 1) for what, drawn in independent.items()} == dict.fromkeys(independent, 0.5)
 
 
-def test_the_draw_never_moves() -> None:
+def test_the_draw_is_the_same_in_every_version() -> None:
     b = SparseB((9, 3), torch.arange(27).int(), torch.ones(27))
     drawn = drop_and_rescale(b, 0.5, "7|math|layers.0.q_proj")
     assert drawn.indices.tolist() == [0, 3, 7, 9, 10, 11, 12, 14, 18, 22]
@@ -546,7 +548,7 @@ BAD: dict[str, tuple[Sequence[Adapter], Sequence[float], dict[str, Any], str]] =
 
 
 @pytest.mark.parametrize(("adapters", "weights", "options", "message"), BAD.values(), ids=BAD.keys())
-def test_what_does_not_go_together_is_refused(
+def test_adapters_that_do_not_fit_together_are_refused(
     adapters: Sequence[Adapter], weights: Sequence[float], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(AdapterError, match=message):
@@ -562,7 +564,7 @@ def test_a_rank_that_no_file_may_have_is_refused() -> None:
         merge(wide, [1, 1])
 
 
-def test_the_config_tells_where_it_comes_from() -> None:
+def test_the_config_records_the_origin_of_the_merge() -> None:
     one, other = adapter("a", 3, [Q0, UP0]), adapter("b", 5, [UP0, UP1])
     config = merge([one, other], [0.5, -2], "dare_ties", density=0.25, sign="frequency", seed=9).config
     record = config.lori.training["merge"]
@@ -595,13 +597,13 @@ TEMPLATES: list[tuple[Sequence[Template], Sequence[Template], set[Template]]] = 
 
 
 @pytest.mark.parametrize(("one", "other", "shared"), TEMPLATES)
-def test_templates_are_those_that_all_share(one: Sequence[Template], other: Sequence[Template], shared: set[Template]) -> None:
+def test_a_merge_has_the_common_templates(one: Sequence[Template], other: Sequence[Template], shared: set[Template]) -> None:
     result = merge([adapter("a", templates=one), adapter("b", templates=other)], [1, 1])
     assert set(result.config.lori.templates) == shared
 
 
 def test_without_a_common_template_one_must_be_named() -> None:
-    # The server refuses such a request; here one was taken, by the order of digests.
+    # The server refuses such a request. Regression: the merge chose a template by the order of the digests.
     adapters = [adapter("a", templates=("chat",)), adapter("b", templates=("plain",))]
     with pytest.raises(AdapterError, match=r"trained on no common template \(.*a: chat.*\): say which"):
         merge(adapters, [1, 1])
@@ -620,7 +622,7 @@ def test_a_merge_can_be_saved_and_read_again(tmp_path: Path, terms: Terms) -> No
 
 
 def peft_model(folder: Path, adapters: Sequence[Adapter]) -> Any:
-    """Returns the model with `adapters` as dense LoRA adapters of PEFT, A and B exact in fp32."""
+    """Return the model with `adapters` as dense LoRA adapters of PEFT, A and B exact in fp32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     configs = {
         one.name: LoraConfig(r=one.config.r, lora_alpha=int(one.config.lora_alpha), target_modules=list(one.modules))
@@ -641,7 +643,7 @@ def peft_model(folder: Path, adapters: Sequence[Adapter]) -> Any:
 def llama_adapter(
     folder: Path, name: str, lasts: Sequence[str], rank: int, alpha: float, basis: Basis, seed: int
 ) -> tuple[Adapter, list[str]]:
-    """Returns a random adapter for the modules of the model in `folder` whose names end so, and the names."""
+    """Return a random adapter for the modules of `folder`'s model with a last name part in `lasts`, and these modules' names."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     shapes = {module: shape for module, shape in module_shapes(model).items() if module.rpartition(".")[2] in lasts}
     modules = {module: random_b((shape[0], rank), shape[0], seed + i) for i, (module, shape) in enumerate(shapes.items())}
@@ -670,7 +672,7 @@ def test_linear_is_peft_s_cat(tiny_model: Path, other: Basis) -> None:
 
 
 def test_peft_s_linear_doubles_a_sum_on_one_basis(tiny_model: Path) -> None:
-    # It adds the A's too: (A + A)(B1 + B2) where the sum is A (B1 + B2). So it is no oracle for ours.
+    # PEFT adds the A's too: (A + A)(B1 + B2) instead of A (B1 + B2). So PEFT's linear is no oracle for ours.
     made = [llama_adapter(tiny_model, name, ["q_proj"], 4, 4.0, ONE, seed) for name, seed in (("math", 0), ("safety", 100))]
     adapters = [one for one, _ in made]
     model = peft_model(tiny_model, adapters)

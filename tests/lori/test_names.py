@@ -1,4 +1,4 @@
-"""What is said of a name that no adapter has, and what else names a base model."""
+"""Errors for unknown adapter names with similar names, and the other names of a base model."""
 
 import random
 from pathlib import Path
@@ -10,14 +10,14 @@ from lori.names import EMBEDDED_HUB_ID, base_aliases, near_names, unknown_adapte
 KNOWN = ["intent", "math", "safety"]
 
 
-def test_near_names_are_told_nearest_first() -> None:
+def test_near_names_are_listed_nearest_first() -> None:
     error = unknown_adapter("saftey", iter(["math", "safety", "safe", "nlu"]))
     assert error.name == "saftey"
     assert error.near == ("safety", "safe")
     assert str(error) == "there is no adapter 'saftey': did you mean 'safety' or 'safe'?"
 
 
-def test_known_names_are_told_in_order_where_none_is_near() -> None:
+def test_known_names_are_listed_in_order_if_none_is_near() -> None:
     assert str(unknown_adapter("zzz", ["math", "code"])) == "there is no adapter 'zzz': known are 'code', 'math'"
 
 
@@ -38,13 +38,13 @@ def test_known_names_are_told_in_order_where_none_is_near() -> None:
         ("m\0ath", ("math",)),
     ],
 )
-def test_what_looks_like_a_name_is_told_it(reference: str, near: tuple[str, ...]) -> None:
+def test_names_near_a_mistyped_reference_are_suggested(reference: str, near: tuple[str, ...]) -> None:
     error = unknown_adapter(reference, KNOWN)
     assert error.near == near
     assert repr(reference) in str(error)
 
 
-def test_at_most_three_near_names_the_first_of_those_that_are_as_near() -> None:
+def test_at_most_three_near_names_are_listed_and_ties_are_sorted() -> None:
     known = [f"math{i}" for i in range(9)]
     random.Random(1).shuffle(known)
     assert unknown_adapter("math", known).near == ("math0", "math1", "math2")
@@ -60,7 +60,7 @@ def test_a_base_model_s_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert base_aliases("./link") == {"./link", f"{tmp_path}/link", f"{tmp_path}/model"}
 
 
-def test_thousands_of_names_are_searched_by_one_call_and_three_are_told() -> None:
+def test_thousands_of_names_are_searched_by_one_call_and_three_are_listed() -> None:
     known = [f"adapter-{number:05}" for number in range(10_000)]
     assert near_names("adapter-0420", known) == ["adapter-00420", "adapter-01420", "adapter-02420"]
     assert near_names("m" * 4096, known) == []

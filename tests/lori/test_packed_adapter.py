@@ -1,4 +1,4 @@
-"""An adapter packed straight from its file: what is packed of what was read, with the same faults."""
+"""An adapter packed directly from its file: the result, and the faults, equal those of loading and packing it."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from lori.store.store import AdapterStore
 from tests.lori.adapters import BASE, BASE_DIGEST, RANK, SHAPES, make_config, make_modules, save, targeted
 
 WIDE = {"m.0.q_proj": (600, 9), "m.0.up_proj": (40, 7), "m.1.q_proj": (600, 9), "m.1.up_proj": (40, 7)}
-"""Of several windows."""
+"""Shapes whose B has several windows."""
 
 
 def layouts(dtype: torch.dtype = torch.bfloat16, rank: int = 8, shapes: dict[str, tuple[int, int]] = SHAPES) -> dict[str, Layout]:
@@ -49,7 +49,7 @@ def faults_of(read: Callable[[], object]) -> AdapterFormatError:
 
 @pytest.fixture
 def _no_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not packed straight from the file fails."""
+    """Make every parse of a whole adapter fail, so a test fails if the reader does not pack directly from the file."""
 
     def parse(*_: object, **__: object) -> None:
         raise AssertionError("it was read in the long way")
@@ -62,21 +62,21 @@ def _no_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [8, 300])
 @pytest.mark.parametrize("density", [0.0, 0.004, 0.1, 0.4, 1.0])
-def test_it_is_what_is_packed_of_what_is_read(
+def test_a_packed_file_equals_the_packing_of_the_loaded_adapter(
     tmp_path: Path, values: ValueType, dtype: torch.dtype, rank: int, density: float
 ) -> None:
     base = BaseIdentity("a/base", BASE_DIGEST, WIDE)
     save(tmp_path / "math", make_config(WIDE, values=values), make_modules(WIDE, density=density))
-    of = layouts(dtype, rank, WIDE)
-    packed = PackedReader(base, of).read(tmp_path / "math")
-    assert_same(packed, pack_adapter(load_adapter(tmp_path / "math", base), of))
+    targets = layouts(dtype, rank, WIDE)
+    packed = PackedReader(base, targets).read(tmp_path / "math")
+    assert_same(packed, pack_adapter(load_adapter(tmp_path / "math", base), targets))
     assert packed.num_bytes == packed.modules.blocks.nbytes + packed.modules.starts.nbytes
 
 
 @pytest.mark.usefixtures("_no_long_way")
 @pytest.mark.parametrize("values", VALUE_TYPES)
-def test_ranks_and_alphas_of_single_modules_are_in_its_b(tmp_path: Path, values: ValueType) -> None:
-    # B of a module whose alpha / r is another is scaled, since a term's weight has that of most modules in it.
+def test_ranks_and_alphas_of_single_modules_are_in_the_packed_b(tmp_path: Path, values: ValueType) -> None:
+    # If a module has another alpha / r, its B is scaled, since a term's weight includes the alpha / r of most modules.
     own, other = "layers.0.q_proj", "layers.1.up_proj"
     modules = make_modules() | {other: make_modules(rank=5)[other]}
     config = make_config(values=values)
@@ -94,7 +94,7 @@ def test_ranks_and_alphas_of_single_modules_are_in_its_b(tmp_path: Path, values:
 
 
 @pytest.mark.usefixtures("_no_long_way")
-def test_an_adapter_with_an_a_of_its_own_is_read(tmp_path: Path) -> None:
+def test_an_adapter_with_an_explicit_basis_is_read(tmp_path: Path) -> None:
     basis = Explicit.from_tensors({name: torch.randn(RANK, num_inputs) for name, (_, num_inputs) in targeted(SHAPES).items()})
     config = make_config()
     digest = basis.digest({name: (RANK, num_inputs) for name, (_, num_inputs) in targeted(SHAPES).items()})
@@ -105,7 +105,7 @@ def test_an_adapter_with_an_a_of_its_own_is_read(tmp_path: Path) -> None:
     assert_same(packed, pack_adapter(load_adapter(tmp_path / "math", BASE), layouts()))
 
 
-def test_without_the_compiled_module_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_compiled_module_the_result_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "math", make_config(), make_modules())
     reader = PackedReader(BASE, layouts())
     packed = reader.read(tmp_path / "math")
@@ -113,11 +113,11 @@ def test_without_the_compiled_module_it_is_the_same(tmp_path: Path, monkeypatch:
     assert_same(packed, reader.read(tmp_path / "math"))
 
 
-# --- what is not sound, or was written by others
+# --- unsound files, and files of other programs
 
 
 def rewrite(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any], metadata: dict[str, str] | None = None) -> None:
-    """Changes the tensors of an adapter and signs the result, as one who wants it to be loaded would."""
+    """Change the tensors of an adapter and give it matching digests, as a forger would."""
     tensors = load_tensors((folder / WEIGHTS_FILE).read_bytes())
     edit(tensors)
     sign(folder, save_tensors(tensors, metadata))
@@ -148,7 +148,7 @@ SPOILT: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_what_is_not_sound_is_refused_with_the_faults_that_a_load_gives(tmp_path: Path, what: str) -> None:
+def test_an_unsound_adapter_is_refused_with_the_faults_of_a_load(tmp_path: Path, what: str) -> None:
     save(tmp_path / "math", make_config(), make_modules())
     rewrite(tmp_path / "math", SPOILT[what])
     ours = faults_of(lambda: PackedReader(BASE, layouts()).read(tmp_path / "math"))
@@ -168,14 +168,14 @@ SPOILT_INT8: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
 
 
 @pytest.mark.parametrize("what", SPOILT_INT8)
-def test_int8_that_is_not_canonical_is_refused_with_the_faults_that_a_load_gives(tmp_path: Path, what: str) -> None:
+def test_int8_that_is_not_canonical_is_refused_with_the_faults_of_a_load(tmp_path: Path, what: str) -> None:
     save(tmp_path / "math", make_config(values="int8"), make_modules())
     rewrite(tmp_path / "math", SPOILT_INT8[what])
     ours = faults_of(lambda: PackedReader(BASE, layouts()).read(tmp_path / "math"))
     assert ours.faults == faults_of(lambda: load_adapter(tmp_path / "math", BASE)).faults
 
 
-def test_a_file_that_another_program_wrote_is_read_in_the_long_way(tmp_path: Path) -> None:
+def test_a_file_of_another_program_is_loaded_and_then_packed(tmp_path: Path) -> None:
     save(tmp_path / "math", make_config(), make_modules())
     rewrite(tmp_path / "math", lambda _: None, {"format": "pt"})
     assert_same(
@@ -210,7 +210,7 @@ def test_a_header_of_another_form_is_read_or_refused_as_a_load_does(tmp_path: Pa
 
 
 def outcome(read: Callable[[], PackedAdapter]) -> PackedAdapter | tuple[str, tuple[str, ...]]:
-    """Returns what is read, or the source and the faults that it is refused with."""
+    """Return the packed adapter, or the source and the faults of its refusal."""
     try:
         return read()
     except AdapterFormatError as error:
@@ -218,7 +218,7 @@ def outcome(read: Callable[[], PackedAdapter]) -> PackedAdapter | tuple[str, tup
 
 
 def assert_read_alike(folder: Path) -> None:
-    """The adapter is read, or refused, as a load and a packing of it do."""
+    """Assert that the reader reads or refuses the adapter as loading and packing it do."""
     ours = outcome(lambda: PackedReader(BASE, layouts()).read(folder))
     theirs = outcome(lambda: pack_adapter(load_adapter(folder, BASE), layouts()))
     if isinstance(ours, PackedAdapter) and isinstance(theirs, PackedAdapter):
@@ -234,7 +234,7 @@ def assert_read_alike(folder: Path) -> None:
     cut=st.one_of(st.none(), st.integers(0, 10**6)),
     values=st.sampled_from(VALUE_TYPES),
 )
-def test_any_change_of_its_bytes_is_read_or_refused_as_a_load_does(
+def test_a_file_with_any_changed_bytes_is_read_or_refused_as_a_load_does(
     tmp_path: Path, changes: list[tuple[int, int]], cut: int | None, values: ValueType
 ) -> None:
     save(tmp_path / "math", make_config(values=values), make_modules())
@@ -249,7 +249,7 @@ def test_files_that_cannot_be_read_and_configs_that_are_not_sound_are_refused_as
     assert_read_alike(tmp_path / "nowhere")
     save(tmp_path / "math", make_config(), make_modules())
     weights = (tmp_path / "math" / WEIGHTS_FILE).read_bytes()
-    (tmp_path / "math" / WEIGHTS_FILE).write_bytes(weights + b"x")  # not what the digest says
+    (tmp_path / "math" / WEIGHTS_FILE).write_bytes(weights + b"x")  # no longer matches the digest
     assert_read_alike(tmp_path / "math")
     (tmp_path / "math" / WEIGHTS_FILE).unlink()
     assert_read_alike(tmp_path / "math")
@@ -269,7 +269,7 @@ def test_files_that_cannot_be_read_and_configs_that_are_not_sound_are_refused_as
 def test_an_adapter_of_another_base_is_refused_as_a_load_does(tmp_path: Path, config: dict[str, Any]) -> None:
     save(tmp_path / "other", make_config(), make_modules())
     reader = PackedReader(BASE, layouts())
-    reader.read(tmp_path / "other")  # the plan of its recipe is known then
+    reader.read(tmp_path / "other")  # makes the reader remember the plan of this recipe
     save(tmp_path / "math", make_config(), make_modules())
     raw = json.loads((tmp_path / "math" / CONFIG_FILE).read_bytes())
     raw["lori"].update(config)
@@ -279,10 +279,10 @@ def test_an_adapter_of_another_base_is_refused_as_a_load_does(tmp_path: Path, co
     assert ours.faults == theirs.faults
 
 
-# --- what is served
+# --- served layouts and versions
 
 
-def test_an_adapter_that_has_no_place_in_what_is_served_is_refused_with_every_fault(tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_the_served_layouts_is_refused_with_every_fault(tmp_path: Path) -> None:
     saved = save(tmp_path / "math", make_config(), make_modules())
     narrow = layouts(rank=2)
     del narrow[Q]

@@ -1,4 +1,4 @@
-"""Adapters in the slots of a served model, and what the model then computes."""
+"""Adapters in the slots of a served model, and the model's logits with them."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -29,13 +29,13 @@ WEIGHTS = {"wide": 1.0, "narrow": -0.5, "shared": 0.7}
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> PreTrainedModel:
-    """The tiny model, not to be changed."""
+    """Return the tiny model. Tests must not change it."""
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def adapters(model: PreTrainedModel) -> list[Adapter]:
-    """Three adapters: two on one basis with different ranks and targets, one on another stream."""
+    """Return three adapters: two on one basis with different ranks and targets, one on another stream."""
     shapes = module_shapes(model)
     return [
         make_adapter("wide", shapes, ("q_proj", "v_proj", "down_proj"), 8, 16.0, Seeded(seed=3), seed=1),
@@ -45,7 +45,7 @@ def adapters(model: PreTrainedModel) -> list[Adapter]:
 
 
 def pool_of(model: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype = torch.float32) -> AdapterPool:
-    """Returns a pool of four slots, the first of them filled with `adapters`."""
+    """Return a pool of four slots, of which the first ones are filled with `adapters`."""
     bases = list(dict.fromkeys(adapter.basis for adapter in adapters))
     pool = AdapterPool(module_shapes(model), bases, 8 if adapters else 0, 4, dtype)
     for slot, adapter in enumerate(adapters):
@@ -58,7 +58,7 @@ def runner_of(model: PreTrainedModel, pool: AdapterPool) -> Runner:
 
 
 def logits(runner: Runner, terms: Sequence[tuple[int, float]] = ()) -> torch.Tensor:
-    """Returns the logits (T, V) of IDS with slots and weights of `terms`."""
+    """Return the logits (T, V) of IDS with the slots and weights of `terms`."""
     ids = tuple(IDS[0].tolist())
     request = Request(id="x", prompt_text="", prompt_ids=ids, prompt_offsets=(0,) * len(ids), max_tokens=0)
     sequence = EngineSequence(request, blocks=[0])
@@ -67,7 +67,7 @@ def logits(runner: Runner, terms: Sequence[tuple[int, float]] = ()) -> torch.Ten
 
 
 def folded(model: PreTrainedModel, weighted: list[tuple[Adapter, float]]) -> PreTrainedModel:
-    """Returns a copy of `model` in fp64 with weighted deltas in its weights."""
+    """Return a copy of `model` in fp64 with weighted deltas in its weights."""
     copy = deepcopy(model).double()
     for adapter, weight in weighted:
         for name in adapter.modules:
@@ -80,7 +80,7 @@ def folded(model: PreTrainedModel, weighted: list[tuple[Adapter, float]]) -> Pre
 def test_logits_are_those_of_a_folded_model(model: PreTrainedModel, adapters: list[Adapter]) -> None:
     expected = folded(model, [(adapter, WEIGHTS[adapter.name]) for adapter in adapters])(IDS).logits[0]
     runner = runner_of(model, pool_of(model, adapters))
-    got = logits(runner, [(slot, WEIGHTS[of.name] * of.config.scale) for slot, of in enumerate(adapters)])
+    got = logits(runner, [(slot, WEIGHTS[adapter.name] * adapter.config.scale) for slot, adapter in enumerate(adapters)])
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
     assert (got - model(IDS).logits[0]).abs().max() > 0.1  # or the adapters would not matter
 
@@ -116,7 +116,7 @@ def test_a_slot_that_is_cleared_and_filled_again_changes_no_other(model: PreTrai
     runner = runner_of(model, pool)
     alone = [logits(runner, [(slot, 1.0)]) for slot in range(3)]
     base = logits(runner)
-    assert len({of.sum().item() for of in (base, *alone)}) == 4
+    assert len({values.sum().item() for values in (base, *alone)}) == 4
     pool.clear(1)
     assert torch.equal(logits(runner, [(0, 1.0)]), alone[0])
     torch.testing.assert_close(logits(runner, [(1, 1.0)]), base, rtol=1e-5, atol=1e-5)
@@ -138,7 +138,7 @@ def test_only_layers_that_can_take_a_delta_have_operands(model: PreTrainedModel,
 
 def test_adapters_on_one_basis_share_its_rows(model: PreTrainedModel, adapters: list[Adapter]) -> None:
     blocks = pool_of(model, adapters).blocks([f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")])
-    # Of each layer two bases of the largest rank, for three adapters.
+    # Three adapters take two bases of the largest rank in each layer.
     assert [[tuple(a.shape) for a in of_layer] for of_layer in blocks] == [[(8, 48)] * 2] * 2
 
 
@@ -165,7 +165,7 @@ def test_weight_0_is_the_base(model: PreTrainedModel, adapters: list[Adapter]) -
         assert torch.equal(got, expected)
 
 
-def test_what_nothing_was_prepared_for_is_refused(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+def test_an_unprepared_basis_or_rank_is_refused(model: PreTrainedModel, adapters: list[Adapter]) -> None:
     pool = pool_of(model, adapters[::2])
     with pytest.raises(ValueError, match=r"on a basis .* that nothing was prepared for"):
         pool.put(3, pack_adapter(adapters[1], pool.layouts))
@@ -175,7 +175,7 @@ def test_what_nothing_was_prepared_for_is_refused(model: PreTrainedModel, adapte
         AdapterPool(module_shapes(model), [Seeded()], MAX_RANK + 1, 4, torch.float32)
 
 
-def test_room_that_is_made_changes_nothing(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+def test_reserving_room_changes_no_logits(model: PreTrainedModel, adapters: list[Adapter]) -> None:
     pool = pool_of(model, adapters)
     runner = runner_of(model, pool)
     before = logits(runner, [(0, 1.0)])
@@ -184,18 +184,18 @@ def test_room_that_is_made_changes_nothing(model: PreTrainedModel, adapters: lis
     assert torch.equal(logits(runner, [(0, 1.0)]), before)
 
 
-def test_a_pool_says_when_it_has_moved(model: PreTrainedModel, adapters: list[Adapter]) -> None:
-    """What was captured on a GPU holds its address."""
+def test_a_pool_counts_its_moves(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    """CUDA graphs hold the addresses of the pool, so the server must notice a move."""
     served = Served(deepcopy(model), adapters)
     pool, packed = served.pool, pack_adapter(adapters[0], served.pool.layouts)
 
     def addresses() -> list[int]:
-        return [of.pool.data_ptr() for of in pool._operands.values()]
+        return [operands.pool.data_ptr() for operands in pool._operands.values()]
 
     before, num_moves = addresses(), pool.num_moves
     pool.clear(0)
     pool.put(0, packed)
-    assert (addresses(), pool.num_moves) == (before, num_moves), "there was room"
+    assert (addresses(), pool.num_moves) == (before, num_moves), "the pool moved although there was room"
     pool.reserve(2**20)
     assert pool.num_moves > num_moves
     assert addresses() != before

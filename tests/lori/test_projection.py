@@ -1,7 +1,7 @@
 """Layers on one input as one product, in torch and in C++, against a sum in fp64.
 
-In bf16 W x + b is rounded once, A x is, and y is once more when the deltas have been added; sums are fp32. So y may be off by
-2**-8 of each of those three and, for the sums, by 1e-5 of the magnitudes that make them up: `Case.expected` says by how much.
+In bf16, W x + b is rounded once, A x is rounded once, and y is rounded again after the deltas are added; sums are fp32. So y may
+be off by 2**-8 of each of these three, and for the sums by 1e-5 of the magnitudes of their terms: see `Case.expected`.
 Shapes: T tokens, N inputs, D outputs of a layer, A bases, R rank, S slots.
 """
 
@@ -34,13 +34,13 @@ SIZES = [
     ((145, 31, 17), 130, 1, 23), ((97, 2), 4094, 1, 4), ((50,), 4096, 2, 7), ((20, 97), 4098, 2, 7), ((65, 3), 9000, 1, 30),
     ((576, 192, 192), 576, 2, 64),
 ]  # fmt: skip
-"""D of each layer, N, A, R. A product is cut in pieces of 4096 inputs, outputs in panels of 48 and vectors of 16."""
+"""D of each layer, N, A, R. The products divide inputs into pieces of 4096, and outputs into panels of 48 and vectors of 16."""
 NUM_SLOTS, EMPTY = 5, 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """Layers of which the first and every second after it have a bias, and the B of the slots in each; slot `EMPTY` has none."""
+    """Layers, every second of which has a bias, and the B of each slot in each layer. Slot `EMPTY` has no entries."""
 
     linears: Sequence[nn.Linear]
     blocks: Sequence[Sequence[torch.Tensor]]
@@ -48,26 +48,26 @@ class Case:
     b: Sequence[Sequence[torch.Tensor]]
 
     def product(self, make: Make) -> Projection:
-        """Returns the product of the layers with their adapters."""
+        """Return the product of the layers with their adapters."""
         return make(self.linears, self.blocks, self.operands)
 
     def expected(self, x: torch.Tensor, terms: Sequence[Term] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns y (T, sum of D) in fp64 for x (T, N), and how far off each entry may be."""
+        """Return y (T, sum of D) in fp64 for x (T, N), and the maximum error of each entry."""
         per_layer = [self._of_layer(i, x, terms) for i in range(len(self.linears))]
         exact, allowed = (torch.cat(parts, 1) for parts in zip(*per_layer, strict=True))
         return exact, allowed
 
     def _of_layer(self, layer: int, x: torch.Tensor, terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
-        linear, of, wide = self.linears[layer], self.operands[layer], x.double()
+        linear, operands, wide = self.linears[layer], self.operands[layer], x.double()
         rounding, weight = ROUNDING[x.dtype], linear.weight.double()
         exact, magnitude = wide @ weight.T, wide.abs() @ weight.abs().T
         if linear.bias is not None:
             exact, magnitude = exact + linear.bias.double(), magnitude + linear.bias.double().abs()
         off = rounding * exact.abs() + SUMMING * magnitude + 2.0**-126
-        again = torch.zeros(len(x), 1, dtype=torch.float64)  # (T, 1) what a token is rounded by once more
+        again = torch.zeros(len(x), 1, dtype=torch.float64)  # (T, 1) relative error of a token's second rounding
         for term in terms:
             b = term.weight * self.b[layer][term.slot].to(x.dtype).double()  # (D, r)
-            a = self.blocks[layer][int(of.basis_of[term.slot])].to(x.dtype).double()[: b.shape[1]]
+            a = self.blocks[layer][int(operands.basis_of[term.slot])].to(x.dtype).double()[: b.shape[1]]
             tokens = wide[term.start : term.stop]
             s = tokens @ a.T
             exact[term.start : term.stop] += s @ b.T
@@ -78,7 +78,7 @@ class Case:
 
 
 def make_case(sizes: tuple[Any, ...], dtype: torch.dtype = BF16, density: float = 0.3, has_bias: bool = True) -> Case:
-    """Returns the case of `sizes`, the same for the same arguments."""
+    """Return a case of `sizes`. Equal arguments give equal cases."""
     outputs, num_inputs, num_bases, rank = sizes
     rng, g = random.Random(str(sizes)), torch.Generator().manual_seed(sum(outputs) + num_inputs)
     case = Case([], [], [], [])
@@ -87,19 +87,19 @@ def make_case(sizes: tuple[Any, ...], dtype: torch.dtype = BF16, density: float 
         linear.weight.copy_(torch.randn(num_outputs, num_inputs, generator=g))
         if linear.bias is not None:
             linear.bias.copy_(10 * torch.randn(num_outputs, generator=g))
-        of = Operands(NUM_SLOTS, rank, num_outputs, dtype, "cpu")
+        operands = Operands(NUM_SLOTS, rank, num_outputs, dtype, "cpu")
         b = [random_b(num_outputs, rng.randint(1, rank), density * (slot != EMPTY), g) for slot in range(NUM_SLOTS)]
         for slot in range(NUM_SLOTS):
-            put(of, slot, b[slot], rng.randrange(num_bases) if layer == 0 else int(case.operands[0].basis_of[slot]))
+            put(operands, slot, b[slot], rng.randrange(num_bases) if layer == 0 else int(case.operands[0].basis_of[slot]))
         case.linears.append(linear)
         case.blocks.append([torch.randn(rank, num_inputs, generator=g) / num_inputs**0.5 for _ in range(num_bases)])
-        case.operands.append(of)
+        case.operands.append(operands)
         case.b.append(b)
     return case
 
 
 def terms_of(num_tokens: int) -> tuple[Term, ...]:
-    """Returns terms that overlap, leave tokens without any, and name every slot."""
+    """Return terms that overlap, leave some tokens without terms, and use every slot."""
     third = -(-num_tokens // 3)
     terms = [Term(0, third, 0, 1.5), Term(0, num_tokens, EMPTY, 2.0), Term(third // 2, third, 1, -0.5), Term(0, 1, 2, 0.25)]
     if num_tokens > third + 1:
@@ -108,7 +108,7 @@ def terms_of(num_tokens: int) -> tuple[Term, ...]:
 
 
 def tokens(num_tokens: int, num_inputs: int, dtype: torch.dtype = BF16, seed: int = 0) -> torch.Tensor:
-    """Returns x (T, N) of which the tokens differ in size."""
+    """Return x (T, N), whose tokens differ in magnitude."""
     g = torch.Generator().manual_seed(seed)
     return (torch.randn(num_tokens, num_inputs, generator=g) * torch.logspace(-2, 1, num_tokens)[:, None]).to(dtype)
 
@@ -122,21 +122,19 @@ def assert_within(got: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor]
 
 @pytest.fixture
 def num_threads() -> Iterator[Callable[[int], None]]:
-    """Sets torch's threads for one test."""
+    """Yield a function that sets torch's number of threads for one test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-# --- what comes out
+# --- results
 
 
 @pytest.mark.parametrize("make", BOTH)
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 17, 33])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_the_layers_and_their_deltas_are_within_their_roundings_of_the_exact_sum(
-    sizes: tuple[Any, ...], num_tokens: int, make: Make
-) -> None:
+def test_outputs_are_within_rounding_of_the_exact_sum(sizes: tuple[Any, ...], num_tokens: int, make: Make) -> None:
     case, x, terms = make_case(sizes), tokens(num_tokens, sizes[1]), terms_of(num_tokens)
     y = case.product(make)(x, Route.from_terms(terms, num_tokens))
     assert y.is_contiguous()
@@ -157,7 +155,7 @@ def test_every_number_of_tokens_up_to_40(make: Make) -> None:
 @pytest.mark.parametrize("make", BOTH)
 @pytest.mark.parametrize("num_tokens", [255, 256, 257, 300, 513, 600])
 @pytest.mark.parametrize("sizes", [((49, 47), 64, 3, 33), ((20, 97), 4098, 2, 7)])
-def test_more_tokens_than_meet_the_weights_at_a_time(sizes: tuple[Any, ...], num_tokens: int, make: Make) -> None:
+def test_more_tokens_than_one_pass_over_the_weights_takes(sizes: tuple[Any, ...], num_tokens: int, make: Make) -> None:
     case, x, terms = make_case(sizes), tokens(num_tokens, sizes[1]), terms_of(num_tokens)
     product = case.product(make)
     assert_within(product(x, Route.from_terms(terms, num_tokens)), case.expected(x, terms))
@@ -174,7 +172,7 @@ def test_every_rank(rank: int, make: Make) -> None:
 
 @pytest.mark.parametrize("num_inputs", [1, 21, 4097])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_an_odd_number_of_inputs_is_for_torch(dtype: torch.dtype, num_inputs: int) -> None:
+def test_an_odd_number_of_inputs_is_computed_by_torch(dtype: torch.dtype, num_inputs: int) -> None:
     case, x, terms = make_case(((9, 4, 5), num_inputs, 2, 5), dtype), tokens(7, num_inputs, dtype), terms_of(7)
     product = case.product(project)
     assert isinstance(product, TorchProjection)
@@ -189,7 +187,7 @@ def test_fp32_is_exact_to_fp32(sizes: tuple[Any, ...]) -> None:
     assert_within(product(x, Route.from_terms(terms, 9)), case.expected(x, terms))
 
 
-def test_what_is_compiled_is_used_where_it_can_be() -> None:
+def test_the_compiled_product_is_used_if_it_supports_the_layers() -> None:
     linears = [nn.Linear(6, 9, dtype=BF16)]
     assert isinstance(project(linears), NativeProjection if has_native(BF16, CPU) else TorchProjection)
     assert not has_native(BF16, torch.device("meta"))
@@ -199,7 +197,7 @@ def test_what_is_compiled_is_used_where_it_can_be() -> None:
 
 @needs_native
 @pytest.mark.parametrize("sizes", SIZES)
-def test_both_agree_to_what_they_round(sizes: tuple[Any, ...]) -> None:
+def test_both_products_agree_within_rounding(sizes: tuple[Any, ...]) -> None:
     case, x, terms = make_case(sizes), tokens(19, sizes[1]), terms_of(19)
     ours, theirs = (case.product(make)(x, Route.from_terms(terms, 19)) for make in (NativeProjection, TorchProjection))
     _, allowed = case.expected(x, terms)
@@ -211,7 +209,7 @@ def test_both_agree_to_what_they_round(sizes: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("make", BOTH)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_without_a_route_it_is_the_plain_product(sizes: tuple[Any, ...], make: Make) -> None:
+def test_without_a_route_the_result_is_the_plain_product(sizes: tuple[Any, ...], make: Make) -> None:
     case, x = make_case(sizes), tokens(5, sizes[1])
     with_adapters, plain = case.product(make), make(case.linears, (), ())
     assert torch.equal(with_adapters(x, None), plain(x, None))
@@ -219,7 +217,7 @@ def test_without_a_route_it_is_the_plain_product(sizes: tuple[Any, ...], make: M
 
 
 @pytest.mark.parametrize("make", BOTH)
-def test_without_a_route_a_is_left_out(make: Make) -> None:
+def test_without_a_route_a_is_not_multiplied(make: Make) -> None:
     case = make_case(((33, 5, 100), 22, 2, 5))
     for a in (a for of_layer in case.blocks for a in of_layer):
         a.fill_(torch.nan)
@@ -262,7 +260,7 @@ def test_no_tokens_give_no_outputs(make: Make) -> None:
 
 @pytest.mark.parametrize("make", BOTH)
 @pytest.mark.parametrize("num_tokens", [1, 6, 40])
-def test_rows_of_x_may_be_apart(num_tokens: int, make: Make) -> None:
+def test_rows_of_x_may_be_strided(num_tokens: int, make: Make) -> None:
     case, terms = make_case(((33, 5, 100), 22, 2, 5)), terms_of(num_tokens)
     buffer = torch.full((num_tokens + 2, 22 + 5), torch.nan, dtype=BF16)
     x = buffer[1:-1, 3:-2]
@@ -278,10 +276,10 @@ def test_inputs_weights_and_adapters_are_not_changed(make: Make) -> None:
     x = tokens(6, 22)
     case.product(make)(x, Route.from_terms(terms_of(6), 6))
     assert torch.equal(x, tokens(6, 22))
-    for ours, theirs, of, other in zip(case.linears, same.linears, case.operands, same.operands, strict=True):
+    for ours, theirs, operands, same_operands in zip(case.linears, same.linears, case.operands, same.operands, strict=True):
         assert torch.equal(ours.weight, theirs.weight)
-        assert torch.equal(of.pool, other.pool)
-        assert torch.equal(of.starts, other.starts)
+        assert torch.equal(operands.pool, same_operands.pool)
+        assert torch.equal(operands.starts, same_operands.starts)
 
 
 @pytest.mark.parametrize("make", BOTH)
@@ -296,7 +294,7 @@ def test_weights_are_copied(make: Make) -> None:
 
 
 @pytest.mark.parametrize("make", BOTH)
-def test_what_is_not_finite_stays_with_its_token(make: Make) -> None:
+def test_values_that_are_not_finite_stay_with_their_token(make: Make) -> None:
     case, terms = make_case(((33, 5, 100), 22, 2, 5)), terms_of(9)
     x, clean = tokens(9, 22), tokens(9, 22)
     x[2, 3], x[5, 0] = torch.nan, torch.inf
@@ -310,7 +308,7 @@ def test_what_is_not_finite_stays_with_its_token(make: Make) -> None:
 
 @dataclass(frozen=True)
 class Framed:
-    """x, y and s of a call into the module, each a view in a buffer that is NaN elsewhere; y and s are 7 before the call."""
+    """Arrays x, y and s of a call of the module, each a view of a buffer that is NaN elsewhere. y and s are 7 before the call."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -319,7 +317,7 @@ class Framed:
 
     @classmethod
     def of(cls, case: Case, x: torch.Tensor) -> "Framed":
-        """Frames the call for x (T, N)."""
+        """Return the arrays of a call with x (T, N)."""
         widths = (x.shape[1], *(sum(sizes) for sizes in sizes_of(case)))
         buffers = [torch.full((len(x) + 2, width + 5), torch.nan, dtype=BF16) for width in widths]
         views = [buffer[1:-1, 3:-2] for buffer in buffers]
@@ -330,12 +328,12 @@ class Framed:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """What `project` takes first."""
+        """First arguments of `project`."""
         x, y, s = self.x, self.y, self.s
         return x.data_ptr(), x.stride(0), len(x), y.data_ptr(), y.stride(0), s.data_ptr(), s.stride(0)
 
     def assert_the_rest_is_untouched(self) -> None:
-        """The buffers are NaN around the views."""
+        """Assert that the buffers are still NaN around the views."""
         for buffer in self.buffers:
             around = torch.ones_like(buffer, dtype=torch.bool)
             around[1:-1, 3:-2] = False
@@ -343,12 +341,12 @@ class Framed:
 
 
 def sizes_of(case: Case) -> tuple[list[int], list[int]]:
-    """Returns the outputs of the layers, and the rows of A of each."""
-    return [linear.out_features for linear in case.linears], [sum(map(len, of_layer)) for of_layer in case.blocks]
+    """Return each layer's number of outputs, and the rows of its A's."""
+    return [linear.out_features for linear in case.linears], [sum(map(len, blocks)) for blocks in case.blocks]
 
 
 def bound(case: Case) -> Any:
-    """Returns the module's own projection."""
+    """Return the compiled module's projection object."""
     return NativeProjection(case.linears, case.blocks, case.operands).bound
 
 
@@ -361,11 +359,11 @@ def test_nothing_is_written_around_the_outputs(sizes: tuple[Any, ...], num_token
     module = bound(case)
     plain, whole = (Framed.of(case, x) for _ in range(2))
     module.multiply(*plain.places[:5], threads)
-    of = [bound_operands(operands) for operands in case.operands]
-    module.project(*whole.places, of, bound_route(Route.from_terms(terms, num_tokens)), threads)
+    operands = [bound_operands(layer_operands) for layer_operands in case.operands]
+    module.project(*whole.places, operands, bound_route(Route.from_terms(terms, num_tokens)), threads)
     assert_within(plain.y, case.expected(x))
     assert_within(whole.y, case.expected(x, terms))
-    a = torch.cat([a for of_layer in case.blocks for a in of_layer]).to(BF16).double()
+    a = torch.cat([a for blocks in case.blocks for a in blocks]).to(BF16).double()
     s = x.double() @ a.T
     assert_within(whole.s, (s, ROUNDING[BF16] * s.abs() + SUMMING * (x.double().abs() @ a.abs().T)))
     assert plain.s.eq(7.0).all()
@@ -418,23 +416,23 @@ def test_bits_do_not_depend_on_the_number_of_tokens(sizes: tuple[Any, ...], quan
 
 
 @pytest.mark.parametrize("make", BOTH)
-def test_adapters_that_are_put_and_cleared_between_calls_are_seen(make: Make) -> None:
+def test_adapters_put_and_cleared_between_calls_take_effect(make: Make) -> None:
     case, x, terms = make_case(((600, 33), 22, 2, 5)), tokens(6, 22), (Term(0, 4, 0, 1.0), Term(2, 6, EMPTY, 2.0))
     product, route, g = case.product(make), Route.from_terms(terms, 6), torch.Generator().manual_seed(1)
     assert_within(product(x, route), case.expected(x, terms))
-    for layer, of in enumerate(case.operands):
-        before = of.pool.data_ptr()
-        case.b[layer][EMPTY] = torch.randn(of.layout.num_outputs, 5, generator=g)
-        put(of, EMPTY, case.b[layer][EMPTY], 1)
-        assert of.pool.data_ptr() != before  # it grew, and is another
+    for layer, operands in enumerate(case.operands):
+        before = operands.pool.data_ptr()
+        case.b[layer][EMPTY] = torch.randn(operands.layout.num_outputs, 5, generator=g)
+        put(operands, EMPTY, case.b[layer][EMPTY], 1)
+        assert operands.pool.data_ptr() != before  # the pool grew, and is another tensor
     assert_within(product(x, route), case.expected(x, terms))
-    for layer, of in enumerate(case.operands):
-        case.b[layer][0] = torch.zeros(of.layout.num_outputs, 1)
-        of.clear(0)
+    for layer, operands in enumerate(case.operands):
+        case.b[layer][0] = torch.zeros(operands.layout.num_outputs, 1)
+        operands.clear(0)
     assert_within(product(x, route), case.expected(x, terms))
 
 
-# --- what is refused
+# --- refusals
 
 
 def fewer_operands(case: Case) -> list[Operands]:
@@ -479,7 +477,7 @@ def test_operands_of_other_layers_are_refused_and_nothing_is_written(
     operands = spoil(case)
     route = Route.from_terms([Term(0, 6, 2, 1.0)], 6)
     with pytest.raises(ValueError, match=r"operands|basis|slot"):
-        module.project(*framed.places, [bound_operands(of) for of in operands], bound_route(route), 1)
+        module.project(*framed.places, [bound_operands(layer_operands) for layer_operands in operands], bound_route(route), 1)
     assert framed.y.eq(7.0).all()
     assert framed.s.eq(7.0).all()
     with pytest.raises(ValueError, match=r"operands|basis|slot"):
@@ -493,7 +491,7 @@ def test_a_route_of_other_tokens_is_refused_and_nothing_is_written(num_tokens: i
     module, framed = bound(case), Framed.of(case, tokens(6, 22))
     route = Route.from_terms([Term(0, num_tokens, 0, 1.0)], num_tokens)
     with pytest.raises(ValueError, match="a route of these tokens"):
-        module.project(*framed.places, [bound_operands(of) for of in case.operands], bound_route(route), 1)
+        module.project(*framed.places, [bound_operands(operands) for operands in case.operands], bound_route(route), 1)
     assert framed.y.eq(7.0).all()
     assert framed.s.eq(7.0).all()
 
@@ -508,7 +506,7 @@ def test_a_long_route_of_other_tokens_is_refused(num_tokens: int, make: Make) ->
 
 
 @needs_native
-def test_a_slot_that_is_negative_is_refused() -> None:
+def test_a_negative_slot_is_refused() -> None:
     case, route = make_case(((33, 7), 22, 2, 5)), Route.from_terms([Term(0, 6, 0, 1.0)], 6)
     route.slots.sub_(1)
     with pytest.raises(ValueError, match="a slot is negative"):
@@ -539,7 +537,7 @@ def test_panels_and_biases_of_other_sizes_are_refused() -> None:
 @needs_native
 @pytest.mark.parametrize("num_tokens", [1, 8, 9, 17, 300])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_quantized_weights_give_what_their_rounded_values_give(sizes: tuple[Any, ...], num_tokens: int) -> None:
+def test_quantized_weights_give_the_product_of_their_rounded_values(sizes: tuple[Any, ...], num_tokens: int) -> None:
     case, x, terms = make_case(sizes), tokens(num_tokens, sizes[1]), terms_of(num_tokens)
     product = project(case.linears, case.blocks, case.operands, "int8")
     rounded = replace(case, linears=[of_rounded(linear) for linear in case.linears])
@@ -548,7 +546,7 @@ def test_quantized_weights_give_what_their_rounded_values_give(sizes: tuple[Any,
 
 
 def of_rounded(linear: nn.Linear) -> nn.Linear:
-    """Returns a layer in fp32 with the weights that int8 gives."""
+    """Return a layer in fp32 with the values of the int8 weights."""
     quantized, scales = quantize(linear.weight)
     wide = deepcopy(linear).float()
     wide.weight.copy_(scales[:, None] * quantized)
@@ -566,6 +564,6 @@ def test_a_quantized_weight_is_off_by_half_a_step_of_its_output_at_most() -> Non
 
 
 @pytest.mark.parametrize(("num_inputs", "dtype"), [(16, torch.float32), (15, BF16)])
-def test_what_has_no_products_in_int8_is_refused(num_inputs: int, dtype: torch.dtype) -> None:
+def test_layers_without_int8_products_are_refused(num_inputs: int, dtype: torch.dtype) -> None:
     with pytest.raises(ModelError, match=f"int8 of {num_inputs} inputs in {dtype}"):
         project([nn.Linear(num_inputs, 4, dtype=dtype)], quantization="int8")

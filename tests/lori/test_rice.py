@@ -1,4 +1,4 @@
-"""The code of a mask."""
+"""The Golomb-Rice code of a mask."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ def random_indices(num_entries: int, density: float, seed: int = 0) -> Indices:
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.03, 0.1, 0.2, 0.35, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("num_entries", [1, 7, 8, 9, 64, 1000, 20_000])
-def test_a_mask_comes_back(num_entries: int, density: float) -> None:
+def test_decoding_restores_a_mask(num_entries: int, density: float) -> None:
     indices = random_indices(num_entries, density)
     code = encode(indices, num_entries)
     assert code.dtype == np.uint8
@@ -28,14 +28,14 @@ def test_a_mask_comes_back(num_entries: int, density: float) -> None:
 
 
 @given(st.integers(1, 4000).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
-def test_any_mask_comes_back(mask: tuple[int, set[int]]) -> None:
-    num_entries, kept = mask
-    indices = np.array(sorted(kept), np.int32)
-    assert (decode(encode(indices, num_entries), num_entries, len(kept)) == indices).all()
+def test_decoding_restores_any_mask(mask: tuple[int, set[int]]) -> None:
+    num_entries, entries = mask
+    indices = np.array(sorted(entries), np.int32)
+    assert (decode(encode(indices, num_entries), num_entries, len(entries)) == indices).all()
 
 
 @pytest.mark.parametrize("index", [0, 1, MAX_ENTRIES // 2, MAX_ENTRIES - 1])
-def test_one_entry_of_the_largest_mask_comes_back(index: int) -> None:
+def test_decoding_restores_one_entry_of_the_largest_mask(index: int) -> None:
     indices = np.array([index], np.int32)
     assert decode(encode(indices, MAX_ENTRIES), MAX_ENTRIES, 1).tolist() == [index]
 
@@ -47,8 +47,8 @@ def test_a_dense_mask_is_a_bitmap() -> None:
     assert (encode(indices, 801) == np.packbits(bits[: indices[-1] + 1], bitorder="little")).all()
 
 
-def test_the_code_by_hand() -> None:
-    # 40 entries and 4 kept: k = 3. Gaps 2, 0, 12, 20: quotients 0, 0, 1, 2; remainders 2, 0, 4, 4.
+def test_the_code_equals_one_computed_by_hand() -> None:
+    # 40 entries, nnz 4: k = 3. Gaps 2, 0, 12, 20: quotients 0, 0, 1, 2; remainders 2, 0, 4, 4.
     indices = np.array([2, 3, 16, 37], np.int32)
     assert parameter(40, 4) == 3
     assert encode(indices, 40).tolist() == [0b1001011, 0b0000, 0b0001, 0b1100]
@@ -75,22 +75,22 @@ def test_the_parameter_is_the_best_for_a_random_mask(density: float, monkeypatch
 
 def tampered() -> list[tuple[str, Code, int, int]]:
     indices = random_indices(1000, 0.1)
-    code, kept = encode(indices, 1000), len(indices)
-    unary = len(code) - 3 * ((kept + 7) // 8)
+    code, nnz = encode(indices, 1000), len(indices)
+    unary = len(code) - 3 * ((nnz + 7) // 8)
     flipped = code.copy()
     flipped[0] ^= 0x80
     padded = code.copy()
-    assert kept % 8
+    assert nnz % 8
     padded[-1] |= 0x80
     longer = np.insert(code, unary, 0)
     return [
-        ("holds", code[:-1], 1000, kept),
-        ("holds", code, 1000, kept - 8),
-        ("holds", flipped, 1000, kept),
-        ("holds", code[:2], 1000, kept),
-        ("past its last", padded, 1000, kept),
-        ("unary part", longer, 1000, kept),
-        ("of 960", code, 960, kept),
+        ("holds", code[:-1], 1000, nnz),
+        ("holds", code, 1000, nnz - 8),
+        ("holds", flipped, 1000, nnz),
+        ("holds", code[:2], 1000, nnz),
+        ("past its last", padded, 1000, nnz),
+        ("unary part", longer, 1000, nnz),
+        ("of 960", code, 960, nnz),
         ("at least 128 entries, expected at most 100", np.array([0b100, 0, 0, 0, 0, 0, 0], np.uint8), 100, 1),
         ("holds 0 entries, expected 1", np.zeros(0, np.uint8), 8, 1),
         ("holds 1 entries, expected 0", np.ones(1, np.uint8), 8, 0),
@@ -99,7 +99,7 @@ def tampered() -> list[tuple[str, Code, int, int]]:
 
 
 @pytest.mark.parametrize(("message", "code", "num_entries", "nnz"), tampered())
-def test_what_is_no_code_of_such_a_mask_is_refused(message: str, code: Code, num_entries: int, nnz: int) -> None:
+def test_an_invalid_code_is_refused(message: str, code: Code, num_entries: int, nnz: int) -> None:
     with pytest.raises(ValueError, match=message):
         decode(code, num_entries, nnz)
 
@@ -110,16 +110,16 @@ def as_code(content: bytes) -> Code:
 
 @st.composite
 def nearly_codes(draw: st.DrawFn) -> tuple[Code, int, int]:
-    """Give the code of a mask, often with a byte that is another, and how many entries it is said to have and to keep.
+    """Return the code of a mask, often with one changed byte, and the number of entries and the nnz to decode it with.
 
-    Bytes drawn at random are hardly ever a code.
+    Purely random bytes are hardly ever a valid code.
     """
     num_entries = draw(st.integers(1, 500))
-    kept = sorted(draw(st.sets(st.integers(0, num_entries - 1), max_size=40)))
-    code = encode(np.array(kept, np.int32), num_entries)
+    entries = sorted(draw(st.sets(st.integers(0, num_entries - 1), max_size=40)))
+    code = encode(np.array(entries, np.int32), num_entries)
     if len(code) and draw(st.booleans()):
         code[draw(st.integers(0, len(code) - 1))] ^= 1 << draw(st.integers(0, 7))
-    return code, num_entries, max(0, len(kept) + draw(st.sampled_from((0, 0, 0, -1, 1))))
+    return code, num_entries, max(0, len(entries) + draw(st.sampled_from((0, 0, 0, -1, 1))))
 
 
 @given(nearly_codes() | st.tuples(st.binary(max_size=60).map(as_code), st.integers(1, 5000), st.integers(0, 200)))
@@ -132,14 +132,14 @@ def test_any_bytes_are_a_mask_or_refused(mask: tuple[Code, int, int]) -> None:
     assert len(indices) == nnz
     assert (np.diff(indices, prepend=-1) > 0).all()
     assert not nnz or indices[-1] < num_entries
-    assert np.array_equal(encode(indices, num_entries), code)  # one mask has one code
+    assert np.array_equal(encode(indices, num_entries), code)  # the code of a mask is unique
 
 
 # --- the compiled module
 
 
 def outcome(read: Callable[[Code, int, int], Indices], *mask: Any) -> list[int] | str:
-    """Returns the indices, or what they are refused with."""
+    """Return the indices, or the message of the refusal."""
     try:
         return read(*mask).tolist()
     except ValueError as error:
@@ -147,7 +147,7 @@ def outcome(read: Callable[[Code, int, int], Indices], *mask: Any) -> list[int] 
 
 
 def assert_decoded_alike(code: Code, num_entries: int, nnz: int) -> None:
-    """The module gives the same indices, or none where the code is refused; and who uses it gets the same error."""
+    """Assert that the module gives numpy's indices, or none if numpy refuses the code, and that the errors are the same."""
     expected = outcome(decode, code, num_entries, nnz)
     assert outcome(native.decode_mask, code, num_entries, nnz) == expected
     if native.MODULE:
@@ -158,28 +158,28 @@ def assert_decoded_alike(code: Code, num_entries: int, nnz: int) -> None:
 
 @pytest.mark.parametrize("density", [0.0, 0.0005, 0.002, 0.01, 0.1, 0.35, 0.5, 1.0])
 @pytest.mark.parametrize("num_entries", [1, 7, 8, 9, 64, 1000, 20_000])
-def test_the_module_decodes_what_numpy_does(num_entries: int, density: float) -> None:
+def test_the_compiled_module_decodes_as_numpy_does(num_entries: int, density: float) -> None:
     indices = random_indices(num_entries, density)
     assert_decoded_alike(encode(indices, num_entries), num_entries, len(indices))
 
 
 @pytest.mark.parametrize("index", [0, 1, MAX_ENTRIES // 2, MAX_ENTRIES - 1])
-def test_the_module_decodes_one_entry_of_the_largest_mask(index: int) -> None:
+def test_the_compiled_module_decodes_one_entry_of_the_largest_mask(index: int) -> None:
     assert_decoded_alike(encode(np.array([index], np.int32), MAX_ENTRIES), MAX_ENTRIES, 1)
 
 
 @pytest.mark.parametrize(("_message", "code", "num_entries", "nnz"), tampered())
-def test_the_module_refuses_what_numpy_does(_message: str, code: Code, num_entries: int, nnz: int) -> None:
+def test_the_compiled_module_refuses_the_codes_that_numpy_refuses(_message: str, code: Code, num_entries: int, nnz: int) -> None:
     assert_decoded_alike(code, num_entries, nnz)
 
 
 @given(st.binary(max_size=60), st.integers(1, 5000), st.integers(0, 200))
-def test_any_bytes_are_a_mask_for_both_or_for_neither(content: bytes, num_entries: int, nnz: int) -> None:
+def test_any_bytes_are_a_mask_for_both_decoders_or_for_neither(content: bytes, num_entries: int, nnz: int) -> None:
     assert_decoded_alike(np.frombuffer(content, np.uint8), num_entries, nnz)
 
 
 @given(st.integers(0, 999), st.sampled_from([0.005, 0.1, 0.5]), st.integers(0, 4000), st.integers(-2, 2), st.integers(-9, 9))
-def test_a_code_with_a_bit_changed_is_a_mask_for_both_or_for_neither(
+def test_a_code_with_a_changed_bit_is_a_mask_for_both_decoders_or_for_neither(
     seed: int, density: float, bit: int, more_kept: int, more_entries: int
 ) -> None:
     indices = random_indices(1000, density, seed)

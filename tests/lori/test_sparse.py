@@ -15,7 +15,7 @@ def random_mask(shape: tuple[int, int], density: float = 0.4) -> torch.Tensor:
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("shape", ODD_SHAPES)
-def test_dense_has_the_kept_entries_and_zeros(shape: tuple[int, int], density: float) -> None:
+def test_dense_has_the_entries_and_zeros_elsewhere(shape: tuple[int, int], density: float) -> None:
     dense = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     mask = random_mask(shape, density)
     b = SparseB.from_dense(dense, mask)
@@ -27,7 +27,7 @@ def test_dense_has_the_kept_entries_and_zeros(shape: tuple[int, int], density: f
     assert b.density == mask.double().mean()
 
 
-def test_a_strided_b_is_kept_as_it_reads() -> None:
+def test_a_strided_b_is_stored_by_value() -> None:
     dense, mask = torch.randn(5, 13), random_mask((5, 13))
     ours, theirs = SparseB.from_dense(dense.T, mask.T), SparseB.from_dense(dense.T.contiguous(), mask.T.contiguous())
     assert torch.equal(ours.indices, theirs.indices)
@@ -40,7 +40,7 @@ def test_values_are_in_row_major_order() -> None:
     assert b.values.tolist() == [2.0, 3.0]
 
 
-def test_dense_takes_the_dtype_that_is_asked_for() -> None:
+def test_dense_has_the_requested_dtype() -> None:
     b = SparseB((1, 2), torch.tensor([0], dtype=INT), torch.tensor([1.5], dtype=torch.bfloat16))
     assert b.dense().dtype == torch.float32
     assert torch.equal(b.dense(torch.float64), torch.tensor([[1.5, 0.0]], dtype=torch.float64))
@@ -65,6 +65,6 @@ def test_memory_is_positions_and_values() -> None:
     ],
     ids=["indices of 64 bits", "a value too few", "indices not flat"],
 )
-def test_parts_that_do_not_fit_are_our_own_mistake(indices: torch.Tensor, values: torch.Tensor) -> None:
+def test_indices_and_values_that_do_not_fit_fail_an_assertion(indices: torch.Tensor, values: torch.Tensor) -> None:
     with pytest.raises(AssertionError):
         SparseB((4, 4), indices, values)

@@ -1,4 +1,4 @@
-"""What is known of adapters from their configs alone."""
+"""Summaries of adapters, read from their configs alone."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def entry(folder: Path, **section: object) -> Entry:
     return Entry(folder.name.partition("@")[0], folder)
 
 
-def test_a_summary_says_what_the_adapter_is_and_reads_no_weights(tmp_path: Path) -> None:
+def test_a_summary_describes_the_adapter_without_reading_weights(tmp_path: Path) -> None:
     math = entry(tmp_path / "math", templates=("plain", "chat"), metrics={"loss": 0.5}, merge_weights={"x": (1.0, 0.8)})
     adapter = load_adapter(math.folder, BASE)
     assert math.num_bytes == sum(file.stat().st_size for file in math.folder.iterdir())
@@ -53,8 +53,8 @@ def test_a_store_is_summarised_by_name_and_alias(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "store")
     published = store.publish(entry(tmp_path / "math").folder)
     store.alias("best", "math")
-    found = summarise(store.current(), BASE)
-    assert {name: summary.version for name, summary in found.items()} == {"best": published.version, "math": published.version}
+    summaries = summarise(store.current(), BASE)
+    assert {name: row.version for name, row in summaries.items()} == {"best": published.version, "math": published.version}
 
 
 def test_the_faults_of_all_are_reported_at_once(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_the_faults_of_all_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError) as caught:
         summarise(entries, BASE)
     assert caught.value.source == "what is to be served"
-    said = sorted(fault.partition(": ")[0] for fault in caught.value.faults)
-    assert said == sorted(str(tmp_path / name) for name in ("torn", "gone", "math@0123456789ab", "other", "others"))
+    sources = sorted(fault.partition(": ")[0] for fault in caught.value.faults)
+    assert sources == sorted(str(tmp_path / name) for name in ("torn", "gone", "math@0123456789ab", "other", "others"))
     assert sum("trained on the base" in fault for fault in caught.value.faults) == 2
     assert any("its version is" in fault and "expected 0123456789ab" in fault for fault in caught.value.faults)

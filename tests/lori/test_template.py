@@ -1,4 +1,4 @@
-"""How a prompt and its completion are written."""
+"""Templates: the text of a prompt and of its completion."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from tests.tiny import tiny_tokenizer
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of its own for each test, which may change its template."""
+    """Return a new tokenizer, whose template the test may change."""
     return tiny_tokenizer()
 
 
@@ -38,7 +38,7 @@ def test_a_string_under_chat_is_one_user_s_message(tokenizer: PreTrainedTokenize
     assert render_prompt(tokenizer, " Hi", "chat") == render_prompt(tokenizer, [Message(role="user", content=" Hi")], "chat")
 
 
-def test_a_string_under_plain_stands_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_string_under_plain_is_unchanged(tokenizer: PreTrainedTokenizerFast) -> None:
     assert render_prompt(tokenizer, " {{ x }}\n", "plain") == " {{ x }}\n"
     assert render_prompt(tokenizer, "", "plain") == ""
 
@@ -48,7 +48,7 @@ def test_messages_under_plain_are_lines(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 @pytest.mark.parametrize("none", [None, ""])
-def test_a_tokenizer_without_a_template_can_be_plain_only(tokenizer: PreTrainedTokenizerFast, none: str | None) -> None:
+def test_a_tokenizer_without_a_template_supports_plain_only(tokenizer: PreTrainedTokenizerFast, none: str | None) -> None:
     tokenizer.chat_template = none
     with pytest.raises(TemplateError, match="has no chat template; use the template 'plain'"):
         render_prompt(tokenizer, "Hi", "chat")
@@ -61,7 +61,7 @@ def test_a_tokenizer_without_a_template_can_be_plain_only(tokenizer: PreTrainedT
         ("{{ raise_exception('no system message, please') }}", "no system message, please"),
         ("{{ messages[9]['role'] }}", "no element 9"),
         ("{% if %}", "end of statement block"),
-        # Was a TypeError, and so not the client's mistake but a 500.
+        # Regression: a TypeError was raised, so the client's mistake was answered with a 500.
         ("{{ messages[0]['content'] + 1 }}", "str"),
     ],
     ids=["refuses", "undefined", "syntax", "type"],
@@ -73,7 +73,7 @@ def test_a_template_that_raises_is_a_template_error(tokenizer: PreTrainedTokeniz
 
 
 def test_a_conversation_of_no_messages_is_a_template_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    # Was transformers' ValueError.
+    # Regression: transformers' ValueError was raised.
     with pytest.raises(TemplateError):
         render_prompt(tokenizer, [], "chat")
 
@@ -81,13 +81,13 @@ def test_a_conversation_of_no_messages_is_a_template_error(tokenizer: PreTrained
 @pytest.mark.parametrize(
     "fields", [{"role": "tool", "content": "x"}, {"role": "user"}, {"role": "user", "content": "x", "name": "y"}]
 )
-def test_a_message_that_is_not_sound_is_refused(fields: dict[str, str]) -> None:
+def test_an_invalid_message_is_refused(fields: dict[str, str]) -> None:
     with pytest.raises(ValidationError):
         Message.model_validate(fields)
 
 
 def test_half_a_surrogate_pair_is_no_text() -> None:
-    # JSON can hold it, and the tokenizer raised a TypeError on it.
+    # JSON can hold one. Regression: the tokenizer raised a TypeError.
     with pytest.raises(ValidationError, match="half of a surrogate pair at character 2"):
         Message.model_validate({"role": "user", "content": "Hi\ud83d"})
     assert Message(role="user", content="Hi\U0001f600").content == "Hi\U0001f600"
@@ -107,7 +107,7 @@ def test_half_a_surrogate_pair_is_no_text() -> None:
         ("Is it so?", "yes \n", "\nyes \n"),
     ],
 )
-def test_a_plain_completion_is_parted_from_its_prompt(prompt: str, completion: str, expected: str) -> None:
+def test_a_plain_completion_is_separated_from_its_prompt(prompt: str, completion: str, expected: str) -> None:
     assert render_completion(prompt, completion, "plain") == expected
 
 
@@ -120,17 +120,17 @@ def test_a_chat_completion_has_no_leading_space(completion: str, expected: str) 
 
 def test_encode_adds_no_token(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = encode(tokenizer, "Hé <|end|>").ids
-    assert len(ids) == len("Hé ".encode()) + 1  # one a byte, one for the special token that stands in the text
+    assert len(ids) == len("Hé ".encode()) + 1  # one for each byte, and one for the special token in the text
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids) == "Hé <|end|>"
     assert encode(tokenizer, "").ids == []
 
 
-def test_encode_tells_where_each_token_stands_in_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_encode_gives_each_tokens_position_in_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
     assert encode(tokenizer, "Hé<|end|>").offsets == [(0, 1), (1, 2), (1, 2), (2, 9)]
 
 
-def test_encode_adds_no_token_where_the_tokenizer_would(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_encode_adds_no_token_even_if_the_tokenizer_would(tokenizer: PreTrainedTokenizerFast) -> None:
     end = ("<|end|>", tokenizer.eos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[end])
     assert len(tokenizer("Hi").input_ids) == 3
@@ -138,7 +138,7 @@ def test_encode_adds_no_token_where_the_tokenizer_would(tokenizer: PreTrainedTok
 
 
 def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: PreTrainedTokenizerFast) -> None:
-    """They did not for as long as it took: a prompt of a megabyte stopped the server for seconds."""
+    """Regression: encoding blocked all other threads, so a prompt of a megabyte stopped the server for seconds."""
     took = list[float]()
 
     def encode_long() -> None:
@@ -147,10 +147,10 @@ def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: PreTrainedTok
         took.append(time.monotonic() - began)
 
     thread = threading.Thread(target=encode_long)
-    mine = time.thread_time()
+    before = time.thread_time()
     thread.start()
     while not took:
         pass
-    mine = time.thread_time() - mine
+    own_seconds = time.thread_time() - before
     thread.join()
-    assert mine > took[0] / 20, "a twentieth of the time, on a machine that others use too"
+    assert own_seconds > took[0] / 20, "this thread ran for less than a twentieth of the encoding"

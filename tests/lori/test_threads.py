@@ -1,4 +1,4 @@
-"""The number of CPU threads, beside other processes and in containers."""
+"""Number of CPU threads: beside other processes, and in containers."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ class FakeLoad(BackgroundLoad):
 
 @pytest.fixture(autouse=True)
 def _four(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Four threads that no variable asks for."""
+    """Set four threads, without a variable that requests a number."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -41,7 +41,7 @@ def _four(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a control group, /box/inner, of which this process is told that it is in."""
+    """Return the folder of a control group, /box/inner. To the code under test, this process belongs to it."""
     (tmp_path / "membership").write_text("0::/box/inner\n")
     monkeypatch.setattr(resources, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(resources, "CGROUPS", tmp_path / "groups")
@@ -52,20 +52,20 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("num_busy", "num_free"), [(0.0, 4), (0.3, 4), (0.7, 3), (1.0, 3), (1.3, 3), (2.9, 1), (4.0, 1)])
 def test_busy_cpus_are_left_alone(num_busy: float, num_free: int) -> None:
-    """Half a CPU that is busy counts as busy; one thread is always left."""
+    """A half-busy CPU counts as busy. At least one thread is always used."""
     avoid_busy_cpus(FakeLoad(num_busy))
     assert torch.get_num_threads() == num_free
 
 
 def test_no_more_threads_than_before() -> None:
-    """Fewer threads than there are CPUs free stay as they are."""
+    """If there are fewer threads than free CPUs, their number stays."""
     torch.set_num_threads(2)
     avoid_busy_cpus(FakeLoad(0.0))
     assert torch.get_num_threads() == 2
 
 
-def test_the_variable_is_respected(monkeypatch: pytest.MonkeyPatch, group: Path) -> None:
-    """OMP_NUM_THREADS says how many, whatever is busy and however little the container may use."""
+def test_omp_num_threads_is_respected(monkeypatch: pytest.MonkeyPatch, group: Path) -> None:
+    """OMP_NUM_THREADS decides the number, whatever the load and the container's limit."""
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     (group / "cpu.max").write_text("100000 100000\n")
     use_threads(0)
@@ -73,8 +73,8 @@ def test_the_variable_is_respected(monkeypatch: pytest.MonkeyPatch, group: Path)
     assert torch.get_num_threads() == 4
 
 
-def test_a_number_is_used(group: Path) -> None:
-    """What is asked for is used, whatever the container may use."""
+def test_a_requested_number_is_used(group: Path) -> None:
+    """A requested number is used, whatever the container's limit."""
     (group / "cpu.max").write_text("100000 100000\n")
     use_threads(3)
     assert torch.get_num_threads() == 3
@@ -83,8 +83,8 @@ def test_a_number_is_used(group: Path) -> None:
 @pytest.mark.parametrize(
     ("inner", "outer", "num"), [("250000 100000", "max 100000", 2), ("max 100000", "150000 50000", 3), ("50000 100000", None, 1)]
 )
-def test_containers_have_a_share(group: Path, inner: str, outer: str | None, num: int) -> None:
-    """The smallest share of the group and those that it is in counts; part of a CPU is one thread."""
+def test_a_container_limits_the_threads_to_its_cpu_share(group: Path, inner: str, outer: str | None, num: int) -> None:
+    """The smallest share among the group and its parents counts. A fraction of a CPU counts as one thread."""
     (group / "cpu.max").write_text(inner + "\n")
     if outer:
         (group.parent / "cpu.max").write_text(outer + "\n")
@@ -93,8 +93,8 @@ def test_containers_have_a_share(group: Path, inner: str, outer: str | None, num
 
 
 @pytest.mark.usefixtures("group")
-def test_no_share_is_no_limit(tmp_path: Path) -> None:
-    """Groups without a file, or systems without groups, leave torch's own choice."""
+def test_a_group_without_a_cpu_share_is_no_limit(tmp_path: Path) -> None:
+    """If a group has no file, or the system has no groups, torch's own number is used."""
     assert cpu_quota() == float("inf")
     (tmp_path / "membership").unlink()
     assert cpu_quota() == float("inf")
@@ -103,7 +103,7 @@ def test_no_share_is_no_limit(tmp_path: Path) -> None:
 
 
 def test_cpus_that_are_not_online_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of those that are there need not be number 1."""
+    """The second online CPU need not have the number 1."""
     (tmp_path / "stat").write_text("cpu  9 0 0 0\ncpu0 1 0 0 0\ncpu2 1 0 0 0\nintr 5\n")
     monkeypatch.setattr(resources, "STAT", tmp_path / "stat")
     assert resources._cpu_numbers(2) == [0, 2]
@@ -111,15 +111,15 @@ def test_cpus_that_are_not_online_are_not_counted(tmp_path: Path, monkeypatch: p
     assert resources._cpu_numbers(2) == [0, 1]
 
 
-def test_a_block_leaves_the_number_as_it_was() -> None:
-    """Whatever was chosen inside."""
+def test_a_block_restores_the_number_of_threads() -> None:
+    """The number is restored whatever was set inside the block."""
     with threads_restored():
         use_threads(1)
     assert torch.get_num_threads() == 4
 
 
-def test_a_warning_says_what_to_type(caplog: pytest.LogCaptureFixture) -> None:
-    """Services keep their threads, and say which number is faster."""
+def test_a_warning_names_the_flag_to_pass(caplog: pytest.LogCaptureFixture) -> None:
+    """A service keeps its number of threads and warns if another one would be faster."""
     warn_if_busy(FakeLoad(0.0))
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
@@ -131,10 +131,10 @@ def test_a_warning_says_what_to_type(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a CPU")
-def test_others_are_seen_and_own_work_is_not() -> None:
-    """A process that keeps a CPU of ours busy counts, and this one's own work does not."""
-    mine = os.sched_getaffinity(0)
-    cpu = min(mine)
+def test_only_the_load_of_other_processes_counts() -> None:
+    """Another process that keeps one of our CPUs busy counts. This process's own work does not."""
+    own_cpus = os.sched_getaffinity(0)
+    cpu = min(own_cpus)
     os.sched_setaffinity(0, {cpu})
     try:
         load = BackgroundLoad()
@@ -151,4 +151,4 @@ def test_others_are_seen_and_own_work_is_not() -> None:
         assert num_busy > 0.7
         assert load.num_free() == 1
     finally:
-        os.sched_setaffinity(0, mine)
+        os.sched_setaffinity(0, own_cpus)

@@ -1,4 +1,4 @@
-"""Rounding B for the disk."""
+"""Rounding of B for the disk."""
 
 import math
 
@@ -16,7 +16,7 @@ def random_b(seed: int = 0, num_outputs: int = 200, rank: int = 16, density: flo
 
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
 @pytest.mark.parametrize("seed", range(5))
-def test_rounding_what_was_rounded_changes_nothing(value_type: ValueType, seed: int) -> None:
+def test_rounding_twice_changes_nothing(value_type: ValueType, seed: int) -> None:
     once = rounded(random_b(seed), value_type)
     twice = rounded(once, value_type)
     assert torch.equal(once.values, twice.values)
@@ -65,13 +65,13 @@ def test_the_error_is_relative_over_all_modules(value_type: ValueType) -> None:
     assert rounding_error(modules, value_type) == pytest.approx(float((stored - exact).norm() / exact.norm()), rel=1e-9)
 
 
-def test_the_error_of_each_type_is_of_its_size() -> None:
+def test_each_types_error_has_the_expected_magnitude() -> None:
     errors = {value_type: rounding_error([random_b(3, 3000)], value_type) for value_type in VALUE_TYPES}
     assert errors["float32"] == 0
     assert 0 < errors["float16"] < errors["bfloat16"] < 2**-8
     assert 0 < errors["int8"] < 0.01
 
 
-def test_nothing_has_no_error() -> None:
+def test_an_adapter_without_entries_has_no_error() -> None:
     assert rounding_error([], "int8") == 0
     assert not math.isnan(rounding_error([random_b(density=0.0)], "int8"))

@@ -1,4 +1,4 @@
-"""The client and its asynchronous twin under the same tests."""
+"""`Client` and `AsyncClient` behind one interface, so that one test covers both."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +14,7 @@ KINDS = ("sync", "async")
 
 
 class Awaited:
-    """An `AsyncClient` with the methods of `Client`: each is awaited in a loop in a thread of its own."""
+    """An `AsyncClient` with the methods of `Client`: an event loop in a thread of its own awaits each call."""
 
     def __init__(self, portal: BlockingPortal, client: AsyncClient) -> None:
         self._portal, self._client = portal, client
@@ -24,7 +24,7 @@ class Awaited:
         return lambda *given, **named: self._portal.call(partial(method, *given, **named))
 
     def stream(self, **fields: Any) -> Iterator[StreamEvent]:
-        """Yields what the client's own generator yields, and closes it."""
+        """Yield the events of the client's own generator, and close that generator at the end."""
         events = self._client.stream(**fields)
 
         async def following() -> StreamEvent | None:
@@ -39,7 +39,7 @@ class Awaited:
 
 @contextmanager
 def connecting(kind: str) -> Iterator[Connect]:
-    """Gives what makes clients of one kind, which are closed when the block ends."""
+    """Yield a function that makes clients of one kind. The clients are closed when the block ends."""
     with ExitStack() as stack:
         portal = stack.enter_context(start_blocking_portal())
 

@@ -1,4 +1,4 @@
-"""Fixtures of the server's tests: a tiny model, adapters for it, sound and wrong, and real servers for the whole session."""
+"""Fixtures of the server's tests: a tiny model, sound and unsound adapters for it, and real servers for the whole session."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread, and lose much to it on a machine that is busy."""
+    """Run torch in one thread: tiny models gain nothing from a second one, and lose much time to it on a busy machine."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,31 +30,31 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny models' tokenizer: a token for every byte."""
+    """Return the tiny models' tokenizer, which has a token for every byte."""
     return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def writer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny model that writes printable ASCII for ever."""
+    """Return the folder of a tiny model that generates printable ASCII and never ends by itself."""
     return save_writer_model(tmp_path_factory.mktemp("models") / "tiny-writer")
 
 
 @pytest.fixture(scope="session")
 def writer(writer_model: Path) -> BaseModel:
-    """That model as transformers runs it. Not to be changed."""
+    """Return the model of `writer_model` as transformers runs it. Tests must not change it."""
     return load_base_model(str(writer_model), torch.float32)
 
 
 @pytest.fixture(scope="session")
 def adapters(writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the adapters math, safety and intent for that model."""
+    """Return a folder with the adapters math, safety and intent for `writer_model`."""
     return write_adapters(tmp_path_factory.mktemp("adapters"), writer)
 
 
 @pytest.fixture(scope="session")
 def live(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A real server with that model and those adapters. Its KV memory holds two requests of 4000 tokens, not three."""
+    """Yield a real server with `writer_model` and `adapters`. Its KV memory holds two requests of 4000 tokens, not three."""
     num_bytes = KV_TOKENS * 2 * 2 * 2 * 16 * 4
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
     flags += ["--max-step-tokens", "48", "--max-batch", "16"]
@@ -65,13 +65,13 @@ def live(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of another base than the writer, whose layers have other shapes."""
+    """Return the folder of a base model whose layers have other shapes than the writer's."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-other", tiny_llama_config(EOS + 1, hidden_size=64))
 
 
 @pytest.fixture(scope="session")
 def store(writer: BaseModel, other_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of one sound adapter and of `peft_folders.ADAPTERS`. Not to be changed."""
+    """Return a store of one sound adapter and of `peft_folders.ADAPTERS`. Tests must not change it."""
     place = tmp_path_factory.mktemp("wrong") / "store"
     write_wrong_store(place, writer, load_base_model(str(other_model), torch.float32))
     return place
@@ -79,7 +79,7 @@ def store(writer: BaseModel, other_model: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def served(writer_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A real server of that store, without keys."""
+    """Yield a real server of `store`, without keys."""
     flags = ["--model", str(writer_model), "--adapters", str(store), "--dtype", "float32", "--threads", "1"]
     with start_forked(tmp_path_factory.mktemp("served") / "log", *flags, "--kv-cache-gib", "0.01") as live:
         yield live
@@ -87,7 +87,7 @@ def served(writer_model: Path, store: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a program in this process, and returns its exit code and all that it printed."""
+    """Return a function that runs a program in this process and returns its exit code and its output."""
 
     def call(main: Callable[[], int], *arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])

@@ -1,6 +1,6 @@
-"""`python -m tests.server.dying_server`: the server, whose parts die or get stuck when a test says so.
+"""`python -m tests.server.dying_server`: the server, whose parts die or get stuck when a test demands it.
 
-The engine does what a prompt says, and who watches the key file what that says.
+A prompt names the deed of the engine; the content of the key file names that of the key ring, which polls it.
 """
 
 import ctypes
@@ -17,24 +17,24 @@ step, poll = Engine.step, KeyRing.poll
 
 
 def die() -> None:
-    """Fails as no request's fault does."""
+    """Fail with an error that no request can cause."""
     raise MemoryError("out of luck")
 
 
 def die_and_leave_a_thread() -> None:
-    """Leaves what keeps a process from ending, too."""
+    """Fail, and leave a thread that keeps the process from ending."""
     threading.Thread(target=threading.Event().wait, daemon=False).start()
     http_server.LAST_RESORT_S = http_server.FAILED_NOTICE_S + 1
     die()
 
 
 def wait() -> None:
-    """Waits for ever, while other threads run."""
+    """Wait for ever, while other threads run."""
     threading.Event().wait()
 
 
 def hold_the_lock() -> None:
-    """Keeps Python's lock, as a kernel may that never returns: no other thread runs."""
+    """Hold Python's global lock for an hour, as a kernel that never returns may: no other thread runs."""
     ctypes.PyDLL(None).sleep(3600)
 
 
@@ -47,7 +47,7 @@ DEEDS: Mapping[str, Callable[[], None]] = {
 
 
 def dying_step(engine: Engine) -> None:
-    """Does what the prompt of a request says before its step."""
+    """Do the deed that a request's prompt names, then run the step."""
     for sequence in engine._replies:
         if deed := DEEDS.get(sequence.request.prompt_text):
             deed()
@@ -55,7 +55,7 @@ def dying_step(engine: Engine) -> None:
 
 
 def dying_poll(ring: KeyRing) -> None:
-    """Fails where the file is no more than a comment."""
+    """Fail if the key file holds only the comment `# die`."""
     if ring.path.read_text() == "# die":
         die()
     poll(ring)

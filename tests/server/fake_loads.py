@@ -1,4 +1,4 @@
-"""A loader and a pool without files and kernels, and an adapter cache on them: a test says when what was asked for is there."""
+"""A loader and a pool without files and kernels, and an adapter cache on them: a test decides when an adapter arrives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from server.engine.adapters.residents import Residents
 from server.engine.request import Request
 
 SCALE = 2.0
-"""alpha / r of all."""
+"""alpha / r of all fake adapters."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FakeConfig:
 
 @dataclass(frozen=True)
 class FakePacked:
-    """All that is asked of an adapter here."""
+    """The part of a packed adapter that the cache reads."""
 
     digest: str
     num_bytes: int = 1
@@ -35,7 +35,7 @@ def fake_packed(digest: str, num_bytes: int = 1) -> PackedAdapter:
 
 @dataclass
 class FakePool:
-    """Slots that hold digests; insists that none is overwritten."""
+    """A pool whose slots hold digests. It fails if an occupied slot is overwritten."""
 
     slots: dict[int, str] = field(default_factory=dict)
 
@@ -49,10 +49,10 @@ class FakePool:
 
 @dataclass
 class FakeLoader:
-    """Reads nothing until it is told."""
+    """A loader that finishes reading an adapter only when a test calls `arrive`."""
 
     started: list[str] = field(default_factory=list)
-    """All that was ever asked for, in order."""
+    """The digests of all loads ever started, in order."""
     cancelled: list[str] = field(default_factory=list)
     pending: dict[str, Request] = field(default_factory=dict)
     notify: Callable[[], None] = lambda: None
@@ -75,16 +75,16 @@ class FakeLoader:
         self.pending[digest] = request
 
     def cancel(self, digest: str) -> None:
-        of = self.pending.get(digest)
-        if of and of.merged_digest == digest:
+        request = self.pending.get(digest)
+        if request and request.merged_digest == digest:
             del self.pending[digest]
             self.cancelled.append(digest)
 
     def arrive(self, digest: str, num_bytes: int = 1, fault: str = "") -> None:
-        """Ends the reading of an adapter, well or with a fault."""
-        of = self.pending.pop(digest)
+        """End the reading of an adapter, successfully or with a fault."""
+        request = self.pending.pop(digest)
         packed = None if fault else fake_packed(digest, num_bytes)
-        made_of = tuple(term.digest for term in of.terms) if digest == of.merged_digest else ()
+        made_of = tuple(term.digest for term in request.terms) if digest == request.merged_digest else ()
         self._arrived.append(Loaded(digest, packed, fault, 0.5, made_of))
         self.notify()
 

@@ -1,4 +1,4 @@
-"""An app over a socket in the test's own process, with a fake for its engine."""
+"""An app on a socket of the test's own process, with a fake engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from tests.server.rig import FakeEngine
 def served(
     tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, keys: Path | None = None, **settings: Any
 ) -> Iterator[tuple[httpx.Client, Service]]:
-    """Serves until the block ends; gives a client, and the service."""
+    """Serve until the block ends; yield a client and the service."""
     service = make_service(tokenizer, keys, engine=engine, **settings)
     with serve_here(service) as client:
         yield client, service

@@ -1,6 +1,6 @@
-"""Servers that are forked from a process which has imported what they import: else as those of `tests.server.live`.
+"""Servers that are forked from a process with all imports done. In everything else they equal those of `tests.server.live`.
 
-For tests of a server that runs or ends. `python -m tests.server.forked SOCKET` is the process that they are forked from.
+For tests of a running or ending server. `python -m tests.server.forked SOCKET` is the process that forks them.
 """
 
 import array
@@ -23,7 +23,7 @@ from tests.server.live import LIMIT_S, REPOSITORY, Live, environment, start
 
 
 class Forked:
-    """A process that is no child of ours; another reports its end. As `subprocess.Popen`."""
+    """A server process with the interface of `subprocess.Popen`. It is not our child: its parent reports its end by a socket."""
 
     def __init__(self, report: socket.socket) -> None:
         self._report = report
@@ -50,7 +50,7 @@ class Forked:
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None:
-            with suppress(ProcessLookupError):  # it has ended just now, and its report is on the way
+            with suppress(ProcessLookupError):  # the process has just ended, and its report is on the way
                 os.kill(self.pid, sig)
 
     def kill(self) -> None:
@@ -58,7 +58,7 @@ class Forked:
 
 
 def run_forked(log: Path, *flags: str, module: str = "server") -> Forked:
-    """Starts what `tests.server.live.run_main` starts."""
+    """Start the same server as `tests.server.live.run_main`, forked."""
     report, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, log.open("wb") as file:
         order = json.dumps([module, flags, environment()]).encode()
@@ -67,13 +67,13 @@ def run_forked(log: Path, *flags: str, module: str = "server") -> Forked:
 
 
 def start_forked(log: Path, *flags: str, module: str = "server") -> AbstractContextManager[Live]:
-    """Runs a server as `tests.server.live.start` does."""
+    """Run a forked server until the block ends, as `tests.server.live.start` does."""
     return start(log, *flags, module=module, run=run_forked)
 
 
 @cache
 def _parent() -> socket.socket:
-    """Return the socket of the process that servers are forked from, started when it is first asked for."""
+    """Return the socket of the process that forks servers. The first call starts that process."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-m", "tests.server.forked", str(theirs.fileno())]
@@ -90,7 +90,7 @@ def _parent() -> socket.socket:
 
 
 def _forks(orders: socket.socket) -> Iterator[tuple[str, list[str]]]:
-    """Yield, in each forked process, the module and flags that it is to run. Ends in the parent when nobody orders any more."""
+    """Yield, in each forked process, the module and flags to run. In the parent, return when the other end of `orders` closes."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         order, descriptors, _, _ = socket.recv_fds(orders, 1 << 20, 2)
@@ -117,7 +117,7 @@ def _forks(orders: socket.socket) -> Iterator[tuple[str, list[str]]]:
 
 
 def _report_end(pid: int, report: socket.socket) -> None:
-    """Say who runs, and later how it ended; does not return."""
+    """Send the pid of the server, and its exit code once it ends. Does not return."""
     report.send(array.array("q", [pid]).tobytes())
     _, status = os.waitpid(pid, 0)
     report.send(array.array("q", [os.waitstatus_to_exitcode(status)]).tobytes())
@@ -125,7 +125,7 @@ def _report_end(pid: int, report: socket.socket) -> None:
 
 
 def _end(code: int) -> None:
-    """End as the interpreter does, but for taking apart every module, which copies what is shared with the parent."""
+    """End as the interpreter does, without tearing down the modules: that would copy memory shared with the parent."""
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -134,10 +134,10 @@ def _end(code: int) -> None:
 
 
 def main() -> None:
-    """Import what servers do, and fork whatever is ordered."""
-    import server.serving  # noqa: F401, PLC0415  # takes seconds, and whoever imports this module need not wait
+    """Import the server's modules, and fork each server that is ordered."""
+    import server.serving  # noqa: F401, PLC0415  # takes seconds, which importers of this module must not pay
 
-    assert len(os.listdir("/proc/self/task")) == 1, "a thread that no fork would have"
+    assert len(os.listdir("/proc/self/task")) == 1, "a second thread, which a fork would lose"
     for module, flags in _forks(socket.socket(fileno=int(sys.argv[1]))):
         sys.argv = [module, *flags]
         try:
@@ -147,7 +147,7 @@ def main() -> None:
                 raise
             _end(end.code)
         _end(0)
-    os._exit(0)  # here, too, nobody need take apart what was imported
+    os._exit(0)  # here, too, without tearing down the modules
 
 
 if __name__ == "__main__":

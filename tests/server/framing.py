@@ -1,4 +1,4 @@
-"""Ways to frame a request, sound and unsound, and how each must be answered: once, and never as two requests."""
+"""Valid and invalid ways to frame a request. Each must be answered once, and never as two requests."""
 
 import http.client
 import io
@@ -13,39 +13,39 @@ from tests.server.live import LIMIT_S
 
 ECHO = "unique echo"
 BODY = b'{"prompt": "unique echo", "return_token_strs": true, "add_special_tokens": false}'
-"""For POST /tokenize, whose answer holds what was asked."""
+"""The body of POST /tokenize, whose answer contains the prompt."""
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SENTINEL = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 UNKNOWN = (401, 404)
-"""What answers `SMUGGLED`."""
+"""Statuses of the answer to `SMUGGLED`."""
 PAUSE_S = 0.02
-"""Lets the server see a first segment by itself; a machine too busy for that makes the test easier, not wrong."""
+"""A pause that lets the server read the first segment alone. On a machine too busy for that the test gets easier, not wrong."""
 WEBSOCKET = (
     b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 )
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
-"""As Java's HttpClient and `curl --http2` send it."""
+"""Headers as Java's HttpClient and `curl --http2` send them."""
 
 OFFERS = {"h2c": H2C, "websocket": WEBSOCKET, "any": b"Connection: keep-alive, upgrade\r\nUpgrade: x\r\n"}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A request as bytes, and the statuses of which one may answer it."""
+    """A request as bytes, and the statuses that may answer it."""
 
     name: str
     content: bytes
     statuses: frozenset[int]
     rest: bytes = b""
-    """Another request behind it, which is none for who refuses the first."""
+    """Another request behind the first. A server that refuses the first must not read it."""
     is_echoed: bool = False
-    """Whether the body must have been read: the answer holds `ECHO`."""
+    """Whether the body must have been read: the answer contains `ECHO`."""
     may_close: bool = False
     """Whether the connection may be closed without an answer."""
     is_kept: bool = False
     """Whether the connection takes another request afterwards."""
     is_repairable: bool = False
-    """Whether a proxy may read it as a sound request and pass that on (RFC 9112: a bare LF, folded lines, one length twice)."""
+    """Whether a proxy may repair the request and pass it on (RFC 9112: a bare LF, folded lines, one length twice)."""
 
     def __str__(self) -> str:
         return self.name
@@ -224,7 +224,7 @@ WAYS: dict[str, Callable[[socket.socket, bytes], None]] = {"whole": _whole, "cut
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What a server answered to a request and, where the connection was still open, to `SENTINEL` after it."""
+    """A server's answers to a request and, if the connection was still open, to `SENTINEL` after it."""
 
     answers: Sequence[tuple[int, bytes]]
     is_kept: bool
@@ -232,9 +232,9 @@ class Exchange:
 
 
 def ask(port: int, case: Case, way: str, key: bytes = b"", limit_s: float = LIMIT_S) -> Exchange:
-    """Return what the server at `port` answers to a request, sent with `key`. One that it took for two has an answer too many.
+    """Return the answers of the server at `port` to a request, sent with `key`. A request taken for two has an answer too many.
 
-    Raises `TimeoutError` where it says nothing for `limit_s`.
+    Raises `TimeoutError` if the server sends nothing for `limit_s`.
     """
     content = case.content + case.rest
     if key:
@@ -242,7 +242,7 @@ def ask(port: int, case: Case, way: str, key: bytes = b"", limit_s: float = LIMI
         content = line + end + b"Authorization: Bearer " + key + b"\r\n" + rest
     with closing(socket.create_connection(("127.0.0.1", port), limit_s)) as connection:
         received = b""
-        with suppress(ConnectionError):  # the server may close while we still send, and have said why
+        with suppress(ConnectionError):  # the server may close while we still send, after its answer
             WAYS[way](connection, content)
         received = _received(connection, received, until_answer=True)
         with suppress(ConnectionError):
@@ -253,7 +253,7 @@ def ask(port: int, case: Case, way: str, key: bytes = b"", limit_s: float = LIMI
 
 
 def _received(connection: socket.socket, received: bytes, *, until_answer: bool = False) -> bytes:
-    # Until the server closes, or one answer is whole.
+    # Reads until the server closes or, with `until_answer`, one answer is complete.
     with suppress(ConnectionError):
         while not (until_answer and parsed(received)) and (chunk := connection.recv(65536)):
             received += chunk
@@ -261,7 +261,7 @@ def _received(connection: socket.socket, received: bytes, *, until_answer: bool 
 
 
 class _Stream(io.BytesIO):
-    # What http.client reads answers from, one after the other: it closes what it has read.
+    # The stream that http.client reads one answer after the other from. http.client closes it after each, which is ignored.
     def makefile(self, *_: object, **__: object) -> "_Stream":
         return self
 
@@ -270,21 +270,21 @@ class _Stream(io.BytesIO):
 
 
 def parsed(received: bytes) -> list[tuple[int, bytes]]:
-    """Return status and body of each whole answer."""
+    """Return the status and the body of each complete answer."""
     stream, answers = _Stream(received), []
     while stream.tell() < len(received):
-        reply = http.client.HTTPResponse(stream)  # type: ignore[arg-type]  # it needs makefile alone
+        reply = http.client.HTTPResponse(stream)  # type: ignore[arg-type]  # HTTPResponse needs only makefile
         try:
             reply.begin()
             body = reply.read()
-        except http.client.HTTPException:  # it is not whole
+        except http.client.HTTPException:  # the answer is not complete
             break
         answers.append((reply.status, body))
     return answers
 
 
 def check(case: Case, exchange: Exchange) -> None:
-    """Fail unless the server answered once, or closed the connection where that is allowed."""
+    """Fail unless the server answered once, or closed the connection if the case allows it."""
     assert len(exchange.answers) <= 1, (case.name, exchange)
     if not exchange.answers:
         assert case.may_close, (case.name, exchange)
@@ -296,8 +296,8 @@ def check(case: Case, exchange: Exchange) -> None:
 def check_proxied(case: Case, exchange: Exchange) -> None:
     """Fail unless a proxy answered each request once.
 
-    It may repair what RFC 9112 lets it repair, and keeps a connection on which it knows where a refused request ends: what
-    follows there is another request.
+    A proxy may repair requests as RFC 9112 allows. It may keep the connection of a refused request whose end it knows: the
+    bytes that follow are then another request.
     """
     if not exchange.answers:
         assert case.may_close, case.name

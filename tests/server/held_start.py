@@ -1,6 +1,6 @@
-"""`python -m tests.server.held_start LINE`: the server, which begins to hold Python's lock for ever once it has logged a LINE.
+"""`python -m tests.server.held_start LINE`: the server, which holds Python's global lock for an hour once it has logged LINE.
 
-It stands for an import or a kernel that takes long, in which no handler of Python's runs.
+It stands for a long import or kernel, during which no Python signal handler runs.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ emit = logging.StreamHandler.emit
 
 
 def emit_and_hold(handler: "logging.StreamHandler[object]", record: logging.LogRecord) -> None:
-    """Writes a record, and does not return from the one that is waited for."""
+    """Write a record, and hold the lock if its message begins with LINE."""
     emit(handler, record)
     if record.getMessage().startswith(LINE):
         ctypes.PyDLL(None).sleep(3600)

@@ -1,4 +1,4 @@
-"""Servers in this process that ask for keys, with a fake for their engine."""
+"""Servers in this process that require keys, with a fake engine."""
 
 import hashlib
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ ACME, OTHER, ADMIN, MONITOR = (f"lori_{name}-key" for name in ("acme", "other", 
 
 
 def key_table(key: str, **fields: str) -> str:
-    """Returns the table of a key."""
-    said = {**fields, "sha256": hashlib.sha256(key.encode()).hexdigest()}
-    return "\n".join(["[[keys]]", *(f'{name} = "{value}"' for name, value in said.items()), ""])
+    """Return the TOML table of a key."""
+    row = {**fields, "sha256": hashlib.sha256(key.encode()).hexdigest()}
+    return "\n".join(["[[keys]]", *(f'{name} = "{value}"' for name, value in row.items()), ""])
 
 
 TABLES = (
@@ -39,14 +39,14 @@ TABLES = (
 
 
 def write_keys(place: Path, acme: str = "", other: str = "") -> Path:
-    """Writes a key file of two tenants, with what else is said of them, and a key of each role."""
+    """Write a key file with a key of each role. `acme` and `other` are further TOML lines of the two tenants' tables."""
     file = place / "keys.toml"
     file.write_text(f"[tenants.acme]\n{acme}\n[tenants.other]\n{other}\n{TABLES}")
     return file
 
 
 def bearer(key: str) -> dict[str, str]:
-    """Returns the headers that send a key."""
+    """Return the headers that send a key."""
     return {"Authorization": f"Bearer {key}"}
 
 
@@ -59,7 +59,7 @@ def make_service(
     num_ingresses: int = 0,
     **settings: Any,
 ) -> Service:
-    """Returns a service whose engine says "x" three times."""
+    """Return a service whose engine generates "x" three times."""
     registry = registry or Registry([])
     return Service(
         settings=Settings(keys=keys, **{"allow_host": [HOST]} | settings),
@@ -75,7 +75,7 @@ def make_service(
 
 @contextmanager
 def served(service: Service, key: str | None = None) -> Iterator[httpx.Client]:
-    """Serves it until the block ends; the client sends `key`."""
+    """Serve `service` until the block ends; the client sends `key`."""
     with serve_here(service) as client:
         if key is not None:
             client.headers.update(bearer(key))
@@ -83,7 +83,7 @@ def served(service: Service, key: str | None = None) -> Iterator[httpx.Client]:
 
 
 def refusal(reply: httpx.Response, status: int) -> dict[str, Any]:
-    """Returns the error of a reply that must be one, in our shape."""
+    """Return the error of a reply. Fail unless the reply has `status` and the shape of every error."""
     assert reply.status_code == status, reply.text
     assert set(reply.json()) == {"error"}
     error: dict[str, Any] = reply.json()["error"]

@@ -1,4 +1,4 @@
-"""Starts real servers: `python -m server` as a process, or an app with a fake below it in a thread of the test's own process."""
+"""Real servers for tests: `python -m server` as a process, or an app with a fake engine in a thread of the test's own process."""
 
 import json
 import os
@@ -26,11 +26,11 @@ from server.service.service import Service
 from server.settings import Settings
 
 LIMIT_S = 120
-"""How long anything may take on a busy machine before a test gives up."""
+"""Seconds that anything may take on a busy machine before a test gives up."""
 MAX_BODY_BYTES = 16384
-"""What the session's server takes."""
+"""--max-body-bytes of the session's server."""
 HOST = "x"
-"""How requests that tests write by hand call the server."""
+"""The Host header of requests that tests write by hand."""
 REPOSITORY = Path(__file__).parents[2]
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
@@ -38,7 +38,7 @@ ADDRESS = re.compile(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")
 
 
 def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-    """Polls until `is_so`, or fails."""
+    """Poll until `is_so` returns true; fail after `limit_s`."""
     end = time.monotonic() + limit_s
     while not is_so():
         assert time.monotonic() < end, f"waited {limit_s:g} s for {what}"
@@ -46,7 +46,7 @@ def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -
 
 
 class Process(Protocol):
-    """What tests use of a `subprocess.Popen`."""
+    """The part of `subprocess.Popen` that tests use."""
 
     pid: int
 
@@ -61,16 +61,15 @@ class Process(Protocol):
 
 def environment() -> dict[str, str]:
     """Return the environment of a server, see `run_main`."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("LORI_") or key == MAX_ISA_VARIABLE}
-    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LORI_ALLOW_HOST": HOST}
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("LORI_") or key == MAX_ISA_VARIABLE}
+    return variables | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LORI_ALLOW_HOST": HOST}
 
 
 def run_main(log: Path, *flags: str, module: str = "server", within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """Starts `python -m server` with `flags` alone: no settings of the environment, but that it goes by `HOST`, and no network.
+    """Start `python -m server` with `flags`. Both output streams go to `log`.
 
-    Both streams go to `log`.
-
-    It may use the instruction sets that this process may use. `within` are a program and its arguments, which becomes the server.
+    The server takes no settings from the environment except the allowed host `HOST` and the limit on instruction sets, and has
+    no network. `within` is a program with its arguments that replaces itself by the server.
     """
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -83,7 +82,7 @@ def run_main(log: Path, *flags: str, module: str = "server", within: Sequence[st
 
 
 class RunProgram(Protocol):
-    """Starts a program with flags, see `run_main`."""
+    """A function that starts a program with flags, such as `run_main`."""
 
     def __call__(self, log: Path, *flags: str, module: str = ...) -> Process: ...
 
@@ -102,19 +101,19 @@ class Live:
         return int(self.url.rpartition(":")[2])
 
     def generate(self, **body: object) -> dict[str, Any]:
-        """Returns the reply of POST /generate, which must be 200."""
+        """Return the reply of POST /generate. Fail unless its status is 200."""
         reply = self.client.post("/generate", json=body)
         assert reply.status_code == 200, reply.text
         answer: dict[str, Any] = reply.json()
         return answer
 
     def metric(self, name: str, **labels: str) -> float:
-        """Returns the sum of a metric's samples that have `labels`; 0 where there is none yet."""
+        """Return the sum of a metric's samples that have `labels`; 0 if there is none yet."""
         families = text_string_to_metric_families(self.client.get("/metrics").text)
         return sum(s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items())
 
     def wait_for(self, **numbers: int) -> None:
-        """Waits until `running` and `waiting` requests are as many as said."""
+        """Wait until the numbers of `running` and `waiting` requests are those given."""
         names = {"running": RUNNING, "waiting": WAITING}
         for key, number in numbers.items():
             wait_until(lambda key=key, number=number: self.metric(names[key]) == number, f"{number} {key} requests")
@@ -122,14 +121,14 @@ class Live:
 
 @contextmanager
 def start(log: Path, *flags: str, module: str = "server", run: RunProgram = run_main) -> Iterator[Live]:
-    """Runs a server on a free port until the block ends."""
+    """Run a server on a free port until the block ends."""
     process = run(log, "--port", "0", *flags, module=module)
     try:
         wait_until(lambda: process.poll() is not None or ADDRESS.search(log.read_text()) is not None, "the server")
-        found = ADDRESS.search(log.read_text())
-        assert found, log.read_text()
-        with httpx.Client(base_url=found[1], timeout=LIMIT_S) as client:
-            yield Live(found[1], process, log, client)
+        match = ADDRESS.search(log.read_text())
+        assert match, log.read_text()
+        with httpx.Client(base_url=match[1], timeout=LIMIT_S) as client:
+            yield Live(match[1], process, log, client)
     finally:
         process.kill()
         process.wait()
@@ -161,7 +160,7 @@ def _run(server: uvicorn.Server) -> Iterator[httpx.Client]:
 
 
 def events(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields name and data of the server-sent events in `lines`."""
+    """Yield the name and the data of each server-sent event in `lines`."""
     name, data = "", ""
     for line in lines:
         key, _, value = line.partition(": ")

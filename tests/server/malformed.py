@@ -1,4 +1,4 @@
-"""Bodies that are none, and requests that are none, made of sound ones: the same for the same seed."""
+"""Malformed bodies and malformed requests, made from sound ones and reproducible by seed."""
 
 import gzip
 import json
@@ -24,13 +24,13 @@ SOUND: dict[tuple[str, str], dict[str, Any]] = {
     ("PUT", "/adapters/other/alias"): {"adapter": "math"},
 }
 WRONG = ("1e400", "NaN", "-Infinity", '{"a": [null]}', "[[[]]]", "[{}]", "[null]", "[[1, {}], 2]", '["\\ud800"]', "9" * 400)
-"""Values that no field may have, as JSON has them or nearly."""
+"""Values that no field may have, in JSON or almost JSON."""
 
 
 UPGRADE = (
     b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 )
-"""Headers that offer to speak another protocol."""
+"""Headers that offer another protocol."""
 FORM = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--b--'
 
 
@@ -49,7 +49,7 @@ class Malformed:
 
 
 class Maker:
-    """Makes malformed bodies, the same for the same seed. Few are about `max_bytes` long: those take long to send."""
+    """A source of malformed bodies, reproducible by seed. Few are about `max_bytes` long, since those take long to send."""
 
     def __init__(self, seed: int, max_bytes: int) -> None:
         self._random, self._max_bytes = Random(seed), max_bytes
@@ -59,7 +59,7 @@ class Maker:
         )  # fmt: skip
 
     def body(self) -> Malformed:
-        """Returns the next one."""
+        """Return the next malformed body."""
         (method, path), sound = self._random.choice([*SOUND.items()])
         if self._random.random() < 0.08:
             return Malformed(method, path, *self._not_json(sound))
@@ -67,7 +67,7 @@ class Maker:
         return Malformed(method, path, JSON, self._random.choice(kinds)(sound))
 
     def _with(self, sound: Body, field: str, value: str) -> bytes:
-        others = [f"{json.dumps(key)}: {json.dumps(of)}" for key, of in sound.items() if key != field]
+        others = [f"{json.dumps(key)}: {json.dumps(other)}" for key, other in sound.items() if key != field]
         others.insert(self._random.randint(0, len(others)), f"{json.dumps(field)}: {value}")
         return ("{" + ", ".join(others) + "}").encode()
 
@@ -79,7 +79,7 @@ class Maker:
         return text[: self._random.randrange(len(text))]
 
     def _flipped(self, sound: Body) -> bytes:
-        text = bytearray(json.dumps(sound).encode()[:-1])  # never whole again
+        text = bytearray(json.dumps(sound).encode()[:-1])  # never complete again
         for _ in range(self._random.randint(1, 8)):
             text[self._random.randrange(1, len(text))] = self._random.randrange(256)
         return bytes(text)
@@ -172,21 +172,21 @@ REFUSED: Statuses = frozenset({400})
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """Bytes for a connection of their own, and what must be answered to them."""
+    """Bytes for a connection of their own, and the answers that they must get."""
 
     content: bytes
     answers: tuple[Statuses, ...]
-    """For each answer in turn, the statuses that it may have."""
+    """The allowed statuses of each answer, in order."""
     closes: bool | None
-    """Whether the server then closes the connection while the client still could send; None: it may or may not."""
+    """Whether the server then closes the connection although the client could still send. None: either is right."""
     is_cut: bool = False
     """Whether only the beginning of `content` is sent, after which the client ends its side."""
 
     def check(self, statuses: Sequence[int], is_closed: bool) -> str | None:
-        """Return what is wrong with the answers of these `statuses`, None where nothing is.
+        """Return the fault of answers with these `statuses`, or None if there is none.
 
-        `is_closed` says whether the server closed a connection whose client had not ended its side. To a request that was cut
-        short there may be fewer answers, none too, since the client left: but no others, and none in another order.
+        `is_closed` says whether the server closed a connection whose client had not ended its side. A request that was cut short
+        may get fewer answers or none, since its client left, but no others and not in another order.
         """
         expected = self.answers[: len(statuses)] if self.is_cut else self.answers
         if len(statuses) != len(expected) or not all(map(contains, expected, statuses)):
@@ -197,7 +197,7 @@ class Raw:
 
 
 def raw(random: Random, headers: str) -> Raw:
-    """Return bytes that are no request, or several, or one that never ends. `headers` end each head that is sound so far."""
+    """Return bytes that are no request, several requests, or an endless one. `headers` end each head that is sound so far."""
     kind = random.choice(raw_kinds(random, headers))
     if random.random() < 0.7:
         return kind
@@ -210,7 +210,7 @@ def raw_kinds(random: Random, headers: str) -> tuple[Raw, ...]:
     head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}".encode()
     bad = head + b"Content-Length: 9\r\n\r\n" + b'{"prompt"'
     key = headers.encode()
-    long = b"a" * random.randint(330_000, 500_000)  # more than the event loop reads at once beside the 64 KiB that it may hold
+    long = b"a" * random.randint(330_000, 500_000)  # more than the event loop reads at once plus the 64 KiB that it may buffer
     num_bad, num_good = random.randint(2, MAX_PIPELINED), random.randint(2, MAX_PIPELINED)
     length = random.choice((b"-1", b"abc", b"1e3", b"+15", b"1_5", b"0x15", b"9" * 30))
     chunk = random.choice((b"zz", b"-1", b"F" * 20, b"", b";;;"))
@@ -225,7 +225,7 @@ def raw_kinds(random: Random, headers: str) -> tuple[Raw, ...]:
         _refused(b"GET / HTTP/1.1\r\nX: " + long + b"\r\n\r\n", 431),
         _refused(b"GET /generate\r\n\r\n", 505),
         Raw(b"\r\n" * random.randint(1, 50) + b"POST", (), closes=False),
-        # A body of no length, or of two, or of another.
+        # Bodies without a length, with two lengths, or with a wrong one.
         _refused(head + b"No colon\r\n\r\n" + body),
         _refused(head + b"X: a\r\n b\x00\r\n\r\n" + body),
         _refused(head + b"Transfer-Encoding: chunked\r\nContent-Length: 15\r\n\r\n" + body),
@@ -246,7 +246,7 @@ def raw_kinds(random: Random, headers: str) -> tuple[Raw, ...]:
         Raw(b"GET /generate HTTP/1.1\r\nHost: x\r\n" + key + UPGRADE + b"\r\n", (frozenset({405}),), closes=None),
         Raw(b"GET /../../etc/passwd%00 HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", (frozenset({404}),), closes=False),
         Raw(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", (frozenset({400, 404, 405}),), closes=None),
-        # Several.
+        # Several requests.
         Raw(bad * num_bad, (REFUSED,) * num_bad, closes=False),
         Raw(bad * 40, (*(REFUSED,) * (MAX_PIPELINED + 1), frozenset({429})), closes=True),
         Raw(bad + b"\xcd" + random.randbytes(300), (REFUSED, REFUSED), closes=True),

@@ -34,17 +34,17 @@ PROMPT = "The quick brown fox"
 
 @dataclass(frozen=True, slots=True)
 class Office:
-    """A server at whose socket `client` asks as an admin."""
+    """A running server, and a client of it with an admin's key."""
 
     client: httpx.Client
     service: Service
     store: AdapterStore
     base: BaseModel
     drafts: Path
-    """Where adapters are made that are not the server's."""
+    """The folder of adapters that are not the server's."""
 
     def draft(self, name: str, seed: int, **changes: Any) -> Path:
-        """Makes an adapter that the server does not know, and returns its folder."""
+        """Write an adapter that the server does not know; return its folder."""
         write_adapter(self.drafts / f"{name}-{seed}", self.base, seed=seed, **changes)
         return self.drafts / f"{name}-{seed}"
 
@@ -52,25 +52,25 @@ class Office:
         return self.client.post(path, json=body or None)
 
     def upload(self, name: str, folder: Path, **changes: Any) -> httpx.Response:
-        """Sends the files of `folder`; `changes` of fields come in their place, None leaves one out."""
+        """Upload the files of `folder`. `changes` replaces form fields; a value of None leaves the field out."""
         files = {field: (folder / file).read_bytes() for field, file in FIELDS.items() if (folder / file).exists()}
         return self.send({"name": name} | files | changes)
 
     def send(self, fields: Mapping[str, Any], headers: Mapping[str, str] = ADMIN) -> httpx.Response:
-        """Sends a form: bytes are files, text is text."""
+        """Send a form. Values of bytes are sent as files, strings as text fields."""
         files = {key: (f"../{key}", value) for key, value in fields.items() if isinstance(value, bytes)}
         texts = {key: value for key, value in fields.items() if isinstance(value, str)}
         return self.client.post("/adapters", data=texts, files=files, headers=headers)
 
     def have(self, name: str, seed: int, **changes: Any) -> Adapter:
-        """Uploads an adapter, which must go well, and returns what it is."""
+        """Upload an adapter, and return it as the server stored it. Fail if the upload does."""
         folder = self.draft(name, seed, **changes)
         reply = self.upload(name, folder)
         assert reply.status_code == 201, reply.text
         return self.entry_of(name).load()
 
     def entry_of(self, name: str) -> Entry:
-        """Returns where the server reads what `name` means there."""
+        """Return the store entry that the server reads for `name`."""
         return self.service.registry.by_name[name].entry
 
     def generate(self, adapter: Any, **body: Any) -> dict[str, Any]:
@@ -83,12 +83,12 @@ class Office:
         return self.client.post("/generate", json={"prompt": PROMPT, "max_tokens": 12, "adapter": adapter} | body)
 
     def row(self, name: str) -> dict[str, Any] | None:
-        """Returns the row of an adapter in the list, None where it is not there."""
+        """Return an adapter's row in the list, or None if it has none."""
         rows = self.client.get("/adapters").json()["adapters"]
         return next((row for row in rows if row["name"] == name), None)
 
     def drop(self, adapter: Adapter) -> None:
-        """Has the engine forget an adapter that nobody uses: it is read again for the next who asks."""
+        """Make the engine drop an adapter that no request uses. The next request that names it reads it again."""
         digest = adapter.config.lori.content_digest
         self.service.engine._commands.put(lambda engine: engine.adapter_cache.drop(digest))
         wait_until(lambda: digest not in self.service.engine.tier_usage(), "the engine")
@@ -103,12 +103,12 @@ class Office:
 
 @contextmanager
 def open_office(model: Path, base: BaseModel, place: Path, *, has_store: bool = True, **settings: Any) -> Iterator[Office]:
-    """Runs a server with the store `place`/store, which may be empty, until the block ends."""
+    """Run a server with the store `place`/store, which may be empty, until the block ends."""
     store = place / "store"
     store.mkdir(exist_ok=True)
     keys = place / "keys.toml"
     keys.write_text(KEYS)
-    given = {
+    options = {
         "adapters": store if has_store else None,
         "keys": keys,
         "model": str(model),
@@ -117,7 +117,7 @@ def open_office(model: Path, base: BaseModel, place: Path, *, has_store: bool = 
         "kv_cache_gib": 0.02,
         "resident_gib": 0.05,
     } | settings
-    service = load_service(Settings(**given))
+    service = load_service(Settings(**options))
     with serve_here(service) as client:
         client.headers.update(ADMIN)
         yield Office(client, service, AdapterStore(store), base, place / "drafts")

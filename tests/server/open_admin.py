@@ -1,4 +1,4 @@
-"""`python -m tests.server.open_admin`: the server, with its flags, where everybody is an admin."""
+"""`python -m tests.server.open_admin`: the server with its usual flags, in which every caller is an admin."""
 
 import logging
 
@@ -11,7 +11,7 @@ from server.settings import Settings
 
 
 def main() -> None:
-    """Serves until it is killed."""
+    """Serve until the process is killed."""
     logging.basicConfig(level=logging.INFO)
     settings = Settings(_cli_parse_args=True)
     service = load_service(settings)

@@ -1,4 +1,4 @@
-"""A collector of traces on loopback: takes OTLP over HTTP, and keeps the spans."""
+"""A collector of traces on loopback, which receives OTLP over HTTP and stores the spans."""
 
 import gzip
 import threading
@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 @dataclass
 class Collector:
-    """What was sent to `url`."""
+    """The traces that were sent to `url`."""
 
     url: str
     spans: list[Span] = field(default_factory=list)
@@ -23,22 +23,22 @@ class Collector:
     paths: list[str] = field(default_factory=list)
 
 
-def value(of: AnyValue) -> Any:
-    """Returns an attribute's value as Python has it."""
-    kind = of.WhichOneof("value")
+def value(wrapped: AnyValue) -> Any:
+    """Return an attribute's value as a Python object."""
+    kind = wrapped.WhichOneof("value")
     assert kind
-    found = getattr(of, kind)
-    return [value(each) for each in found.values] if kind == "array_value" else found
+    content = getattr(wrapped, kind)
+    return [value(each) for each in content.values] if kind == "array_value" else content
 
 
-def attributes(of: Any) -> dict[str, Any]:
-    """Returns the attributes of a span or a resource."""
-    return {each.key: value(each.value) for each in of.attributes}
+def attributes(source: Any) -> dict[str, Any]:
+    """Return the attributes of a span or a resource."""
+    return {each.key: value(each.value) for each in source.attributes}
 
 
 @contextmanager
 def collector() -> Iterator[Collector]:
-    """Listens on a free port until the block ends."""
+    """Listen on a free port until the block ends."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -47,10 +47,10 @@ def collector() -> Iterator[Collector]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.headers.get("Content-Encoding") == "gzip":
                 body = gzip.decompress(body)
-            kept.paths.append(self.path)
-            for of in ExportTraceServiceRequest.FromString(body).resource_spans:
-                kept.resources.append(attributes(of.resource))
-                kept.spans += [span for scope in of.scope_spans for span in scope.spans]
+            received.paths.append(self.path)
+            for group in ExportTraceServiceRequest.FromString(body).resource_spans:
+                received.resources.append(attributes(group.resource))
+                received.spans += [span for scope in group.scope_spans for span in scope.spans]
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -62,11 +62,11 @@ def collector() -> Iterator[Collector]:
         daemon_threads = True
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        kept = Collector(f"http://127.0.0.1:{server.server_address[1]}")
+        received = Collector(f"http://127.0.0.1:{server.server_address[1]}")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield kept
+            yield received
         finally:
             server.shutdown()
             thread.join()

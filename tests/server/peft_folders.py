@@ -1,4 +1,4 @@
-"""Folders of PEFT adapters, as PEFT writes them, and a store that has them beside a sound adapter of ours."""
+"""Folders of PEFT adapters, as PEFT writes them, and a store that holds them beside a sound adapter of ours."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ CONFIG = {
     "target_modules": ["q_proj", "v_proj"], "target_parameters": None, "task_type": "CAUSAL_LM", "trainable_token_indices": None,
     "use_dora": False, "use_qalora": False, "use_rslora": False,
 }  # fmt: skip
-"""As PEFT writes it."""
+"""An adapter's config as PEFT writes it."""
 ADAPTERS = {
     "lora": f"`python -m lori import {FOLDER} STORE --model own/llama`",
     "embedded": f"`python -m lori import {FOLDER} STORE`",
@@ -33,13 +33,13 @@ ADAPTERS = {
     "pickled": "write it with save_pretrained(folder, safe_serialization=True), and import that",
     "foreign": "or train or import an adapter for the base that is loaded",
 }
-"""Folders that are no sound adapters of the base, and what is said of each."""
+"""Folders that are no sound adapters of the base, each with a part of the message about it."""
 LORA = "`python -m lori import STORE/lora STORE --model own/llama`"
-"""What is said of the first to who may read where it lies."""
+"""The message about the folder `lora` for readers that may see its path."""
 
 
 def write_lora(folder: Path, base: BaseModel, **changes: Any) -> Path:
-    """Writes a LoRA as PEFT does, for two projections of `base`, with an A of its own; `changes` are of its config."""
+    """Write a LoRA as PEFT does, for two projections of `base`, with its own A. `changes` replaces fields of its config."""
     random = torch.Generator().manual_seed(1)
     folder.mkdir(parents=True)
     tensors = {}
@@ -58,7 +58,7 @@ def pickle_weights(folder: Path) -> None:
 
 
 def write_wrong_store(place: Path, base: BaseModel, other_base: BaseModel) -> None:
-    """Writes a store of one sound adapter, calm, and of `ADAPTERS`; foreign is an adapter of `other_base`."""
+    """Write a store of one sound adapter, calm, and of `ADAPTERS`. `foreign` is an adapter of `other_base`."""
     write_adapter(place / "calm", base, seed=1)
     write_lora(place / "lora", base)
     write_lora(place / "embedded", base, base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct")

@@ -1,4 +1,4 @@
-"""Requests of plain values, a gate that a test opens by hand, and steps without a model: for what plans steps."""
+"""Requests of plain values, a gate that a test opens by hand, and steps without a model, for tests of the scheduler."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ def request(
     tenant: str = "",
     is_scored: bool = False,
 ) -> Request:
-    """Returns a request; the prompts of one `text` begin alike."""
+    """Return a request. Prompts of the same `text` have a common prefix."""
     ids = tuple(range(1000 * text, 1000 * text + num_prompt))
     return Request(
         id="request",
@@ -40,24 +40,24 @@ def digests(sequence: Sequence) -> set[str]:
 
 
 class FakeGate:
-    """A gate of `num_slots` adapters, whose loads take `delays` ticks each; it insists on the scheduler's part."""
+    """A gate of `num_slots` adapters whose loads take `delays` ticks. It asserts that the scheduler keeps its contract."""
 
     def __init__(self, num_slots: int = 1000, delays: dict[str, int] | None = None) -> None:
         self.num_slots, self.delays = num_slots, delays or {}
         self.held: dict[Sequence, Residency] = {}
-        """What is held for whom: the last answer, "ready" or "loading"."""
+        """The last answer to each sequence that holds adapters: "ready" or "loading"."""
         self.resident: dict[str, int] = {}
-        """Ticks until each is loaded; the least recently loaded first."""
+        """Ticks until each adapter is loaded. The least recently loaded adapter is first."""
         self.asked: list[Sequence] = []
 
     def acquire(self, sequence: Sequence) -> Residency:
-        assert self.held.get(sequence) != "ready", "it is asked only while it waits"
+        assert self.held.get(sequence) != "ready", "only waiting sequences acquire adapters"
         self.asked.append(sequence)
         wanted = digests(sequence)
         in_use = {digest for other in self.held if other is not sequence for digest in digests(other)}
         if len(wanted | in_use) > self.num_slots:
             self.held.pop(sequence, None)
-            assert self.held, "what nobody holds is no reason"
+            assert self.held, "the gate is full only if a sequence holds adapters"
             return "full"
         for digest in wanted - self.resident.keys():
             self.resident[digest] = self.delays.get(digest, 0)
@@ -73,7 +73,7 @@ class FakeGate:
         del self.held[sequence]
 
     def tick(self) -> list[str]:
-        """Loads a little more; returns the adapters that are ready now."""
+        """Advance all loads by a tick; return the adapters that became ready."""
         loading = [digest for digest, ticks in self.resident.items() if ticks]
         for digest in loading:
             self.resident[digest] -= 1
@@ -83,11 +83,11 @@ class FakeGate:
 MEASURED = StepCost(
     prompt=Curve((1, 16, 64), (9.0, 12.0, 36.0)), decoding=Curve((1, 16, 64), (9.0, 15.0, 45.0)), per_key=0.001, per_pair=0.0002
 )
-"""Milliseconds of a model on a CPU: up to 16 tokens cost little, those after them half a millisecond each."""
+"""Milliseconds of a model on a CPU: the first 16 tokens cost little, every further one about half a millisecond."""
 
 
 def step_cost(free_tokens: int = 0, per_key: float = 0.0, per_pair: float = 0.0) -> StepCost:
-    """Returns the cost of steps that take a unit a token, and as long as `free_tokens` take whatever is in them."""
+    """Return the cost of steps that take one unit per token, plus a constant of `free_tokens` units."""
     line = Curve((1, 2), (1.0 + free_tokens, 2.0 + free_tokens))
     return StepCost(prompt=line, decoding=line, per_key=per_key, per_pair=per_pair)
 
@@ -99,7 +99,7 @@ def step_limits(
     short_step_s: float = 0.0,
     cost: StepCost | None = None,
 ) -> StepLimits:
-    """Returns limits; of steps that take a unit a token unless their cost is given."""
+    """Return the limits of steps, which take one unit per token unless `cost` is given."""
     return StepLimits(
         max_sequences=max_sequences,
         max_tokens=max_tokens,
@@ -125,14 +125,14 @@ def scheduler(
     return Scheduler(KvCache(num_blocks, block_size, "base"), gate or FakeGate(), limits, max_priority_wait_s)
 
 
-def added(to: Scheduler, of: Request | None = None, deadline: float | None = None) -> Sequence:
-    """Adds the one choice of a request."""
-    (sequence,) = added_choices(to, of or request(), deadline)
+def added(to: Scheduler, new: Request | None = None, deadline: float | None = None) -> Sequence:
+    """Add a request of one choice to a scheduler, and return its sequence."""
+    (sequence,) = added_choices(to, new or request(), deadline)
     return sequence
 
 
-def added_choices(to: Scheduler, of: Request, deadline: float | None = None) -> list[Sequence]:
-    sequences = [Sequence(of, choice, deadline=deadline) for choice in range(of.sampling.num_choices)]
+def added_choices(to: Scheduler, new: Request, deadline: float | None = None) -> list[Sequence]:
+    sequences = [Sequence(new, choice, deadline=deadline) for choice in range(new.sampling.num_choices)]
     for sequence in sequences:
         to.add(sequence)
     return sequences
@@ -143,25 +143,25 @@ def is_done(sequence: Sequence) -> bool:
     return len(sequence.output_ids) == request.max_tokens and sequence.num_computed >= len(request.prompt_ids)
 
 
-def run_step(of: Scheduler) -> list[Chunk]:
-    """Plans a step and commits it with token 7 where one is to be sampled; a sequence with all its tokens leaves."""
-    chunks = of.plan()
-    of.check_integrity()
+def run_step(planner: Scheduler) -> list[Chunk]:
+    """Plan a step and commit it, with token 7 as every sampled token. Finish the sequences that have all their tokens."""
+    chunks = planner.plan()
+    planner.check_integrity()
     for chunk in chunks:
-        of.commit(chunk, 7 if chunk.is_last else None)
+        planner.commit(chunk, 7 if chunk.is_last else None)
         if is_done(chunk.sequence):
-            of.finish(chunk.sequence)
-    of.check_integrity()
+            planner.finish(chunk.sequence)
+    planner.check_integrity()
     return chunks
 
 
-def run(of: Scheduler, max_steps: int = 1000) -> list[list[Chunk]]:
-    """Steps until nothing is left to do; after it nobody owns anything."""
+def run(planner: Scheduler, max_steps: int = 1000) -> list[list[Chunk]]:
+    """Run steps until no work is left; check that all blocks are free then."""
     steps = []
-    while of.has_work:
+    while planner.has_work:
         assert len(steps) < max_steps
-        steps.append(run_step(of))
-    assert of.kv_cache.num_available == of.kv_cache.num_blocks
+        steps.append(run_step(planner))
+    assert planner.kv_cache.num_available == planner.kv_cache.num_blocks
     return steps
 
 

@@ -1,4 +1,4 @@
-"""Registered adapters of plain values, for what looks at no file."""
+"""Registered adapters of plain values, for tests that read no file."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def registered(
     nnz: int = 10,
     templates: tuple[Template, ...] = ("plain",),
 ) -> Registered:
-    """Returns a version of an adapter: its folder's name is its own, or another's where `name` is an alias of that."""
+    """Return a version of an adapter. Its folder is named `name`, or `folder` if `name` is an alias of an adapter there."""
     summary = Summary(
         name=name,
         digest=digest,

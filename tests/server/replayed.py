@@ -1,4 +1,4 @@
-"""A GPU's runner on a CPU: Triton interprets, and a tape takes the place of CUDA graphs."""
+"""The GPU's runner on a CPU: Triton's interpreter runs the kernels, and a tape stands in for CUDA graphs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,11 +20,11 @@ from tests.interpreter import mend
 
 WAITS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten._unique2}
 INDEXES = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
-"""What would ask a device for numbers, the second where an index is a mask: no graph can."""
+"""Operations that copy numbers from the device, which no graph can. Those of `INDEXES` do so only if an index is a mask."""
 
 
-def tensors(of: object) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(of) if isinstance(leaf, torch.Tensor)]
+def tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def storage(tensor: torch.Tensor) -> int:
@@ -32,8 +32,11 @@ def storage(tensor: torch.Tensor) -> int:
 
 
 class Tape(TorchDispatchMode):
-    """Notes every operation and launch with the very tensors that it had, as a CUDA graph does: played again, each reads what
-    lies in these places then, and writes to the same places as before. Python does not run again."""
+    """A recording of every operation and launch with its own tensors, as in a CUDA graph.
+
+    When it is played, each reads the present contents of these tensors and writes to the same tensors as before. Python code
+    does not run again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        by_mask = func.overloadpacket in INDEXES and any(of.dtype is torch.bool for of in tensors(args[1]))
+        by_mask = func.overloadpacket in INDEXES and any(index.dtype is torch.bool for index in tensors(args[1]))
         does_wait = by_mask or func.overloadpacket in WAITS
         assert not does_wait, f"{func} waits for the device"
         out = func(*args, **kwargs)
@@ -64,13 +67,13 @@ class Tape(TorchDispatchMode):
 
 @dataclass
 class Recorder:
-    """Stands for CUDA graphs."""
+    """A stand-in for CUDA graphs."""
 
     num_starts: int = 0
     num_recorded: int = 0
     num_replayed: int = 0
     tape: Tape | None = field(default=None, repr=False)
-    """The one that runs now."""
+    """The tape being recorded, if any."""
 
     def start(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
         self.num_starts += 1
@@ -90,7 +93,7 @@ class Recorder:
         return replay
 
     def launch(self, run: Callable[..., None], kernel: object, *args: Any, **options: Any) -> None:
-        """Runs a Triton kernel, and notes it."""
+        """Run a Triton kernel, and record it."""
         if self.tape is not None:
             self.tape.steps.append(partial(run, kernel, *args, **options))
         with _disable_current_modes():
@@ -98,7 +101,7 @@ class Recorder:
 
 
 def add_by_token(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> None:
-    """Adds the deltas of a `Route.by_token` in torch, from nothing but its arrays: a tape can play it again."""
+    """Add the deltas of a `Route.by_token` in torch, from its arrays alone, so that a tape can replay it."""
     with _disable_current_modes():
         b = operands.dense  # (S, R, D)
     token = torch.searchsorted(route.segments[:, 3].contiguous(), torch.arange(len(route.slots)), right=True)
@@ -107,12 +110,14 @@ def add_by_token(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Ro
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str | None = None) -> Recorder:
-    """Makes runners that are built from now on what they are on a GPU, in fp32. Their attention is Triton's; so are the deltas of
-    steps that are replayed, slowly, where `kernel` is "gpu"."""
+    """Make runners that are built from now on behave as on a GPU, in fp32.
+
+    Their attention is Triton's. If `kernel` is "gpu", so are the deltas of replayed steps, which is slow.
+    """
     mend(monkeypatch)
     recorder, run = Recorder(), InterpretedFunction.run
     monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **options: recorder.launch(run, *args, **options))
-    monkeypatch.setattr(triton_ops, "PROGRAMS", 8)  # each takes the interpreter some milliseconds
+    monkeypatch.setattr(triton_ops, "PROGRAMS", 8)  # each program takes the interpreter some milliseconds
 
     def add(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> None:
         if route.is_by_token and kernel is None:
@@ -125,6 +130,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str | None = None) -> R
 
     monkeypatch.setattr(lori.projection, "add_delta", add)
     monkeypatch.setattr(runner, "make_ops", make_ops)
-    monkeypatch.setattr(runner.Runner, "_can_replay", True)  # without recording every size before
+    monkeypatch.setattr(runner.Runner, "_can_replay", True)  # without recording every size beforehand
     monkeypatch.setattr(runner, "CudaGraphs", lambda _: recorder.start())
     return recorder

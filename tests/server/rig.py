@@ -1,4 +1,4 @@
-"""Engines that a test steps by hand, the tiny models and random adapters for them, and fakes of a model."""
+"""Engines that a test steps by hand, with tiny models, random adapters and fake runners for them."""
 
 import string
 import threading
@@ -47,14 +47,14 @@ EOS = 256
 
 
 def save_writer_model(folder: Path) -> Path:
-    """Writes a tiny Llama whose likeliest token is always printable ASCII, so never the end, with a context of 4096 tokens."""
+    """Write a tiny Llama with a context of 4096 tokens. Its likeliest token is always printable ASCII, so it never ends."""
     config = tiny_llama_config(EOS + 1, max_position_embeddings=4096, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder, config))
     printable = encode(tiny_tokenizer(), string.ascii_letters + string.digits + string.punctuation + " ").ids
     is_muted = torch.ones(EOS + 1, dtype=torch.bool)
     is_muted[printable] = False
     with torch.no_grad():
-        model.get_output_embeddings().weight[is_muted] = 0  # Some of the 95 others always score above 0.
+        model.get_output_embeddings().weight[is_muted] = 0  # One of the 95 others always scores above 0.
     model.save_pretrained(folder)
     return folder
 
@@ -69,7 +69,7 @@ def write_adapter(
     targets: Sequence[str] = ALL_LINEAR,
     templates: tuple[Template, ...] = ("chat",),
 ) -> Adapter:
-    """Writes an adapter for `base` with a random B, 30% of it kept, large enough to change what the model says."""
+    """Write an adapter for `base` with a random B of density 0.3, large enough to change the model's output."""
     shapes = {name: s for name, s in base.identity.shapes.items() if name.rpartition(".")[2] in targets}
     random = torch.Generator().manual_seed(seed)
     modules = {}
@@ -90,7 +90,7 @@ def write_adapter(
 
 
 def write_adapters(place: Path, base: BaseModel) -> Path:
-    """Writes the adapters that the tests of the server name: of two ranks, two bases and different targets."""
+    """Write the adapters that the server's tests name. They have two ranks, two bases and different targets."""
     write_adapter(place / "math", base, seed=1)
     write_adapter(place / "safety", base, seed=2, templates=("chat", "plain"))
     write_adapter(place / "intent", base, seed=3, rank=6, stream=1, targets=("q_proj", "down_proj"), templates=("plain",))
@@ -98,7 +98,7 @@ def write_adapters(place: Path, base: BaseModel) -> Path:
 
 
 def fold(model: PreTrainedModel, terms: Iterable[tuple[Adapter, float]]) -> PreTrainedModel:
-    """Adds weight * alpha / r * B A of each adapter to the weights of `model`, in fp32, and returns it."""
+    """Add weight * alpha / r * B A of each adapter to the weights of `model`, in fp32, and return the model."""
     with torch.no_grad():
         for adapter, weight in terms:
             for name, b in adapter.modules.items():
@@ -109,7 +109,7 @@ def fold(model: PreTrainedModel, terms: Iterable[tuple[Adapter, float]]) -> PreT
 
 
 def greedy(model: PreTrainedModel, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
-    """Returns what transformers' own `generate` continues with."""
+    """Return the continuation that transformers' own `generate` gives."""
     ids = torch.tensor([list(prompt_ids)])
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=EOS)
     assert isinstance(whole, torch.Tensor)
@@ -118,7 +118,7 @@ def greedy(model: PreTrainedModel, prompt_ids: Sequence[int], max_tokens: int) -
 
 @dataclass(slots=True)
 class Heard:
-    """What one request said, and its sequence."""
+    """The events of one choice of a request, and its sequence."""
 
     sequence: EngineSequence
     events: list[Event] = field(default_factory=list)
@@ -149,7 +149,7 @@ class Heard:
 
 @dataclass(slots=True)
 class Rig:
-    """An engine in the hands of a test: no thread, no queue. After `run` all memory is free again."""
+    """An engine without a thread and a queue, which a test steps. After `run` all memory is free again."""
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
@@ -158,7 +158,7 @@ class Rig:
     registry: Registry
     adapters: Mapping[str, Adapter]
     arrived: threading.Event = field(default_factory=threading.Event)
-    """Set when an adapter was read."""
+    """Set when an adapter has been read."""
 
     @property
     def scheduler(self) -> Scheduler:
@@ -170,12 +170,12 @@ class Rig:
         return text
 
     def submit(self, request: Request) -> Heard:
-        """Submits a request of one choice."""
+        """Submit a request of one choice."""
         (heard,) = self.submit_choices(request)
         return heard
 
     def submit_choices(self, request: Request) -> list[Heard]:
-        """Submits a request; each of its choices hears its own events, and all a failure."""
+        """Submit a request. Each of its choices gets its own events; all of them get an error."""
         heard: list[Heard] = []
 
         def emit(event: Event) -> None:
@@ -190,13 +190,13 @@ class Rig:
         return self.submit(self.admission.admit(ask))
 
     def step(self) -> None:
-        """Steps once, and checks that nothing is lost."""
+        """Run a step, and check the integrity of the scheduler and the adapter cache."""
         self.engine.step()
         self.scheduler.check_integrity()
         self.engine.adapter_cache.check_integrity([*self.scheduler.running])
 
     def step_on(self) -> None:
-        """Steps once, and where only adapters that are read could change anything waits for one."""
+        """Run a step; if work is left but blocked on loading adapters, wait until one arrives."""
         self.engine.adapter_cache.on_arrival(self.arrived.set)
         self.arrived.clear()
         self.step()
@@ -205,20 +205,20 @@ class Rig:
             self.engine.wake()
 
     def start(self, request: Request) -> Heard:
-        """Submits a request and steps until it runs: then its adapters are pinned."""
+        """Submit a request and run steps until it runs, that is, until its adapters are pinned."""
         heard = self.submit(request)
         while heard.sequence in self.scheduler.waiting:
             self.step_on()
         return heard
 
     def finish(self) -> None:
-        """Steps until nobody waits or runs, and waits for adapters that are read."""
+        """Run steps until no sequence waits or runs, waiting for adapters that are being read."""
         while self.scheduler.has_work:
             self.step_on()
         assert self.scheduler.kv_cache.num_available == self.scheduler.kv_cache.num_blocks
 
     def run(self, asks: Sequence[GenerateRequest], joins: Sequence[int] | None = None) -> list[Heard]:
-        """Runs `asks` together to their ends; each joins before the step that `joins` names, the first by default."""
+        """Run `asks` together to their ends. Each joins before the step whose index `joins` gives, by default the first."""
         at = dict(enumerate(joins or [0] * len(asks)))
         heard: dict[int, Heard] = {}
         for step in range(max(at.values()) + 1):
@@ -246,7 +246,7 @@ def build(
     device: str = "cpu",
     max_replayed: int | None = None,
 ) -> Rig:
-    """Returns a rig on the model in `folder`, put together as `server.loading` does it."""
+    """Return a rig on the model in `folder`, assembled as `server.loading` does it."""
     base = load_base_model(str(folder), dtype, "eager", torch.device(device))
     entries = AdapterStore(adapters).current() if adapters else {}
     registry = make_registry(entries, summarise(entries, base.identity))
@@ -267,15 +267,15 @@ def build(
 
 
 def rig_of(service: Service) -> Rig:
-    """Returns a rig on the engine of a service that was not started."""
+    """Return a rig on the engine of a service that was not started."""
     engine, admission = service.engine._engine, service.admission
     return Rig(engine, admission.tokenizer, admission, engine._executor.runner, service.registry, {})
 
 
 class WatchedRunner:
-    """A runner that counts the tokens it computes, and fails in the steps with a chunk that `fault` finds.
+    """A runner that counts the tokens it computes, and raises the error that `fault` returns for a chunk.
 
-    The logits of a chunk that `overflows` finds are no numbers.
+    The logits of a chunk for which `overflows` returns true are NaN.
     """
 
     def __init__(
@@ -287,7 +287,7 @@ class WatchedRunner:
         self._runner, self._fault, self._overflows = rig.engine._executor.runner, fault, overflows
         self.num_tokens = 0
         self.broken_by: type[Exception] = SystemError
-        """After such an error nothing can be computed any more."""
+        """The type of error after which the device can compute nothing more."""
         rig.engine._executor.runner = cast(Runner, self)
 
     def is_broken(self, error: Exception) -> bool:
@@ -298,16 +298,16 @@ class WatchedRunner:
             if error := self._fault(chunk):
                 raise error
         self.num_tokens += sum(c.stop - c.start for c in chunks)
-        of_row = [chunk for chunk in chunks for _ in range(chunk.start, chunk.stop)]
+        row_chunks = [chunk for chunk in chunks for _ in range(chunk.start, chunk.stop)]
         logits = self._runner.forward(chunks, positions).clone()
         for row, position in enumerate(positions):
-            if self._overflows(of_row[position]):
+            if self._overflows(row_chunks[position]):
                 logits[row] = torch.nan
         return logits
 
 
 class ScriptedRunner:
-    """A fake of the runner: after any prompt the likeliest tokens are those of `script`, one after the other."""
+    """A fake runner: after any prompt, the likeliest tokens are those of `script`, in order."""
 
     def __init__(self, script: Sequence[int]) -> None:
         self._script = script
@@ -326,7 +326,7 @@ class ScriptedRunner:
 
 
 def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_step_tokens: int = 16) -> Rig:
-    """Returns a rig whose model says `script`."""
+    """Return a rig whose model generates `script`."""
     adapter_cache = empty_adapter_cache()
     limits = step_limits(4, max_step_tokens)
     scheduler = Scheduler(KvCache(256, 4, ""), adapter_cache, limits)
@@ -338,7 +338,7 @@ def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_s
 
 
 def empty_adapter_cache() -> AdapterCache:
-    """Returns the adapter cache of a server without adapters."""
+    """Return the adapter cache of a server without adapters."""
     pool = AdapterPool({}, [], 0, 1, torch.float32)
     loader = Loader(Registry([]), PackedReader(BaseIdentity("none", "", {}), pool.layouts))
     return AdapterCache(pool, Residents(1, 1), loader, 1)
@@ -346,7 +346,7 @@ def empty_adapter_cache() -> AdapterCache:
 
 @dataclass
 class FakeAdapterCache:
-    """Has nothing to read."""
+    """An adapter cache with nothing to load."""
 
     is_closed: bool = False
 
@@ -365,17 +365,18 @@ class FakeAdapterCache:
 
 @dataclass
 class FakeEngine:
-    """Says "x" to each request in every step, of about a millisecond, `num_steps` times; dies in step `dies_at`."""
+    """A fake engine that gives each request an "x" in `num_steps` steps of about a millisecond. It dies in step `dies_at`."""
 
     num_steps: int = 3
     dies_at: int | None = None
     deadline: float | None = None
-    """In seconds from now, whenever it is asked."""
+    """The answer of `time_left`: seconds from now, at every call."""
     adapter_cache: FakeAdapterCache = field(default_factory=FakeAdapterCache)
     emits: dict[str, Emit] = field(default_factory=dict)
     choices: dict[str, int] = field(default_factory=dict)
     num_asked: int = 0
-    said: dict[str, int] = field(default_factory=dict)
+    emitted: dict[str, int] = field(default_factory=dict)
+    """The number of texts that each request has got, by request id."""
     aborted: list[str] = field(default_factory=list)
     step_count: int = 0
     threads: set[str] = field(default_factory=set)
@@ -386,7 +387,7 @@ class FakeEngine:
 
     @property
     def can_step(self) -> bool:
-        """Whether there are requests; counts how often it was asked."""
+        """Whether there are requests. Every call counts in `num_asked`."""
         self.num_asked += 1
         return bool(self.emits)
 
@@ -409,12 +410,12 @@ class FakeEngine:
         if self.step_count == self.dies_at:
             raise RuntimeError("out of luck")
         for name, emit in list(self.emits.items()):
-            self.said[name] = self.said.get(name, 0) + 1
-            if self.said[name] == self.num_steps:
+            self.emitted[name] = self.emitted.get(name, 0) + 1
+            if self.emitted[name] == self.num_steps:
                 del self.emits[name]
             for choice in range(self.choices[name]):
                 emit(TextEvent("x", choice=choice))
-                if self.said[name] == self.num_steps:
+                if self.emitted[name] == self.num_steps:
                     emit(DoneEvent("length", 1, self.num_steps, choice))
 
 
@@ -427,7 +428,7 @@ def request(
     temperature: float = 0.0,
     num_choices: int = 1,
 ) -> Request:
-    """Returns an admitted request of plain values, for what looks at nothing else."""
+    """Return an admitted request of plain values, for tests that need no more."""
     return Request(
         id=name,
         prompt_text="",

@@ -1,4 +1,4 @@
-"""A fake of a server, byte by byte: it treats each connection as the next part of its script says."""
+"""A fake server of raw bytes. It handles each connection as the next part of its script prescribes."""
 
 import asyncio
 import re
@@ -11,40 +11,40 @@ from dataclasses import dataclass, field
 from anyio.from_thread import start_blocking_portal
 
 UNREAD = "unread"
-"""Ends the connection before the request is read."""
+"""Script entry: end the connection before the request is read."""
 RESET = "reset"
-"""Reads the request, and resets the connection."""
+"""Script entry: read the request, and reset the connection."""
 SILENT = "silent"
-"""Reads the request, and says nothing."""
+"""Script entry: read the request, and send nothing."""
 LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 
 
 @dataclass(slots=True)
 class Scripted:
-    """What it says to each connection: raw bytes, after which the connection ends, or one of the words above."""
+    """A fake server. For each connection its script has either raw bytes, after which the connection ends, or an entry above."""
 
     script: Sequence[bytes | str]
     url: str = ""
     requests: list[bytes] = field(default_factory=list)
-    """What was asked, head and body; empty where it was not read."""
+    """The head and body of each request; empty if it was not read."""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Treats one connection."""
-        said = self.script[len(self.requests)]
-        self.requests.append(b"" if said == UNREAD else await read_request(reader))
-        if isinstance(said, bytes):
-            writer.write(said)
+        """Handle one connection."""
+        entry = self.script[len(self.requests)]
+        self.requests.append(b"" if entry == UNREAD else await read_request(reader))
+        if isinstance(entry, bytes):
+            writer.write(entry)
             await writer.drain()
-        elif said == RESET:
+        elif entry == RESET:
             connection = writer.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        elif said == SILENT:
+        elif entry == SILENT:
             await reader.read()
         writer.close()
 
 
 async def read_request(reader: asyncio.StreamReader) -> bytes:
-    """Returns head and body."""
+    """Return the head and body of a request."""
     head = await reader.readuntil(b"\r\n\r\n")
     length = LENGTH.search(head)
     return head + (await reader.readexactly(int(length[1])) if length else b"")
@@ -52,7 +52,7 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
 
 @contextmanager
 def scripted(*script: bytes | str) -> Iterator[Scripted]:
-    """Serves `script` until the block ends; a connection that it does not foresee is an error there."""
+    """Serve `script` until the block ends. A connection beyond the script is an error in the server."""
     fake = Scripted(script)
     with start_blocking_portal() as portal:
         server = portal.call(asyncio.start_server, fake.answer, "127.0.0.1", 0)
@@ -65,13 +65,13 @@ def scripted(*script: bytes | str) -> Iterator[Scripted]:
 
 
 def reply(body: str, status: str = "200 OK", headers: str = "") -> bytes:
-    """Returns a whole reply."""
+    """Return a complete reply."""
     content = body.encode()
     return f"HTTP/1.1 {status}\r\n{headers}content-length: {len(content)}\r\nconnection: close\r\n\r\n".encode() + content
 
 
 def chunks(*parts: bytes, is_whole: bool = True) -> bytes:
-    """Returns a stream of events in chunks of HTTP; one that is not whole lacks its last chunk."""
+    """Return a stream of events in HTTP chunks. Unless `is_whole`, it lacks the last chunk."""
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
     return head + body + (b"0\r\n\r\n" if is_whole else b"")

@@ -1,4 +1,4 @@
-"""Which replica a request goes to."""
+"""Affinity: the replica that a request goes to."""
 
 import itertools
 
@@ -12,12 +12,12 @@ REPLICAS = [f"replica-{i}" for i in range(8)]
 BOUND = LoadBound()
 
 
-def test_a_key_is_of_a_set_of_names() -> None:
+def test_a_key_depends_only_on_the_set_of_names() -> None:
     assert key_of(["safety", "math"]) == key_of(["math", "safety", "math"]) == "math+safety"
     assert key_of([]) == ANY
 
 
-def test_the_ranking_is_promised_over_processes_and_versions() -> None:
+def test_the_ranking_is_stable_across_processes_and_versions() -> None:
     assert ranked("intent", ["a", "b", "c"]) == ranked("intent", ["b", "c", "a"]) == ["c", "b", "a"]
     assert ranked("math", ["c", "b", "a"]) == ["a", "b", "c"]
 
@@ -27,7 +27,7 @@ def test_adapters_spread_over_the_replicas() -> None:
     assert all(400 < first.count(replica) < 600 for replica in REPLICAS)
 
 
-def test_a_replica_that_goes_moves_its_own_adapters_alone() -> None:
+def test_a_removed_replica_moves_only_its_own_adapters() -> None:
     left = REPLICAS[:-1]
     for key in (f"adapter-{i}" for i in range(500)):
         before, after = ranked(key, REPLICAS), ranked(key, left)
@@ -51,25 +51,25 @@ def test_the_bound_grows_with_the_mean() -> None:
 
 
 @pytest.mark.parametrize("key", [ANY, "math"])
-def test_where_all_are_beyond_it_the_least_loaded_comes_first(key: str) -> None:
+def test_if_all_are_beyond_the_bound_the_least_loaded_comes_first(key: str) -> None:
     loads = {replica: 100 + i for i, replica in enumerate(REPLICAS)}
     assert preferred(key, loads, LoadBound(share=0.1, floor=1))[0] == REPLICAS[0]
 
 
-def test_what_names_no_adapter_goes_where_least_is_to_do() -> None:
+def test_a_request_without_adapters_goes_to_the_least_loaded_replica() -> None:
     loads = dict(zip(REPLICAS, [3, 2, 1, 4, 5, 6, 7, 7], strict=True))
     assert preferred(ANY, loads, BOUND)[0] == REPLICAS[2]
 
 
-def test_without_replicas_there_is_none() -> None:
+def test_without_replicas_none_is_preferred() -> None:
     assert preferred("math", {}, BOUND) == []
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=8), st.text(max_size=5), st.floats(1, 3), st.integers(1, 50))
 def test_no_replica_is_left_out_and_those_within_the_bound_come_first(
-    found: list[int], key: str, share: float, floor: int
+    numbers: list[int], key: str, share: float, floor: int
 ) -> None:
-    loads = dict(zip(REPLICAS, found, strict=False))
+    loads = dict(zip(REPLICAS, numbers, strict=False))
     bound = LoadBound(share, floor)
     order = preferred(key, loads, bound)
     assert sorted(order) == sorted(loads)

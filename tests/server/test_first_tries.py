@@ -1,4 +1,4 @@
-"""What people type first who come from other servers: each try works, or its answer says what to type instead."""
+"""First tries of people who know other servers: each works, or is answered with what to type instead."""
 
 import subprocess
 import sys
@@ -22,17 +22,17 @@ LEAST: dict[str, dict[str, Any]] = {
     CHAT: {"messages": MESSAGES, "max_tokens": 2},
     TOKENIZE: {"prompt": FOX},
 }
-"""A body that each route answers."""
+"""A body that each route accepts."""
 JSON_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
 def refused(origin: str, path: str, body: dict[str, Any], *hints: str, param: str | None = None) -> Any:
-    """A try that is refused, by the field `param`, or the first of the body, in words that say what to type."""
+    """Return a try that is refused by the field `param`, by default the first of `body`, with `hints` in the message."""
     return pytest.param(path, body, param or next(iter(body)), hints, id=f"{origin} {path} {' '.join(body)}")
 
 
 REFUSED = [
-    # what an answer has to be
+    # the format of an answer
     refused("vLLM", CHAT, {"guided_json": JSON_SCHEMA}, 'use \'grammar\': {"type": "json_schema", "schema": …}'),
     refused("vLLM", COMPLETIONS, {"guided_regex": "a+"}, 'use \'grammar\': {"type": "regex", "pattern": …}'),
     refused("vLLM", GENERATE, {"guided_choice": ["yes", "no"]}, 'use \'grammar\': {"type": "regex", "pattern": "yes|no"}'),
@@ -47,7 +47,7 @@ REFUSED = [
     refused("llama.cpp", COMPLETIONS, {"json_schema": JSON_SCHEMA}, 'use \'grammar\': {"type": "json_schema"'),
     refused("Ollama", CHAT, {"format": "json"}, "use 'grammar' with one of the types 'json_object'"),
     refused("OpenAI", CHAT, {"response_format": "json_object"}, 'expected {"type": "json_object"}'),
-    # how long it is
+    # the length of an answer
     refused("TGI", GENERATE, {"max_new_tokens": 20}, "use 'max_tokens'"),
     refused("Ollama", GENERATE, {"num_predict": 20}, "use 'max_tokens'"),
     refused("llama.cpp", COMPLETIONS, {"n_predict": 20}, "use 'max_tokens'"),
@@ -57,7 +57,7 @@ REFUSED = [
     refused("transformers", GENERATE, {"min_new_tokens": 2}, "use 'min_tokens'"),
     refused("Ollama", GENERATE, {"num_ctx": 4096}, "the context is the model's own", "--kv-cache-gib"),
     refused("TGI", GENERATE, {"truncate": 100}, "no prompt is cut"),
-    # how tokens are drawn
+    # sampling
     refused("Ollama", GENERATE, {"repeat_penalty": 1.1}, "use 'repetition_penalty'"),
     refused("TGI", GENERATE, {"do_sample": True}, "use 'temperature'"),
     refused("TGI", GENERATE, {"typical_p": 0.9}, "sampling is set by 'temperature', 'top_p', 'top_k' and 'min_p'"),
@@ -76,7 +76,7 @@ REFUSED = [
     refused("OpenAI", COMPLETIONS, {"top_logprobs": 5}, "use 'logprobs'"),
     refused("llama.cpp", COMPLETIONS, {"n_probs": 5}, "use 'logprobs'"),
     refused("vLLM", COMPLETIONS, {"prompt_logprobs": 1}, "use 'echo': true with 'logprobs'"),
-    # which adapters, which model
+    # adapters and models
     refused("LoRAX", GENERATE, {"adapter_id": "math"}, "use 'adapter': \"math\"", "GET /adapters"),
     refused("LoRAX", CHAT, {"adapter_id": "math"}, "use 'model': \"math\"", "GET /v1/models"),
     refused("LoRAX", GENERATE, {"adapter_source": "hub"}, "by name"),
@@ -146,8 +146,8 @@ def test_a_body_of_tgi_is_answered_field_by_field(live: Live) -> None:
 
 
 @pytest.mark.parametrize("path", [GENERATE, COMPLETIONS, CHAT, TOKENIZE])
-def test_what_a_field_s_hint_names_is_a_field_of_that_route(live: Live, path: str) -> None:
-    """`top_logprobs` is none of /v1/completions, nor `grammar` of /tokenize."""
+def test_a_hint_names_only_fields_of_its_route(live: Live, path: str) -> None:
+    """Check that hints suit their route: /v1/completions has no `top_logprobs`, for example, and /tokenize no `grammar`."""
     fields = live.client.get("/openapi.json").json()
     schema = fields["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
     known = fields["components"]["schemas"][schema]["properties"].keys()
@@ -172,7 +172,7 @@ WORKS = [
 
 @pytest.mark.parametrize(("model", "named"), WORKS)
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_a_model_may_be_written_so(live: Live, path: str, model: str, named: list[tuple[str, float]]) -> None:
+def test_a_model_may_be_written_in_several_forms(live: Live, path: str, model: str, named: list[tuple[str, float]]) -> None:
     reply = live.client.post(path, json=LEAST[path] | {"model": model})
     assert reply.status_code == 200, reply.text
     assert [(adapter["name"], adapter["weight"]) for adapter in reply.json()["lori"]["adapter"]] == named
@@ -189,7 +189,7 @@ def test_the_base_model_s_folder_means_the_base_model(live: Live, writer_model: 
 
 @pytest.mark.parametrize("model", ["math", "math+safety", "math:0.7+safety:0.3", " math + safety"])
 def test_a_model_that_is_served_is_shown(live: Live, model: str) -> None:
-    """Whatever a request may name, alone or added."""
+    """Look up every form in which a request may name a model, single adapters and sums."""
     shown = live.client.get(f"/v1/models/{model}").json()
     assert (shown["id"], shown["parent"]) == (model, "tiny-writer")
     assert [part.partition("@")[0] for part in shown["root"].split("+")] == ["math", "safety"][: 1 + ("safety" in model)]
@@ -215,7 +215,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("model", "hint"), UNKNOWN)
-def test_an_unknown_model_is_answered_with_those_that_there_are(live: Live, model: str, hint: str) -> None:
+def test_an_unknown_model_is_answered_with_the_known_ones(live: Live, model: str, hint: str) -> None:
     expected = {"message": f"The model `{model}` does not exist. {hint}", "type": "NotFoundError", "param": "model", "code": 404}
     for path in (COMPLETIONS, CHAT, TOKENIZE):
         reply = live.client.post(path, json=LEAST[path] | {"model": model})
@@ -238,14 +238,14 @@ def test_an_unknown_model_is_answered_with_those_that_there_are(live: Live, mode
         ("zzz", "known are 'intent', 'math', 'safety'"),
     ],
 )
-def test_an_unknown_adapter_is_answered_with_how_it_is_written(live: Live, adapter: str, hint: str) -> None:
+def test_an_unknown_adapter_is_answered_with_the_right_form(live: Live, adapter: str, hint: str) -> None:
     for form in (adapter, [adapter]):
         error = live.client.post(GENERATE, json=LEAST[GENERATE] | {"adapter": form}).json()["error"]
         assert (error["code"], error["param"]) == (404, "adapter")
         assert error["message"] == f"there is no adapter {adapter!r}: {hint}"
 
 
-def test_the_base_model_among_adapters_is_told_as_that(live: Live, writer_model: Path) -> None:
+def test_the_base_model_among_adapters_is_refused_with_a_hint(live: Live, writer_model: Path) -> None:
     for name in ("tiny-writer", str(writer_model)):
         reply = live.client.post(COMPLETIONS, json=LEAST[COMPLETIONS] | {"adapters": [name]})
         error = reply.json()["error"]
@@ -281,7 +281,7 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path", "hint"), ROUTES)
-def test_an_unknown_route_is_answered_with_one_that_there_is(live: Live, method: str, path: str, hint: str) -> None:
+def test_an_unknown_route_is_answered_with_a_known_one(live: Live, method: str, path: str, hint: str) -> None:
     reply = live.client.request(method, path, json={} if method == "POST" else None)
     error = reply.json()["error"]
     assert (reply.status_code, error["type"], error["param"]) == (404, "NotFoundError", None)
@@ -297,13 +297,13 @@ def test_an_unknown_route_is_answered_with_one_that_there_is(live: Live, method:
         ("GET", "/" + "x" * 5000, "x…: /docs lists those that there are"),
     ],
 )
-def test_what_nothing_here_does_is_said_to_be_so(live: Live, method: str, path: str, hint: str) -> None:
+def test_an_unsupported_route_is_refused_with_the_reason(live: Live, method: str, path: str, hint: str) -> None:
     reply = live.client.request(method, path)
     assert reply.status_code == 404
     assert reply.json()["error"]["message"].endswith(hint)
 
 
-def test_a_file_that_is_not_there_is_no_unknown_route(live: Live) -> None:
+def test_a_missing_static_file_does_not_count_as_an_unknown_route(live: Live) -> None:
     assert live.client.get("/static/nowhere.js").json()["error"]["message"] == "Not Found"
 
 
@@ -327,12 +327,12 @@ def test_an_openai_client_without_v1_is_told_where_to_ask(live: Live) -> None:
         client.chat.completions.create(model="math", messages=[{"role": "user", "content": FOX}])
 
 
-def test_a_field_s_name_is_not_searched_for_where_it_is_long(live: Live) -> None:
+def test_a_very_long_field_name_gets_no_suggestion(live: Live) -> None:
     reply = live.client.post(GENERATE, json={"prompt": "x", "temperature" * 500: 1})
     assert reply.json()["error"]["message"].endswith("…: unknown field")
 
 
-def test_many_unknown_fields_are_told_ten_at_a_time(live: Live) -> None:
+def test_many_unknown_fields_are_reported_ten_at_a_time(live: Live) -> None:
     reply = live.client.post(GENERATE, json={"prompt": "x", **{f"max_new_token_{i}": 1 for i in range(40)}})
     assert reply.json()["error"]["message"].endswith("; and 30 more")
 
@@ -408,7 +408,7 @@ def test_a_flag_of_another_server_is_answered_with_ours(
         assert f"there is no flag {words[0].partition('=')[0]}: " in line
 
 
-def test_several_flags_are_answered_each() -> None:
+def test_each_of_several_unknown_flags_is_answered() -> None:
     words = ["--model-id", "x", "--max-model-len", "4096", "--prot", "1"]
     done = subprocess.run([sys.executable, "-m", "server", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""How the server ends: nothing that was sent to it is lost, and nobody waits for ever."""
+"""The server's shutdown: no request is lost, and no client waits for ever."""
 
 import asyncio
 import contextlib
@@ -40,22 +40,22 @@ def message(*, is_stream: bool, keeps: bool, max_tokens: int = 6) -> bytes:
 
 
 class Steady:
-    """A client that asks on and on, on one connection as long as it may, until nobody takes its connections any more.
+    """A client that repeats a request, on one connection as long as it is open, until new connections are refused.
 
-    As HTTP has it (RFC 9112, section 9.5), a connection that was idle may be closed just as a request is sent on it: then, if no
-    byte of an answer came, the request is sent again on a new connection. Any other end of a connection loses a request.
+    By RFC 9112, section 9.5, an idle connection may be closed just as a request is sent on it. If no byte of an answer came, the
+    client sends the request again on a new connection. Any other end of a connection counts as a lost request.
     """
 
     def __init__(self, number: int) -> None:
         self._is_stream, self._keeps = bool(number % 2), number % 3 != 0
-        self.told: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
 
     async def run(self, port: int) -> None:
         while True:
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
             except ConnectionRefusedError:
-                self.told["refused"] += 1
+                self.outcomes["refused"] += 1
                 return
             try:
                 await self._ask_on(reader, writer)
@@ -74,13 +74,14 @@ class Steady:
             except (ConnectionError, asyncio.IncompleteReadError) as error:
                 partial = error.partial if isinstance(error, asyncio.IncompleteReadError) else b""
                 may_repeat = num_answers and not head and not partial
-                self.told["closed while idle" if may_repeat else f"lost after {num_answers}: {head + partial!r} {error!r}"] += 1
+                loss = f"lost after {num_answers}: {head + partial!r} {error!r}"
+                self.outcomes["closed while idle" if may_repeat else loss] += 1
                 return
             num_answers += 1
             is_sound = head.startswith(b"HTTP/1.1 200 ") and (b"event: done" in body or b'"finish_reason":"length"' in body)
-            self.told["answered" if is_sound else f"wrong: {head + body!r}"] += 1
+            self.outcomes["answered" if is_sound else f"wrong: {head + body!r}"] += 1
             if b"connection: close" in head.lower():
-                self.told["told to go"] += self._keeps
+                self.outcomes["told to close"] += self._keeps
                 return
 
     async def _body(self, reader: asyncio.StreamReader, head: bytes) -> bytes:
@@ -91,7 +92,7 @@ class Steady:
 
 
 async def drain_under_load(live: Live) -> Counter[str]:
-    """Sends SIGTERM while many ask; returns what they were told, and in `ready 503` how often /ready said so to a newcomer."""
+    """Send SIGTERM while many clients send requests; return the number of each outcome, with /ready's statuses for newcomers."""
     clients = [Steady(number) for number in range(NUM_CLIENTS)]
     total: Counter[str] = Counter()
 
@@ -105,27 +106,27 @@ async def drain_under_load(live: Live) -> Counter[str]:
                 total[f"ready {reply.status_code}"] += 1
 
     async def terminate() -> None:
-        while sum(client.told["answered"] for client in clients) < 5 * NUM_CLIENTS:
+        while sum(client.outcomes["answered"] for client in clients) < 5 * NUM_CLIENTS:
             await asyncio.sleep(0.01)
         live.process.send_signal(signal.SIGTERM)
 
     await asyncio.wait_for(asyncio.gather(*(each.run(live.port) for each in clients), newcomers(), terminate()), LIMIT_S)
     for client in clients:
-        total += client.told
+        total += client.outcomes
     return total
 
 
 @pytest.mark.slow
 def test_sigterm_under_load_loses_no_request(flags: list[str], tmp_path: Path) -> None:
     with start_forked(tmp_path / "log", *flags, "--max-batch", "16", "--drain-notice-s", "1") as live:
-        told = asyncio.run(drain_under_load(live))
+        outcomes = asyncio.run(drain_under_load(live))
         assert live.process.wait(LIMIT_S) == 0
         assert "Traceback" not in live.log.read_text()
-    assert told.keys() <= {"answered", "told to go", "refused", "closed while idle", "ready 200", "ready 503"}, told
-    assert told["refused"] == NUM_CLIENTS
-    assert told["answered"] >= 5 * NUM_CLIENTS
-    assert told["told to go"] > 0, "who keeps a connection is told that it ends"
-    assert told["ready 503"] > 0, "newcomers hear it while they are still let in"
+    assert outcomes.keys() <= {"answered", "told to close", "refused", "closed while idle", "ready 200", "ready 503"}, outcomes
+    assert outcomes["refused"] == NUM_CLIENTS
+    assert outcomes["answered"] >= 5 * NUM_CLIENTS
+    assert outcomes["told to close"] > 0, "kept connections are told to close"
+    assert outcomes["ready 503"] > 0, "newcomers get a 503 while connections are still accepted"
 
 
 @pytest.mark.slow
@@ -141,11 +142,11 @@ def test_while_it_drains_the_server_is_not_ready_but_answers(flags: list[str], t
             error = newcomer.get("/ready").json()["error"]
             assert (error["message"], error["type"]) == ("the server is about to end", "ServiceUnavailableError")
         live.process.send_signal(signal.SIGTERM)
-        assert live.process.wait(LIMIT_S) == 1, "the second signal ends it at once, an hour early"
+        assert live.process.wait(LIMIT_S) == 1, "a second signal ends the server at once, an hour early"
 
 
 @pytest.mark.slow
-def test_what_is_not_done_in_its_time_hears_an_error(flags: list[str], tmp_path: Path) -> None:
+def test_a_request_that_outlasts_the_drain_gets_an_error(flags: list[str], tmp_path: Path) -> None:
     with start_forked(tmp_path / "log", *flags, "--drain-notice-s", "0", "--drain-s", "0.2") as live:
         with live.client.stream("POST", "/generate", json=FOR_EVER) as reply:
             heard = events(reply.iter_lines())
@@ -184,7 +185,7 @@ def test_a_person_s_interrupt_has_no_notice(flags: list[str], tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_connection_made_before_the_end_is_answered(flags: list[str], tmp_path: Path) -> None:
-    """It sends its request only when no more connections are taken; one that sends nothing is closed."""
+    """Send the request only when new connections are no longer accepted. A connection that sends nothing is closed."""
     with (
         start_forked(tmp_path / "log", *flags, "--drain-notice-s", "0") as live,
         socket.create_connection(("127.0.0.1", live.port), timeout=LIMIT_S) as silent,
@@ -211,7 +212,7 @@ def listening(request: pytest.FixtureRequest) -> Iterator[socket.socket]:
 
 
 @pytest.mark.skipif(not hasattr(socket, "SO_INCOMING_CPU"), reason="only Linux has filters of sockets")
-def test_who_was_let_in_is_accepted_when_no_more_are(listening: socket.socket) -> None:
+def test_an_early_connection_is_accepted_after_new_ones_are_refused(listening: socket.socket) -> None:
     address = ("::1" if listening.family == socket.AF_INET6 else "127.0.0.1", listening.getsockname()[1])
     with socket.create_connection(address, timeout=LIMIT_S) as early:
         early.sendall(b"ask")
@@ -231,7 +232,7 @@ def test_who_was_let_in_is_accepted_when_no_more_are(listening: socket.socket) -
 
 
 async def listening_server(**settings: float) -> DrainingServer:
-    """Returns a server that listens on a free port, and answers 404."""
+    """Return a server that listens on a free port, and answers 404."""
     engine = SimpleNamespace(has_died=False)
     service = SimpleNamespace(settings=Settings(port=0, **settings), is_draining=False, engine=engine, outline="nothing")
     config = http_config(FastAPI(), service.settings)
@@ -243,8 +244,8 @@ async def listening_server(**settings: float) -> DrainingServer:
 
 
 @pytest.mark.slow
-def test_connections_that_nobody_has_taken_yet_are_answered() -> None:
-    """All are made while the event loop does something else, and the end begins before it looks again."""
+def test_connections_that_are_not_accepted_yet_are_answered() -> None:
+    """Open all connections while the event loop is blocked, and begin the shutdown before it can accept them."""
 
     async def answers(count: int) -> list[bytes]:
         server = await listening_server(drain_notice_s=0)
@@ -260,11 +261,12 @@ def test_connections_that_nobody_has_taken_yet_are_answered() -> None:
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no TCP_USER_TIMEOUT")
-def test_the_system_ends_connections_of_which_nothing_is_taken() -> None:
+def test_the_system_ends_connections_whose_client_reads_nothing() -> None:
     async def options() -> list[int]:
         server = await listening_server(max_unread_s=2.5, drain_notice_s=0)
-        found = [of.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) for each in server.servers for of in each.sockets]
+        sockets = [listener for each in server.servers for listener in each.sockets]
+        timeouts = [listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) for listener in sockets]
         await server.shutdown()
-        return found
+        return timeouts
 
     assert asyncio.run(options()) == [2500]

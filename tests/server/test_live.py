@@ -1,4 +1,4 @@
-"""The servers of the tests themselves: they speak HTTP and end as the product does."""
+"""The tests' own servers: their HTTP protocol and their shutdown are the product's."""
 
 import socket
 
@@ -22,10 +22,10 @@ def answer_to_rubbish(host: str, port: int | None) -> bytes:
 
 
 def test_a_service_of_this_process_runs_our_protocol(tokenizer: PreTrainedTokenizerFast) -> None:
-    """It ran uvicorn's, so that tests of bodies, limits and clients that leave said nothing about ours."""
+    """Regression: it ran uvicorn's protocol, so that tests of bodies, limits and departing clients did not cover ours."""
     with served(tokenizer, FakeEngine()) as (client, service):
         check_refusal(answer_to_rubbish(client.base_url.host, client.base_url.port), REFUSAL)
-    assert service.is_draining, "it ended as the product ends"
+    assert service.is_draining, "the service drains at its end, as the product does"
 
 
 def test_an_app_of_this_process_runs_our_protocol() -> None:

@@ -1,4 +1,4 @@
-"""What a person sees while a server starts, and how the start is ended."""
+"""The output of a server's start, and the interruption of a start."""
 
 import os
 import re
@@ -26,11 +26,11 @@ STAGES = {
     "preparing": "checking the model",
     "timing": "timing steps",
 }
-"""What the line of each stage of the start begins with."""
+"""The beginning of the log line of each stage of the start, and the stage's name."""
 
 
 def ended_by_interrupt(process: Process, log: Path) -> None:
-    """Sends what Ctrl+C does, and checks that the process ends by it without another word."""
+    """Send SIGINT as Ctrl+C does, and check that the process ends by it without further output."""
     before = log.read_text()
     process.send_signal(signal.SIGINT)
     assert process.wait(LIMIT_S) == -signal.SIGINT, log.read_text()
@@ -41,7 +41,7 @@ def ended_by_interrupt(process: Process, log: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [pytest.param(line, id=stage) for line, stage in STAGES.items()])
 def test_ctrl_c_ends_a_start_at_once(line: str, writer_model: Path, adapters: Path, tmp_path: Path) -> None:
-    """Python's own handler waits for what runs in C, and then leaves a traceback."""
+    """Interrupt code that runs in C. Python's own handler would wait for it, and then print a traceback."""
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1", "--port", "0"]
     log = tmp_path / "log"
     run = run_main if line == "lori-server" else run_forked
@@ -55,10 +55,10 @@ def test_ctrl_c_ends_a_start_at_once(line: str, writer_model: Path, adapters: Pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_amid_the_download_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Also where it does not reach pip, which a terminal would send it to as well."""
+def test_ctrl_c_during_the_download_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Send the signal to the server only, although a terminal would send it to pip as well."""
     cache, log = tmp_path / "cache", tmp_path / "log"
-    with socket.create_server(("127.0.0.1", 0)) as index:  # takes connections, and never answers
+    with socket.create_server(("127.0.0.1", 0)) as index:  # accepts connections, and never answers
         address = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("LORI_", "PIP_"))}
         environment |= {"LORI_CACHE": str(cache), "PIP_INDEX_URL": address, "PIP_CONFIG_FILE": os.devnull, "NO_PROXY": "*"}
@@ -87,7 +87,7 @@ def test_ctrl_c_amid_the_download_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_no_bar_comes_between_the_lines_of_a_log(log_format: str) -> None:
-    """Reading GGUF left the first start of a server with a line of bars that was no JSON."""
+    """Regression: reading GGUF wrote a line of progress bars, which was no JSON, at the first start of a server."""
     code = (
         f"from server.telemetry.logs import configure_start; configure_start({log_format!r})\n"
         "from tqdm.auto import tqdm; from transformers.utils import logging; from huggingface_hub.utils import tqdm as hub\n"
@@ -103,7 +103,7 @@ def test_the_first_line_waits_for_no_torch(program: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
-def test_the_last_line_says_where_what_and_how_much(live: Live) -> None:
+def test_the_last_line_names_the_address_the_model_and_the_memory(live: Live) -> None:
     wait_until(lambda: "ready on" in live.log.read_text(), "the last line of the start")
     lines = live.log.read_text().splitlines()
     [ready] = [line for line in lines if "ready on" in line]
@@ -116,8 +116,8 @@ def test_the_last_line_says_where_what_and_how_much(live: Live) -> None:
 
 
 @pytest.mark.slow
-def test_an_end_prints_nothing_after_its_log(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
-    """nanobind listed what Triton's library holds to the end of a process, some hundred lines of it."""
+def test_nothing_is_printed_after_the_log(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
+    """Regression: nanobind listed the objects that Triton's library still holds at exit, in about a hundred lines."""
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
     with start(tmp_path / "log", *flags, "--kv-cache-gib", "0.01") as live:
         live.generate(prompt="a", adapter="math", max_tokens=2)
@@ -134,7 +134,7 @@ def test_an_end_prints_nothing_after_its_log(writer_model: Path, adapters: Path,
     [
         ("server", run_main),
         ("server.cluster", run_main),
-        ("server.plan", run_forked),  # these import torch first
+        ("server.plan", run_forked),  # this one and the next two import torch first
         ("training.fit", run_forked),
         ("lori", run_forked),
     ],
@@ -146,7 +146,7 @@ def test_every_program_says_its_version(module: str, run: RunProgram, tmp_path: 
 
 
 def sections_of_help(module: str) -> Mapping[str, list[str]]:
-    """Returns the flags under each heading of a program's --help, none of whose lines is longer than 80 columns."""
+    """Return the flags under each heading of a program's --help. Fail if a line is longer than 80 columns."""
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert max(map(len, done.stdout.splitlines())) <= 80
     sections: dict[str, list[str]] = {}
@@ -160,17 +160,17 @@ def sections_of_help(module: str) -> Mapping[str, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "settings"), [("server", Settings), ("server.cluster", ClusterSettings)])
-def test_the_help_is_in_groups_the_ten_flags_that_matter_first(module: str, settings: type[Settings]) -> None:
+def test_the_help_is_in_groups_with_ten_main_flags_first(module: str, settings: type[Settings]) -> None:
     sections = sections_of_help(module)
     headings = [heading for heading in GROUPS if set(GROUPS[heading]) & settings.model_fields.keys()]
     assert list(sections) == ["options", *headings]
-    assert sections.pop("options") == ["--help", "--version"], "a flag that no heading of `GROUPS` names"
+    assert sections.pop("options") == ["--help", "--version"], "every other flag is under a heading of `GROUPS`"
     assert len(sections[headings[0]]) == 10
     flags = [flag for section in sections.values() for flag in section]
     assert sorted(flags) == sorted("--" + name.replace("_", "-") for name in settings.model_fields)
 
 
-def test_the_headings_name_flags_that_there_are() -> None:
+def test_the_headings_name_existing_flags() -> None:
     named = [field for fields in GROUPS.values() for field in fields]
     assert len(named) == len(set(named))
     assert set(named) <= ClusterSettings.model_fields.keys()

@@ -1,4 +1,4 @@
-"""A real vllm-router before two plain servers: what docs/deployment.md says of it."""
+"""A real vllm-router in front of two plain servers, as docs/deployment.md describes it."""
 
 import json
 import os
@@ -38,21 +38,21 @@ SESSION = "X-Session-ID"
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Two servers on one folder of adapters, and what asks them through the router."""
+    """Two servers on one folder of adapters, and clients that reach them through the router."""
 
     servers: list[Live]
     adapters: Path
     http: httpx.Client
     client: openai.OpenAI
     log: Path
-    """The router's."""
+    """The router's log."""
 
     def admitted(self) -> list[float]:
-        """Returns how many requests each server has answered or is answering."""
+        """Return the number of requests that each server has answered or is answering."""
         return [server.metric("lori:merge_terms_count") for server in self.servers]
 
     def ask(self, names: list[str], max_tokens: int = 2) -> str:
-        """Returns the text of an answer."""
+        """Return the text of an answer of these adapters."""
         reply = self.client.completions.create(
             model="+".join(names),
             prompt=FOX,
@@ -63,7 +63,7 @@ class Routed:
         return reply.choices[0].text
 
     def home(self, names: list[str]) -> Live:
-        """Returns the server that has these adapters."""
+        """Return the server to which the router sends requests for these adapters."""
         before = self.admitted()
         self.ask(names)
         [server] = [server for server, was, now in zip(self.servers, before, self.admitted(), strict=True) if now > was]
@@ -96,7 +96,7 @@ def _adapters_stay_with_their_server(routed: Routed) -> None:
         assert sorted(asked) == [0, 6], names
 
 
-def _chats_without_a_session_all_go_to_one(routed: Routed) -> None:
+def _chats_without_a_session_all_go_to_one_server(routed: Routed) -> None:
     before = routed.admitted()
     for place in range(6):
         message = {"role": "user", "content": f"What is {place}?"}
@@ -105,7 +105,7 @@ def _chats_without_a_session_all_go_to_one(routed: Routed) -> None:
 
 
 def _no_prompt_is_logged(routed: Routed) -> None:
-    """Without a session it is the prompt that is hashed, and what is hashed is logged unless it is told not to."""
+    """Check the setting that keeps hashed keys out of the log: without a session the router hashes the prompt."""
     routed.client.completions.create(model="math", prompt="a secret", max_tokens=2)
     assert "secret" not in routed.log.read_text()
 
@@ -139,13 +139,13 @@ def _a_client_that_leaves_frees_its_place(routed: Routed) -> None:
     assert home.metric("vllm:request_success_total", finished_reason="abort") == 2
 
 
-def _what_is_wrong_is_refused_in_the_server_s_words(routed: Routed) -> None:
+def _invalid_requests_are_refused_in_the_server_s_words(routed: Routed) -> None:
     with pytest.raises(openai.NotFoundError, match="`maths` does not exist"):
         routed.ask(["maths"])
     with pytest.raises(openai.AuthenticationError):
         routed.client.with_options(api_key="lori_unknown").completions.create(model="math", prompt=FOX)
     reply = routed.http.post("/generate", json={"prompt": FOX, "adapter": "math"}, headers=bearer(ACME))
-    assert reply.status_code == 400, "the router leaves the adapter out: the base model must not answer"
+    assert reply.status_code == 400, "the router drops the adapter, and the base model must not answer instead"
 
 
 def _faults_of_clients_do_not_drive_others_away(routed: Routed) -> None:
@@ -157,7 +157,7 @@ def _faults_of_clients_do_not_drive_others_away(routed: Routed) -> None:
 
 
 def _an_adapter_comes_to_each_server(routed: Routed) -> None:
-    """The servers share the folder; the router hands what changes adapters to one of them, without the key."""
+    """Load an adapter on each server itself. The router would send the change to one of them only, and without the key."""
     first, second = routed.servers
     files = {field: (routed.adapters / "math" / file).read_bytes() for field, file in FILES.items()}
     assert routed.http.post("/adapters/math/load", headers=bearer(ADMIN)).status_code == 401
@@ -186,13 +186,13 @@ def _a_killed_server_loses_no_answer_but_a_stream_that_had_begun(routed: Routed)
 
 @pytest.mark.slow
 def test_two_servers_behind_a_router(routed: Routed) -> None:
-    """One test of several parts, for its start takes long."""
+    """Run all parts in one test, since the start takes long."""
     _adapters_stay_with_their_server(routed)
-    _chats_without_a_session_all_go_to_one(routed)
+    _chats_without_a_session_all_go_to_one_server(routed)
     _no_prompt_is_logged(routed)
     _answers_are_the_server_s(routed)
     _a_client_that_leaves_frees_its_place(routed)
-    _what_is_wrong_is_refused_in_the_server_s_words(routed)
+    _invalid_requests_are_refused_in_the_server_s_words(routed)
     _faults_of_clients_do_not_drive_others_away(routed)
     _an_adapter_comes_to_each_server(routed)
     _a_killed_server_loses_no_answer_but_a_stream_that_had_begun(routed)

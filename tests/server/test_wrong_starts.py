@@ -1,4 +1,4 @@
-"""Wrong models and wrong starts: what is said names the command or the flag to type next."""
+"""Wrong models and wrong starts: the error names the command or the flag to type next."""
 
 import errno
 import json
@@ -58,25 +58,25 @@ MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 @pytest.mark.parametrize("lack", MODELS)
 def test_a_model_folder_that_lacks_files_names_them_and_how_to_get_them(writer_model: Path, tmp_path: Path, lack: str) -> None:
-    """Without a tokenizer it was that of another model, or a page of transformers' own."""
-    spoil, said = MODELS[lack]
+    """Regression: without a tokenizer, another model's was loaded, or transformers printed a page of its own."""
+    spoil, message = MODELS[lack]
     folder = spoil(shutil.copytree(writer_model, tmp_path / "model"))
     for load in (identify_files, lambda name: load_base_model(name, torch.float32)):
         if lack == "no tokenizer" and load is identify_files:
             continue
         with pytest.raises(ModelError) as caught:
             load(str(folder))
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         assert f"`hf download OWNER/NAME --local-dir {folder}`" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_that_is_given_as_the_model_is_told_where_it_belongs(store: Path) -> None:
+def test_an_adapter_given_as_the_model_is_refused_with_the_right_flag(store: Path) -> None:
     with pytest.raises(ModelError, match="it is an adapter and no base model: pass the folder that holds it as --adapters"):
         load_base_model(str(store / "calm"), torch.float32)
 
 
-def test_an_import_for_a_model_that_is_not_there_says_so_in_a_line(run: Run, store: Path, tmp_path: Path) -> None:
+def test_an_import_for_a_missing_model_ends_with_one_line(run: Run, store: Path, tmp_path: Path) -> None:
     code, text = run(lori, "import", store / "lora", tmp_path / "new", "--model", "nobody/nothing")
     assert code == 1
     assert text.count("\n") == 1
@@ -84,7 +84,7 @@ def test_an_import_for_a_model_that_is_not_there_says_so_in_a_line(run: Run, sto
 
 
 def test_an_import_for_the_wrong_model_names_the_right_one(run: Run, store: Path, other_model: Path, tmp_path: Path) -> None:
-    """It was a line for each tensor."""
+    """Regression: the error had a line for each tensor."""
     code, text = run(lori, "import", store / "lora", tmp_path / "new", "--model", other_model)
     assert code == 1
     assert text.count("\n") == 2
@@ -96,7 +96,7 @@ def test_an_import_for_the_wrong_model_names_the_right_one(run: Run, store: Path
 
 @pytest.fixture
 def run_server(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
-    """Runs `python -m server` in this process, which keeps its log and its signals."""
+    """Return a function that runs `python -m server` in this process, without its log and its signal handlers."""
     for name in ("configure_log", "configure_start", "raise_descriptor_limit"):
         monkeypatch.setattr(f"server.program.{name}", lambda *_: None)
     monkeypatch.setattr("server.program.signal.signal", lambda *_: None)
@@ -104,7 +104,7 @@ def run_server(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "messages"),
     [
         (["--port", "PORT"], ["cannot listen on 127.0.0.1:PORT: Address already in use; pass another --port"]),
         (["--host", "192.0.2.1", "--open"], ["cannot listen on 192.0.2.1:0: ", "pass a --host that is an address of this"]),
@@ -114,8 +114,8 @@ def run_server(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
         (["--adapters", "STORE", "--strict"], [LORA, "peft_type is IA3", "trained on the base tiny-other"]),
     ],
 )
-def test_a_wrong_start_ends_with_what_to_type(
-    run_server: Run, writer_model: Path, store: Path, flags: list[str], said: list[str]
+def test_a_wrong_start_ends_with_the_flag_to_type(
+    run_server: Run, writer_model: Path, store: Path, flags: list[str], messages: list[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         values = {"PORT": str(taken.getsockname()[1]), "STORE/": f"{store}/"}
@@ -128,7 +128,7 @@ def test_a_wrong_start_ends_with_what_to_type(
         code, text = run_server("--model", writer_model, "--port", "0", *map(filled, flags))
         assert code == 1, text
         assert text.startswith("error: ")
-        for part in said:
+        for part in messages:
             assert filled(part) in text
         assert "--strict" in flags or text.count("\n") == 1
 
@@ -146,7 +146,7 @@ def test_a_cache_that_cannot_be_written_names_its_variable(
 
 @pytest.mark.slow
 def test_the_program_that_is_given_a_lora_s_folder_ends_with_two_lines(writer_model: Path, store: Path, tmp_path: Path) -> None:
-    """As a process, with all that it prints."""
+    """Run the program as a process, and check all its output."""
     process = run_main(tmp_path / "log", "--model", str(writer_model), "--port", "0", "--adapters", str(store / "lora"))
     try:
         assert process.wait(LIMIT_S) == 1
@@ -160,7 +160,7 @@ def test_the_program_that_is_given_a_lora_s_folder_ends_with_two_lines(writer_mo
 
 
 @pytest.mark.parametrize(
-    ("port", "error", "said"),
+    ("port", "error", "message"),
     [
         (80, OSError(errno.EACCES, "Permission denied"), "127.0.0.1:80: Permission denied; ports below 1024 are the system's: "),
         (80, OSError(errno.EACCES, "Permission denied"), "--port 8000"),
@@ -170,12 +170,12 @@ def test_the_program_that_is_given_a_lora_s_folder_ends_with_two_lines(writer_mo
         (8000, socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "pass a --host"),
     ],
 )
-def test_an_address_that_is_refused_names_the_flag(port: int, error: OSError, said: str) -> None:
-    assert said in str(ListenError("127.0.0.1", port, error))
+def test_an_address_that_is_refused_names_the_flag(port: int, error: OSError, message: str) -> None:
+    assert message in str(ListenError("127.0.0.1", port, error))
 
 
 def test_the_installed_program_is_ours_beside_files_of_the_same_names(tmp_path: Path) -> None:
-    """`python -m server` runs what the working folder has under that name."""
+    """Start the installed script, since `python -m server` would run a server.py of the working folder."""
     for name in ("server", "lori", "training"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('theirs')\n")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -187,8 +187,8 @@ def test_the_installed_program_is_ours_beside_files_of_the_same_names(tmp_path: 
     command = [sys.executable, str(script), "--prot", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: there is no flag --prot: did you mean --port?\n")
-    found = "from importlib.util import find_spec\nprint(*(find_spec(name).origin for name in ('server', 'lori', 'training')))"
-    safe = [sys.executable, "-P", "-c", found]
+    code = "from importlib.util import find_spec\nprint(*(find_spec(name).origin for name in ('server', 'lori', 'training')))"
+    safe = [sys.executable, "-P", "-c", code]
     done = subprocess.run(safe, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(REPOSITORY / name / "__init__.py") for name in ("server", "lori", "training")]
 
@@ -198,7 +198,7 @@ def test_the_installed_program_is_ours_beside_files_of_the_same_names(tmp_path: 
 
 @pytest.fixture
 def _behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment names a proxy at which nobody listens."""
+    """Set a proxy in the environment at which nothing listens."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
         monkeypatch.setenv(name.lower(), "http://127.0.0.1:9")
@@ -209,7 +209,7 @@ def _behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_behind_a_proxy")
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
 def test_our_own_clients_ask_this_machine_without_a_proxy(served: Live, host: str) -> None:
-    """They asked the proxy, for which 127.0.0.1 is itself."""
+    """Regression: the clients sent requests to the proxy, for which 127.0.0.1 is the proxy's own machine."""
     url = f"http://{host}:{served.port}"
     with httpx.Client() as plain, pytest.raises(httpx.ConnectError):
         plain.get(f"{url}/health")
@@ -242,5 +242,5 @@ def test_other_machines_are_asked_as_the_environment_says(url: str) -> None:
     ["http://0.0.0.0:8000", "http://localhost.:8000", "http://[::ffff:127.0.0.1]:8000", "http://[::]:8000", "http://a.localhost"],
 )
 def test_this_machine_has_many_names(url: str) -> None:
-    """Those that servers print among them."""
+    """Check the names of this machine, including those that servers print."""
     assert direct_mounts(url)

@@ -1,4 +1,4 @@
-"""vllm-router as a process, with the flags and the environment of docker/compose.router.yaml, before servers of the tests."""
+"""vllm-router as a process in front of the tests' servers, with the flags and environment of docker/compose.router.yaml."""
 
 import os
 import subprocess
@@ -18,15 +18,15 @@ SERVICE: dict[str, Any] = read(REPOSITORY / "docker" / "compose.router.yaml")["s
 
 
 def flags(port: int, urls: Sequence[str]) -> list[str]:
-    """Returns compose's command with another address, other servers, and a free port for the router's own metrics."""
-    kept = [flag for flag in SERVICE["command"] if not flag.startswith(("--host=", "--port=", "--worker-urls", "http://"))]
+    """Return compose's command with another address, other servers, and a free port for the router's own metrics."""
+    common = [flag for flag in SERVICE["command"] if not flag.startswith(("--host=", "--port=", "--worker-urls", "http://"))]
     own = [f"--port={port}", f"--prometheus-port={free_port()}", "--worker-startup-check-interval=1"]
-    return [*kept, *own, "--worker-urls", *urls]
+    return [*common, *own, "--worker-urls", *urls]
 
 
 @contextmanager
 def routing(log: Path, urls: Sequence[str]) -> Iterator[httpx.Client]:
-    """Runs one before the servers at `urls` until the block ends."""
+    """Run a router in front of the servers at `urls` until the block ends."""
     port = free_port()
     command = [sys.executable, "-m", "vllm_router.launch_router", *flags(port, urls)]
     with log.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Processes that train, forked from one that has imported all. Each is one of its own: it can be killed, or be one of several."""
+"""Training processes, forked from one that has imported everything. A test can kill one, or run several together."""
 
 import multiprocessing
 import os
@@ -12,12 +12,12 @@ NUM_RANKS = 2
 
 
 def train(config: FitConfig) -> BaseProcess:
-    """Starts a process that trains."""
+    """Start a process that trains."""
     return _start(config, {})
 
 
 def train_together(config: FitConfig) -> list[BaseProcess]:
-    """Starts two that train one adapter, as torchrun starts them."""
+    """Start two processes that train one adapter together, as torchrun does."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
     shared |= {"WORLD_SIZE": NUM_RANKS, "LOCAL_WORLD_SIZE": NUM_RANKS, "GROUP_WORLD_SIZE": 1}
     own = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(NUM_RANKS)]

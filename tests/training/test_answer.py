@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def url(tiny_model: Path) -> Iterator[str]:
-    """The address of a server in this process."""
+    """Yield the address of a server in this process."""
     settings = Settings(model=str(tiny_model), dtype="float32", threads=1, kv_cache_gib=0.02)
     with serve_here(load_service(settings)) as client:
         yield str(client.base_url).rstrip("/")
@@ -49,7 +49,7 @@ def test_rows_can_be_drawn_and_only_the_unanswered_chosen(data: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
-def test_greedy_answers_are_what_the_base_says_alone(tiny_model: Path, data: Path, template: str) -> None:
+def test_greedy_answers_equal_those_of_the_base_alone(tiny_model: Path, data: Path, template: str) -> None:
     # Prompts of a batch are padded to one width; the padding must not change the answers.
     config = config_for(data, temperature=0, template=template, batch_tokens=200)
     base = load_base_model(str(tiny_model), torch.float32)
@@ -69,7 +69,7 @@ def test_greedy_answers_are_what_the_base_says_alone(tiny_model: Path, data: Pat
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
-def test_a_server_answers_as_a_model_that_is_loaded_here(tiny_model: Path, url: str, data: Path, template: str) -> None:
+def test_a_server_answers_as_a_locally_loaded_model_does(tiny_model: Path, url: str, data: Path, template: str) -> None:
     config = config_for(data, temperature=0, template=template)
     rows = select_rows(config)
     server_config = config.model_copy(update={"url": url})
@@ -98,14 +98,14 @@ def test_rows_without_room_or_prompt_are_named_alike(tiny_model: Path, url: str,
     assert f"empty prompt: 1\n    {data} line 3" in str(error.value)
 
 
-def test_flags_that_do_nothing_are_refused(data: Path) -> None:
+def test_flags_without_effect_are_refused(data: Path) -> None:
     with pytest.raises(ValueError, match="--threads is for a model that is loaded here, and --url names a server"):
         config_for(data, url="http://127.0.0.1:1", threads=2)
     with pytest.raises(ValueError, match="--concurrency needs --url"):
         config_for(data, concurrency=2)
 
 
-def test_rows_that_cannot_be_answered_are_left_out_where_that_is_asked(
+def test_rows_that_cannot_be_answered_are_left_out_on_request(
     tiny_model: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data.write_text('{"prompt": "why?"}\n{"prompt": ""}\n{"prompt": "' + "why " * 999 + '"}\nnot JSON\n{"prompt": "how?"}\n')

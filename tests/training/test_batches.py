@@ -26,7 +26,7 @@ def test_a_tenth_of_an_epoch_sees_a_tenth_of_the_data() -> None:
     assert [len(step) for step in steps] == [4, 4, 2]
 
 
-def test_steps_decide_how_many_there_are() -> None:
+def test_a_number_of_steps_overrides_the_epochs() -> None:
     assert len(plan_steps(examples(3, 10), [], 0.0, BatchSize(0, 35), (17, 1.0), seed=0)) == 17
 
 
@@ -55,14 +55,14 @@ def test_parts_are_a_step_s_examples_with_shares_that_add_up_to_one(num_micro_ba
         assert sorted(sum(map(len, batch.items)) for batch in batches) == [34, 40]
 
 
-def test_processes_share_what_one_computes_one_after_another() -> None:
+def test_several_processes_share_the_micro_batches_of_one() -> None:
     steps = plan_steps(examples(40, 5), [], 0.0, BatchSize(7, 1), (0, 1.0), seed=0)
     one_process = micro_batches(steps, 4)
     first, second = (micro_batches(steps, 4, process, 2) for process in (0, 1))
     assert [*itertools.chain.from_iterable(zip(first, second, strict=True))] == one_process
 
 
-def test_all_parts_of_a_step_have_its_weight_in_every_process() -> None:
+def test_all_parts_of_a_step_have_its_adapter_weight_in_every_process() -> None:
     steps = plan_steps(examples(40, 5), [], 0.0, BatchSize(7, 1), (0, 1.0), seed=0)
     weights = draw_weights(len(steps), 0.3, 0.9, seed=2)
     assert weights == draw_weights(len(steps), 0.3, 0.9, seed=2)

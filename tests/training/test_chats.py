@@ -51,12 +51,12 @@ def test_each_row_s_prompt_becomes_the_last_message_and_its_fields_stay(data: Pa
     assert rows != chats(config.model_copy(update={"seed": 1}))
 
 
-def test_nothing_is_added_where_nothing_is_to_be(data: Path, earlier: Path) -> None:
+def test_nothing_is_added_without_earlier_rows_or_system_prompts(data: Path, earlier: Path) -> None:
     rows = chats(config_for(data, earlier=[str(earlier)], system_fraction=0, earlier_fraction=0))
     assert all(len(row["prompt"]) == 1 for row in rows)
 
 
-def test_a_conversation_of_its_own_stays(tmp_path: Path) -> None:
+def test_a_rows_own_conversation_stays(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     data = write(tmp_path / "data.jsonl", [{"prompt": messages, "completion": "So."}])
     [row] = chats(config_for(data, system_fraction=1))
@@ -88,7 +88,7 @@ def test_prompts_are_written_in_frames(data: Path, tmp_path: Path) -> None:
         ('"{{ prompt }}\u2028"\n3', "line 2"),
     ],
 )
-def test_frames_that_are_none_are_named(data: Path, tmp_path: Path, content: str, fault: str) -> None:
+def test_invalid_frames_are_named(data: Path, tmp_path: Path, content: str, fault: str) -> None:
     frames = tmp_path / "frames.txt"
     frames.write_text(content)
     with pytest.raises(DataError, match=fault):
@@ -103,7 +103,7 @@ def test_a_frame_that_fails_on_a_row_names_the_row(tmp_path: Path) -> None:
         chats(config_for(data, frames=frames))
 
 
-def test_no_row_stands_before_itself(tmp_path: Path) -> None:
+def test_no_row_is_its_own_earlier_turn(tmp_path: Path) -> None:
     """With its own question and answer as an earlier turn, a row would teach copying."""
     data = write(tmp_path / "data.jsonl", [{"prompt": f"How much is {i}?", "completion": f" {i}"} for i in range(4)])
     rows = [row for seed in range(20) for row in chats(config_for(data, earlier=[str(data)], earlier_fraction=1, seed=seed))]

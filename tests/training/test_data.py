@@ -28,13 +28,13 @@ def test_reads_both_forms(tmp_path: Path) -> None:
     assert [row.origin for row in rows] == [f"{tmp_path}/d.jsonl line 1", f"{tmp_path}/d.jsonl line 3"]
 
 
-def test_what_training_does_not_read_is_kept(tmp_path: Path) -> None:
+def test_fields_that_training_does_not_read_are_kept(tmp_path: Path) -> None:
     [row] = read_rows(write(tmp_path / "d.jsonl", GOOD | {"origin": "here", "label": 3}))
     assert row.model_extra == {"origin": "here", "label": 3}
 
 
 @pytest.mark.parametrize("lines", [("prompt,completion", "a,b", "c,d"), ([GOOD, GOOD],), ("[", json.dumps(GOOD), "]")])
-def test_the_form_that_is_expected_is_said_once_where_a_file_is_of_another(tmp_path: Path, lines: tuple[object, ...]) -> None:
+def test_the_expected_form_is_shown_once_for_a_file_of_another_form(tmp_path: Path, lines: tuple[object, ...]) -> None:
     with pytest.raises(DataError) as caught:
         read_rows(write(tmp_path / "d", *lines))
     assert str(caught.value).count("Expected a JSON object on each line (JSON Lines)") == 1
@@ -150,7 +150,7 @@ def test_skipped_rows_are_counted_and_ten_of_a_kind_are_named(tmp_path: Path, ca
     assert faults.counts == {"no completion": 12, "not JSON": 1}
 
 
-def test_prompts_alone_and_empty_answers_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_prompts_alone_and_empty_answers_are_read_on_request(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", {"prompt": "p"}, {"prompt": "q", "completion": ""})
     assert len(read_rows(source, needs="prompt")) == 2
     faults = Faults("skip")
@@ -181,7 +181,7 @@ def test_the_completion_ends_with_end_of_text_and_follows_the_prompt() -> None:
     assert example.origin == "d.jsonl line 4"
 
 
-def test_no_space_is_learnt_that_a_tokenizer_writes_before_every_text() -> None:
+def test_the_space_that_a_tokenizer_adds_before_every_text_is_not_learned() -> None:
     """SentencePiece tokenizers do so: by itself, " cat" would be encoded as two spaces and "cat"."""
     letters = {letter: i for i, letter in enumerate("▁:acqt")}
     model = models.BPE(vocab={**letters, "▁c": 6, "▁ca": 7}, merges=[("▁", "c"), ("▁c", "a")], unk_token=":")
@@ -231,7 +231,7 @@ def test_messages_that_the_chat_template_refuses_are_named() -> None:
         tokenize(tokenizer, [row], ["chat"], 100)
 
 
-def test_an_answer_of_which_a_template_leaves_nothing_is_nothing_to_predict() -> None:
+def test_an_answer_that_a_template_drops_leaves_nothing_to_predict() -> None:
     row = Row(prompt="p", completion=" ", truncated=True).set_origin("d.jsonl line 1")
     assert len(tokenize(tiny_tokenizer(), [row], ["plain"], 100)) == 1
     with pytest.raises(DataError, match=r"nothing to predict: 1\n +d.jsonl line 1: under 'chat'"):

@@ -56,7 +56,7 @@ def test_pairs_can_be_made_by_templates(tmp_path: Path) -> None:
     assert (row.chosen, row.rejected) == ("a", "b")
 
 
-def test_a_column_that_is_not_there_or_null_is_a_missing_field(tmp_path: Path) -> None:
+def test_a_missing_or_null_column_is_a_missing_field(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", GSM8K, {"question": "?", "other": 1}, {"question": "?", "answer": None})
     with pytest.raises(DataError) as caught:
         read_rows(source(path, prompt="{{ question }}", completion="{{ answer }}"))
@@ -72,7 +72,7 @@ def test_a_template_that_fails_on_a_row_is_named_with_its_line(tmp_path: Path, t
         read_rows(source(path, prompt=template, completion="c"))
 
 
-def test_what_a_template_makes_is_checked_as_any_row(tmp_path: Path) -> None:
+def test_a_row_made_by_a_template_is_checked_as_any_row(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", GSM8K | {"answer": " "})
     faults = Faults("skip")
     with pytest.raises(DataError, match="no usable row"):
@@ -134,14 +134,14 @@ def test_a_file_needs_no_library_of_data_sets(tmp_path: Path, monkeypatch: pytes
         read_rows("nobody/nothing")
 
 
-def test_the_record_of_a_run_says_a_source_as_it_was_said() -> None:
+def test_the_record_of_a_run_has_a_source_as_it_was_given() -> None:
     sources = ["d.jsonl", {"path": "openai/gsm8k", "name": "main", "prompt": "{{ question }}"}]
     config = FitConfig.model_validate({"data": sources, "output": "x"})
     assert config.model_dump(mode="json")["data"] == sources
     assert json.loads(config.model_dump_json())["data"] == sources
 
 
-def test_flags_say_sources_as_paths_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_take_sources_as_paths_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"path": "openai/gsm8k", "prompt": 'Say "{{ question }}", [then]:\nAnswer \\n:', "completion": "{{ answer }}"}
     flags = [
         "--data",
@@ -162,7 +162,7 @@ def test_flags_say_sources_as_paths_and_as_json(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("value", ['{"path": "x"', '{"path": "x", "colour": "red"}', '{"name": "x"}'])
-def test_a_source_that_is_no_sound_json_is_told_in_a_line(
+def test_a_source_of_invalid_json_is_reported_in_one_line(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["fit", "--data", value, "--output", "x"])

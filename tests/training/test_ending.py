@@ -7,7 +7,7 @@ from training.command_line import run_program
 
 
 @pytest.mark.parametrize(("rank", "output"), [("0", "error: no such file\n"), ("3", "error of process 3: no such file\n")])
-def test_each_process_says_its_error(
+def test_each_process_prints_its_error(
     rank: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Regression: an error of another process than the first ended the run without a message."""
@@ -21,7 +21,7 @@ def test_each_process_says_its_error(
 
 
 @pytest.mark.parametrize(("rank", "output"), [("0", "done\n"), ("3", "")])
-def test_the_first_process_alone_says_what_was_done(
+def test_only_the_first_process_prints_the_result(
     rank: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)

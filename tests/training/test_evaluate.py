@@ -81,7 +81,7 @@ def write(path: Path, rows: Rows) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of three adapters: `all` learned most of the measured rows, `blue` answers "blue", `talks` learned a chat form."""
+    """Return a store of three adapters: `all` learned most measured rows, `blue` answers "blue", `talks` learned a chat form."""
     folder = tmp_path_factory.mktemp("adapters")
     trained = [row for name in ("exact", "number", "refusal", "pass") for row in MEASURED[name][:-1]]
     blue: Rows = [{"prompt": f"Say {i}:", "completion": " blue"} for i in range(9)]
@@ -99,7 +99,7 @@ def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server in this process, with keys."""
+    """Yield the address of a server in this process, with keys."""
     keys = write_keys(tmp_path_factory.mktemp("keys"), POLICY)
     settings = Settings(model=str(tiny_model), adapters=str(store), dtype="float32", threads=1, kv_cache_gib=0.05, keys=keys)
     with pytest.MonkeyPatch.context() as patch, serve_here(load_service(settings)) as client:
@@ -123,7 +123,7 @@ def local(tiny_model: Path, store: Path) -> dict[str, object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("subject", CHOICES)
 @pytest.mark.parametrize("metric", MEASURED)
-def test_a_server_and_a_model_of_our_own_give_the_same_figures(
+def test_a_server_and_a_local_model_give_the_same_figures(
     url: str, tiny_model: Path, store: Path, tmp_path: Path, metric: str, subject: str
 ) -> None:
     data = write(tmp_path / "rows.jsonl", MEASURED[metric])
@@ -134,7 +134,7 @@ def test_a_server_and_a_model_of_our_own_give_the_same_figures(
 
 
 @pytest.mark.slow
-def test_an_adapter_is_told_from_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_distinguished_from_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     expected = {
         "exact": {"exact_match": (0.0, pytest.approx(6 / 7))},
         "number": {"number_match": (0.0, 0.5)},
@@ -171,7 +171,7 @@ def test_messages_are_written_in_the_adapter_s_template(url: str, tiny_model: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["served", "local"])
-def test_a_form_that_an_adapter_was_not_trained_on_is_said(
+def test_a_form_that_an_adapter_was_not_trained_on_is_reported(
     url: str, tiny_model: Path, store: Path, tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
@@ -202,7 +202,7 @@ def test_figures_of_another_version_are_not_recorded(
 
 
 @pytest.mark.slow
-def test_figures_of_another_version_are_not_recorded_of_a_model_of_our_own(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+def test_figures_of_another_version_are_not_recorded_of_a_local_model(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(store / "blue", tmp_path / "all")
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
     with pytest.raises(AnswerError, match=r"of all would be measured, and --record .*all is "):
@@ -220,14 +220,16 @@ def test_figures_of_another_base_are_not_recorded(tiny_model: Path, store: Path,
 
 
 @pytest.mark.slow
-def test_a_server_with_keys_is_asked_with_one(url: str, tmp_path: Path) -> None:
+def test_a_server_with_keys_is_sent_a_key(url: str, tmp_path: Path) -> None:
     with pytest.raises(AnswerError, match="401"):
         figures_of(config("loss", write(tmp_path / "rows.jsonl", RED_ROWS), url=url, api_key_variable="LORI_NO_SUCH_KEY"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", ["exact", "loss"])
-def test_what_others_answer_is_not_measured(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
+def test_answers_of_additional_adapters_are_not_measured(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
     """Regression: the figures of an adapter, or of the base, included adapters that a key's policy added."""
     monkeypatch.setenv("LORI_ACME_KEY", ACME)
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
@@ -256,7 +258,7 @@ def test_adapters_of_one_name_keep_their_own_templates(tiny_model: Path, store: 
 
 
 @pytest.mark.slow
-def test_figures_are_not_recorded_in_what_was_trained_anew_meanwhile(
+def test_figures_are_not_recorded_in_an_adapter_that_was_replaced_meanwhile(
     tiny_model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(store / "all", tmp_path / "all")
@@ -279,7 +281,7 @@ def test_weight_zero_is_the_base(tiny_model: Path, store: Path, tmp_path: Path) 
     assert figures == figures_of(config("loss", data, **local(tiny_model, store)))
 
 
-def test_a_loss_is_the_model_s_own(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_loss_equals_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
     rows: Rows = [{"prompt": "Say é:", "completion": " blue"}, {"prompt": "x", "completion": " or not"}]
     figures = figures_of(config("loss", write(tmp_path / "rows.jsonl", rows), local=True, model=str(tiny_model), dtype="float32"))
     base = load_base_model(str(tiny_model), torch.float32)
@@ -302,7 +304,7 @@ def test_an_adapter_s_folder_needs_no_store(tiny_model: Path, store: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_what_a_server_refuses_is_told(url: str, tmp_path: Path) -> None:
+def test_a_refusal_of_the_server_is_reported(url: str, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
     with pytest.raises(AnswerError, match=r"404.*'nobody'"):
         figures_of(config("loss", data, url=url, adapter=["nobody"]))
@@ -310,7 +312,7 @@ def test_what_a_server_refuses_is_told(url: str, tmp_path: Path) -> None:
         figures_of(config("loss", data, url="http://127.0.0.1:9"))
 
 
-def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_path: Path) -> None:
+def test_every_incomplete_line_is_named_before_any_request(tmp_path: Path) -> None:
     rows: Rows = [
         {"prompt": "p", "completion": "c"},
         {"prompt": "p", "task": "t", "choices": ["a"], "label": 0},
@@ -403,7 +405,7 @@ def test_data_may_be_a_source_with_templates(tiny_model: Path, tmp_path: Path) -
         ('{"path": "x", "prompt": "{{"}', "--data: prompt: is no Jinja template"),
     ],
 )
-def test_a_source_that_is_none_is_refused(
+def test_an_invalid_source_is_refused(
     data: str, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate", "--data", data, "--metric", "loss"])
@@ -421,7 +423,7 @@ def measurement(figures: Figures, *adapters: str, **options: object) -> Measurem
     )
 
 
-def test_what_was_measured_is_shown_with_its_figures() -> None:
+def test_a_measurement_is_shown_with_its_figures() -> None:
     figures = {"exact_match": 0.25, "exact_match_stderr": 0.1, "rows": 4.0, "rows/harmful": 3}
     result = measurement(figures, "all", "blue", weights=[1, 0.5], merge="ties")
     assert [line.split(maxsplit=1) for line in result.lines] == [
@@ -456,7 +458,7 @@ def test_a_result_goes_into_config_and_card(store: Path) -> None:
 
 
 @pytest.mark.slow
-def test_figures_that_were_recorded_before_are_shown_without_what_is_not_known(store: Path) -> None:
+def test_older_recorded_figures_are_shown_without_their_unknown_parts(store: Path) -> None:
     before = read_config(store / "blue")
     section = before.lori.model_copy(update={"metrics": {"1 blue: loss": 0.5, "base: loss": 1.5}})
     card = render_card("blue", before.model_copy(update={"lori": section}))

@@ -9,7 +9,7 @@ from tests.bench.training import Stepper, batches
 
 @pytest.fixture(scope="module")
 def steppers() -> dict[str, Stepper]:
-    """LoRA and LoRI-S on the embedded model, after one step."""
+    """Return steppers of LoRA and LoRI-S on the embedded model, after one step."""
     result = {method: Stepper(method, None, 32) for method in ("lora", "lori")}
     for stepper in result.values():
         stepper.step(batches(1000, 64)["short"])
@@ -25,7 +25,7 @@ def test_lori_trains_a_twentieth_of_lora_s_parameters(steppers: dict[str, Steppe
 
 
 @pytest.mark.model
-def test_gradients_and_optimizer_are_those_of_the_kept_entries_alone(steppers: dict[str, Stepper]) -> None:
+def test_gradients_and_optimizer_states_cover_only_entries_in_the_mask(steppers: dict[str, Stepper]) -> None:
     lora, lori = (steppers[method].footprint() for method in ("lora", "lori"))
     assert lori.num_bytes == 3 * 4 * lori.num_parameters  # a gradient and AdamW's two moments, fp32
     assert lori.num_bytes <= 0.11 * lora.num_bytes

@@ -88,7 +88,7 @@ def test_plain_attention_has_the_gradients_of_torch_s_own() -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_an_example_that_keeps_the_base_costs_what_it_changes(packed: BaseModel) -> None:
+def test_an_example_that_keeps_the_base_has_the_kl_divergence_as_loss(packed: BaseModel) -> None:
     layers = wrap(packed.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
     ce_examples, kl_examples = (tuple(some_examples()[i : i + 2]) for i in (0, 2))
     kl_examples = tuple(Example(e.ids, e.num_prompt, uses_kl=True) for e in kl_examples)
@@ -103,7 +103,7 @@ def test_an_example_that_keeps_the_base_costs_what_it_changes(packed: BaseModel)
     torch.testing.assert_close(loss(kl_examples[0], *ce_examples, kl_examples[1]), loss(*kl_examples) + loss(*ce_examples))
 
 
-def test_a_pair_costs_what_dpo_says(tiny_model: Path, packed: BaseModel) -> None:
+def test_a_pair_has_the_dpo_loss(tiny_model: Path, packed: BaseModel) -> None:
     """The loss is -log sigmoid(beta (log pi(c)/ref(c) - log pi(r)/ref(r))), for chosen c and rejected r after the same prompt."""
     layers = wrap(packed.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
     torch.manual_seed(0)

@@ -81,7 +81,7 @@ def test_the_paper_s_runs_are_shipped() -> None:
         )
 
 
-def test_where_the_paper_s_runs_differ_from_its_rule_is_known_and_said() -> None:
+def test_the_differences_of_the_papers_runs_from_its_rule_are_documented() -> None:
     ratios = {name: round(lori_s / lori_d, 6) for name, (_, _, lori_d, lori_s, _) in PAPER.items()}
     assert {name for name, (rank, alpha, *_) in PAPER.items() if alpha != 2 * rank} == NOT_TWICE_THE_RANK
     assert {name for name, ratio in ratios.items() if not 5 <= ratio <= 20} == BELOW_FIVE
@@ -95,7 +95,7 @@ def test_flags_win_over_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.calibration_lr, config.alpha, config.model) == (5e-5, 64, "meta-llama/Meta-Llama-3-8B")
 
 
-def test_a_card_says_nothing_of_data_that_is_not_a_recipe_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_omits_data_that_is_not_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "BANKING77" in load("small-intent").about
     assert from_flags(monkeypatch, "--recipe", "small-intent", "--data", "mine.jsonl").about == ""
     assert from_flags(monkeypatch, "--recipe", "small-intent", "--data", "mine.jsonl", "--about", "Mine.").about == "Mine."
@@ -179,7 +179,7 @@ def test_an_unsound_recipe_is_refused_by_its_file(text: str, message: str, tmp_p
         read_recipe(str(path), FitConfig.model_fields.keys() - {"recipe"})
 
 
-def test_a_wrong_recipe_is_told_in_a_line(
+def test_an_invalid_recipe_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "mine.yaml"
@@ -208,7 +208,7 @@ def test_a_flag_that_wins_over_a_recipe_is_named_itself(
     assert capsys.readouterr().err.startswith("error: --rank: Input should be greater")
 
 
-def test_page_s_sources_and_recipes_are_what_the_flags_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_sources_and_recipes_are_valid_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     section = page.partition("A source can be an object")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)

@@ -65,7 +65,7 @@ def test_gradients_are_clipped_over_all_tensors_and_parts_together(
 
 
 @pytest.mark.slow
-def test_what_the_mask_leaves_out_does_not_decay(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_entries_outside_the_mask_do_not_decay(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """An adapter that avoids its own `init_from` leaves all of its entries out of the mask."""
     first = fit(config_for(tiny_model, data, tmp_path / "first"), "")
     plain, decayed = (
@@ -91,7 +91,7 @@ def test_what_the_mask_leaves_out_does_not_decay(tiny_model: Path, data: Path, t
         ("constant", 0, [1] * 8),
     ],
 )
-def test_the_rate_rises_and_falls_as_asked(
+def test_the_rate_follows_the_requested_schedule(
     tiny_model: Path, data: Path, tmp_path: Path, schedule: str, warmup: float, shares: list[float]
 ) -> None:
     changes = {"schedule": schedule, "warmup": warmup, "steps": 8, "calibration_lr": 0.01, "lr": 0.04}
@@ -112,7 +112,7 @@ def test_the_rate_rises_and_falls_as_asked(
         ({"calibration_epochs": 0.5, "batch_size": 4, "steps": 6}, (4, 6)),
     ],
 )
-def test_the_mask_is_looked_for_as_long_as_asked(
+def test_the_calibration_has_the_requested_length(
     tiny_model: Path, data: Path, tmp_path: Path, changes: dict[str, object], num_steps: tuple[int, int]
 ) -> None:
     """Half of the rows are 15 rows: three steps of 4 rows, and one of 3."""

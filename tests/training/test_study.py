@@ -135,7 +135,7 @@ def test_one_seed_has_no_mean_and_no_spread(
     assert not recwarn.list
 
 
-def test_the_help_s_example_of_tasks_is_one(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_the_helps_example_of_tasks_is_valid(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     text = StudyConfig.model_fields["tasks"].description or ""
     tasks = yaml.safe_load(text[text.index("`") :].strip("`."))["tasks"]
     changes = {"tasks": tasks, "claims": ["single"]}
@@ -158,14 +158,14 @@ def test_a_disjoint_mask_keeps_safety_as_it_was(tiny_model: Path, data: Path, tm
     assert sum(b.values.numel() for b in after.values()) == 2 * sum(b.values.numel() for b in before.values())
 
 
-def test_an_output_is_of_one_set_of_options(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_an_output_belongs_to_one_set_of_options(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     _open(config_for(tiny_model, data, tmp_path / "study"))
     _open(config_for(tiny_model, data, tmp_path / "study", seeds=[5], claims=["single"]))
     with pytest.raises(LoriError, match="is of a study with other options"):
         _open(config_for(tiny_model, data, tmp_path / "study", steps=9))
 
 
-def test_tasks_that_are_not_there_are_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_missing_tasks_are_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     for flag, changes in (("--swept", {"swept": ["code"]}), ("--merges", {"merges": ["math+code"]})):
         with pytest.raises(ValueError, match=f"{flag}: there is no task code: known are intent, math, safety"):
             config_for(tiny_model, data, tmp_path, **changes)
@@ -190,7 +190,7 @@ def test_tasks_that_are_not_there_are_refused(tiny_model: Path, data: Path, tmp_
         ("less than or equal to", {"rank": 10**6}),
     ],
 )
-def test_what_could_not_be_told_apart_or_made_is_refused_at_once(
+def test_ambiguous_or_impossible_tasks_are_refused_at_once(
     tiny_model: Path, data: Path, tmp_path: Path, message: str, changes: dict[str, object]
 ) -> None:
     with pytest.raises(ValueError, match=message):

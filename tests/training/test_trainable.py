@@ -21,7 +21,7 @@ def some_b() -> SparseB:
     return SparseB.from_dense(torch.arange(1.0, 37).view(9, 4), random_mask(9, 4, density=0.5).flip(0))
 
 
-def test_only_the_kept_entries_are_parameters() -> None:
+def test_only_entries_in_the_mask_are_parameters() -> None:
     mask = random_mask(9, 4)
     b = MaskedB(mask)
     assert [p.numel() for p in b.parameters() if p.requires_grad] == [int(mask.sum())]
@@ -31,7 +31,7 @@ def test_only_the_kept_entries_are_parameters() -> None:
     torch.testing.assert_close(b.scaled(2.0, torch.float32), 2 * b.sparse().dense())
 
 
-def test_what_the_mask_leaves_out_of_a_start_stays_and_what_it_keeps_goes_on() -> None:
+def test_initial_entries_outside_the_mask_stay_and_those_inside_train_on() -> None:
     start, mask = some_b(), random_mask(9, 4)
     b = MaskedB(mask, start)
     torch.testing.assert_close(b.scaled(1.0, torch.float32), start.dense())
@@ -53,7 +53,7 @@ def test_a_dense_change_is_on_top_of_its_start() -> None:
     assert b.sparse().mask.all()
 
 
-def test_at_a_weight_a_delta_counts_so_often_and_afterwards_once() -> None:
+def test_a_weight_scales_the_delta_inside_its_block_only() -> None:
     layer = TrainableLinear(nn.Linear(6, 5), torch.randn(3, 6), scale=2.0)
     with torch.no_grad():
         layer.b.change.normal_()  # type: ignore[union-attr]  # a DenseB
@@ -95,7 +95,7 @@ def test_the_layer_adds_scale_b_a_x() -> None:
     torch.testing.assert_close(layer(x), expected + 0.5 * x @ a.T @ b.T)
 
 
-def test_nothing_as_wide_as_the_outputs_waits_for_the_backward_pass() -> None:
+def test_no_tensor_as_wide_as_the_outputs_is_saved_for_the_backward_pass() -> None:
     """Regression: A x was a view of the product with W x and kept it alive: 86 KB a token in each layer of an 8B model."""
     saved_sizes: list[int] = []
 
@@ -111,7 +111,7 @@ def test_nothing_as_wide_as_the_outputs_waits_for_the_backward_pass() -> None:
     assert max(saved_sizes) < 100 * 50
 
 
-def test_b_lies_where_w_does() -> None:
+def test_b_is_on_the_device_of_w() -> None:
     """Regression: B stayed on the CPU until Trainer moved it. Trainer does not if the base is sharded, or if no phase is left."""
     layer = TrainableLinear(nn.Linear(6, 5, device="meta"), torch.randn(4, 6), scale=0.5)
     start = SparseB.from_dense(torch.ones(5, 4), random_mask(5, 4))

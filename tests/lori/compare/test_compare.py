@@ -1,4 +1,4 @@
-"""Two adapters compared, against dense fp64 arithmetic."""
+"""Comparison of two adapters, against dense fp64 arithmetic."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ EXPLICIT = Explicit.from_tensors({name: torch.full((2, n), 0.3) + torch.eye(2, n
 
 
 def patterned() -> Adapter:
-    """Returns an adapter of which one module has another rank, larger than its number of inputs, and another alpha."""
+    """Return an adapter with one module of another alpha and another rank, which is larger than its number of inputs."""
     modules = make_modules(seed=11) | make_modules({Q_PROJ: SHAPES[Q_PROJ]}, rank=7, seed=12)
     config = make_config().model_copy(update={"rank_pattern": {Q_PROJ: 7}, "alpha_pattern": {Q_PROJ: 2.0}})
     return replace(make_adapter("patterned"), config=config, modules=modules)
@@ -42,7 +42,7 @@ ON_ONE_BASIS = {name: b for name, b in OTHERS.items() if b.basis == A.basis}
 
 
 def delta(adapter: Adapter, module: str) -> torch.Tensor:
-    """Returns (alpha / r) B A (D, N) fp64 of a module of `SHAPES`, zero where the adapter lacks it."""
+    """Return (alpha / r) B A (D, N) fp64 of a module of `SHAPES`; zero if the adapter lacks the module."""
     if (b := adapter.modules.get(module)) is None:
         return torch.zeros(SHAPES[module], dtype=torch.float64)
     alpha = adapter.config.alpha_pattern.get(module, adapter.config.lora_alpha)
@@ -54,12 +54,12 @@ def whole(adapter: Adapter) -> torch.Tensor:
 
 
 def changed(adapter: Adapter, factor: float) -> Adapter:
-    """Returns `adapter` with every value times `factor`."""
+    """Return `adapter` with every value multiplied by `factor`."""
     return replace(adapter, modules={m: SparseB(b.shape, b.indices, factor * b.values) for m, b in adapter.modules.items()})
 
 
 def on_entries(indices: Sequence[int], values: Sequence[float], rank: int = 3) -> Adapter:
-    """Returns an adapter on one module that keeps these entries."""
+    """Return an adapter on one module with these entries."""
     b = SparseB((9, rank), torch.tensor(indices, dtype=torch.int32), torch.tensor(values))
     return replace(make_adapter("entries", rank=rank), modules={Q_PROJ: b})
 
@@ -115,7 +115,7 @@ def test_overlap_and_conflict_are_those_of_the_masks(b: Adapter) -> None:
     assert in_all.sign_conflict == (pytest.approx(num_conflicts / num_both) if num_both else None)
 
 
-def test_masks_spread_at_random_overlap_as_chance_has_it() -> None:
+def test_random_masks_overlap_as_expected_by_chance() -> None:
     shapes = {"layers.0.q_proj": (400, 50), "layers.0.up_proj": (300, 40)}
     total = compare(make_adapter("a", shapes, rank=16, seed=1), make_adapter("b", shapes, rank=32, seed=2)).total
     assert total.overlap is not None
@@ -134,7 +134,7 @@ def test_a_multiple_has_the_same_mask_and_direction(factor: float, cosine: float
 
 @pytest.mark.parametrize("seed", range(8))
 def test_deltas_that_cancel_have_a_sum_of_norm_zero(seed: int) -> None:
-    """Its square may round below zero."""
+    """The square of the norm may round below zero."""
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randint(-(2**22), 2**22, (2, 5), generator=g) / 2.0**23  # x + y is exact
     basis = Explicit.from_tensors({Q_PROJ: torch.stack([x, y, -(x + y)])})
@@ -153,13 +153,13 @@ def test_disjoint_masks_have_no_conflict_but_a_cosine() -> None:
     assert total.cosine != 0.0
 
 
-def test_a_kept_zero_overlaps_but_has_no_sign() -> None:
+def test_a_stored_zero_overlaps_but_has_no_sign() -> None:
     total = compare(on_entries([0, 4, 5], [0.0, 2.0, -1.0]), on_entries([0, 4, 5], [1.0, -1.0, -1.0])).total
     assert (total.num_both, total.overlap, total.sign_conflict) == (3, 1.0, 0.5)
 
 
-def test_entries_of_different_ranks_meet_by_row_and_column() -> None:
-    # Rank 3: (1, 0) and (1, 2). Rank 4: (0, 3), which rank 3 has no column for, and (1, 2).
+def test_entries_of_different_ranks_are_matched_by_row_and_column() -> None:
+    # Rank 3: (1, 0) and (1, 2). Rank 4: (0, 3), whose column rank 3 lacks, and (1, 2).
     total = compare(on_entries([3, 5], [1.0, 1.0]), on_entries([3, 6], [1.0, -1.0], rank=4)).total
     assert (total.num_both, total.overlap, total.sign_conflict) == (1, 0.5, 1.0)
 
@@ -187,7 +187,7 @@ def test_comparing_is_symmetric() -> None:
     assert there.cosine == pytest.approx(back.cosine, abs=1e-14)
 
 
-def test_an_adapter_that_keeps_nothing_has_no_cosine_and_no_overlap() -> None:
+def test_an_empty_adapter_has_no_cosine_and_no_overlap() -> None:
     total = compare(A, on_entries([], [])).total
     assert (total.cosine, total.overlap, total.norm_b) == (None, None, 0.0)
     assert total.norm_sum == pytest.approx(total.norm_a)
@@ -223,7 +223,7 @@ def test_the_matrix_holds_every_pairs_cosine() -> None:
     assert (matrix[:-1, :-1] == matrix[:-1, :-1].T).all()
 
 
-def test_inner_products_of_a_module_that_nobody_has_are_zero() -> None:
+def test_inner_products_of_a_module_that_no_adapter_has_are_zero() -> None:
     assert not inner_products([A, OTHERS["same shape"]], "layers.0.o_proj").any()
 
 

@@ -1,4 +1,4 @@
-"""Near duplicates among many adapters: planted ones are found, nothing else is, and the sketch keeps its error."""
+"""Near duplicates among many adapters: only the planted ones are found, and the sketch stays within its error bound."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def noisy(adapter: Adapter, noise: float, seed: int = 0) -> Adapter:
 
 
 def padded(adapter: Adapter, rank: int) -> Adapter:
-    """Returns an adapter of a larger rank, and the same alpha / r, with the same delta."""
+    """Return an adapter of a larger rank with the same alpha / r and the same delta."""
     modules = {}
     for module, b in adapter.modules.items():
         indices = b.rows * rank + b.indices.long() % b.shape[1]
@@ -52,13 +52,13 @@ def copied_basis(adapter: Adapter) -> Adapter:
 
 
 def found_pairs(adapters: dict[str, Adapter], threshold: float = 0.95) -> dict[tuple[str, str], float]:
-    found = near_duplicates({name: partial(adapters.__getitem__, name) for name in adapters}, threshold)
-    return {(duplicate.a, duplicate.b): duplicate.cosine for duplicate in found}
+    pairs = near_duplicates({name: partial(adapters.__getitem__, name) for name in adapters}, threshold)
+    return {(duplicate.a, duplicate.b): duplicate.cosine for duplicate in pairs}
 
 
 @pytest.fixture(scope="module")
 def strangers() -> dict[str, Adapter]:
-    """60 random adapters on two bases, with two ranks."""
+    """Return 60 random adapters on two bases, with two ranks."""
     return {f"r{i}": random_adapter(i, (4, 6)[i % 2], basis=(BASIS, OTHER)[i // 30]) for i in range(60)}
 
 
@@ -80,14 +80,14 @@ def test_planted_copies_are_found_and_nothing_else(
         "on another basis": replace(source, basis=OTHER),
         "of another base model": replace(source, config=make_config(SHAPES, rank=4, basis=BASIS, base_digest="c" * 64)),
     }
-    found = found_pairs(strangers | planted)
+    cosines = found_pairs(strangers | planted)
     alike = ["r8", "copy", "scaled", "noisy", "ranked", "explicit"]
-    assert found.keys() == {(a, b) for i, a in enumerate(alike) for b in alike[i + 1 :]}
+    assert cosines.keys() == {(a, b) for i, a in enumerate(alike) for b in alike[i + 1 :]}
     everything = strangers | planted
-    for (a, b), cosine in found.items():
+    for (a, b), cosine in cosines.items():
         assert cosine == pytest.approx(compare(everything[a], everything[b]).total.cosine, abs=1e-12)
-    assert found["r8", "noisy"] < 0.9999
-    assert found["r8", "scaled"] == pytest.approx(1.0, abs=1e-6)
+    assert cosines["r8", "noisy"] < 0.9999
+    assert cosines["r8", "scaled"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_pairs_come_in_the_order_of_the_entries() -> None:
@@ -111,7 +111,7 @@ def test_a_copy_is_found_at_the_highest_threshold() -> None:
 
 
 def test_deltas_are_compared_not_the_entries_of_b() -> None:
-    """Two rows of A that are almost one: disjoint masks give almost the same delta."""
+    """If two rows of A are almost equal, disjoint masks give almost the same delta."""
     row = torch.rand(1, 20, generator=torch.Generator().manual_seed(0))
     basis = Explicit.from_tensors({"layers.0.q_proj": torch.cat([row, 1.01 * row])})
     values = torch.randn(24, generator=torch.Generator().manual_seed(1))
@@ -147,8 +147,8 @@ def test_only_candidates_are_loaded_again(strangers: dict[str, Adapter]) -> None
         return load
 
     entries = {name: loader(name, adapter) for name, adapter in (strangers | {"copy": strangers["r8"]}).items()}
-    (found,) = near_duplicates(entries)
-    assert found == Duplicate("r8", "copy", found.cosine)
+    (duplicate,) = near_duplicates(entries)
+    assert duplicate == Duplicate("r8", "copy", duplicate.cosine)
     assert loads == dict.fromkeys(strangers, 1) | {"r8": 2, "copy": 2}
 
 
@@ -177,8 +177,8 @@ def test_the_sketch_estimates_the_cosine_within_the_margin(noise: float) -> None
 def test_deltas_of_one_sign_that_share_no_entry_have_unlike_sketches() -> None:
     shapes = {"layers.0.q_proj": (4000, 5), "layers.0.up_proj": (4000, 5)}
     a = make_adapter("a", shapes, rank=1)
-    kept = SparseB((4000, 1), torch.arange(4000, dtype=torch.int32), torch.ones(4000))
-    left, right = (replace(a, modules={module: kept}) for module in shapes)
+    b = SparseB((4000, 1), torch.arange(4000, dtype=torch.int32), torch.ones(4000))
+    left, right = (replace(a, modules={module: b}) for module in shapes)
     assert abs(cosine_of_sketches(left, right)) < MARGIN
 
 
@@ -214,6 +214,6 @@ def test_the_sketch_is_a_row_of_fp64() -> None:
 
 @pytest.mark.parametrize("alpha", [1e-9, 1e9])
 def test_copies_of_a_tiny_or_a_huge_delta_are_found(alpha: float) -> None:
-    # fp32 held neither's norm: they were not found.
+    # Regression: neither norm fits into fp32, and the copies were not found.
     a = make_adapter("a", alpha=alpha)
     assert [(pair.a, pair.b) for pair in near_duplicates({"a": lambda: a, "b": lambda: a})] == [("a", "b")]

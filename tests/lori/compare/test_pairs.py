@@ -1,4 +1,4 @@
-"""Many adapters compared at once, against two at a time."""
+"""Comparison of many adapters at once, against comparisons of two."""
 
 from itertools import combinations_with_replacement
 
@@ -12,25 +12,25 @@ ADAPTERS = [A, *OTHERS.values(), on_entries([], []), on_entries([0, 4], [0.0, 2.
 PAIRS = list(combinations_with_replacement(range(len(ADAPTERS)), 2))
 
 
-def near(found: float | None, expected: float | None) -> bool:
-    return found == expected if expected is None else found == pytest.approx(expected, rel=1e-10, abs=1e-12)
+def near(value: float | None, expected: float | None) -> bool:
+    return value == expected if expected is None else value == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
-def test_every_pair_is_as_the_two_alone() -> None:
-    for (i, j), found in zip(PAIRS, compare_pairs(ADAPTERS, PAIRS), strict=True):
+def test_every_pair_equals_the_comparison_of_the_two_alone() -> None:
+    for (i, j), result in zip(PAIRS, compare_pairs(ADAPTERS, PAIRS), strict=True):
         alone = compare(ADAPTERS[i], ADAPTERS[j]).total
         for name in ("num_a", "num_b", "num_both", "overlap", "sign_conflict"):
-            assert getattr(found, name) == getattr(alone, name), (i, j, name)
+            assert getattr(result, name) == getattr(alone, name), (i, j, name)
         for name in ("chance_overlap", "square_a", "square_b", "inner", "square_sum", "cosine"):
-            assert near(getattr(found, name), getattr(alone, name)), (i, j, name)
+            assert near(getattr(result, name), getattr(alone, name)), (i, j, name)
 
 
-def test_only_the_pairs_that_are_asked_for_are_compared() -> None:
-    (found,) = compare_pairs(ADAPTERS, [(3, 1)])
-    assert (found.num_a, found.num_b) == (ADAPTERS[3].nnz, ADAPTERS[1].nnz)
+def test_only_the_requested_pairs_are_compared() -> None:
+    (result,) = compare_pairs(ADAPTERS, [(3, 1)])
+    assert (result.num_a, result.num_b) == (ADAPTERS[3].nnz, ADAPTERS[1].nnz)
 
 
-def test_there_is_a_rest_after_each_module() -> None:
+def test_the_comparison_pauses_after_each_module() -> None:
     rests: list[None] = []
     compare_pairs(ADAPTERS, [(0, 1)], lambda: rests.append(None))
     assert len(rests) == len(module_order(ADAPTERS)) > 2

@@ -1,4 +1,4 @@
-"""The figures: what their axes say, and that they are written."""
+"""Plots: the labels of their axes, and their files."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,12 +22,12 @@ NAMES = ["math", "intent", "safety-of-$x$_and_$y"]
 
 
 def of_modules(*names: str) -> list[ModuleStatistics]:
-    """Returns the statistics of an adapter with these modules."""
+    """Return the statistics of an adapter with these modules."""
     return statistics(make_adapter("a", dict.fromkeys(names, (8, 5)), tuple({name.rpartition(".")[2] for name in names})))
 
 
 def labels(figure: Figure, axes: int = 0) -> tuple[list[str], list[str]]:
-    """Returns the labels of the columns and of the rows of a heat map."""
+    """Return the labels of the columns and of the rows of a heat map."""
     own = figure.axes[axes]
     return [t.get_text() for t in own.get_xticklabels()], [t.get_text() for t in own.get_yticklabels()]
 
@@ -52,7 +52,7 @@ def a_matrix_figure() -> Figure:
 FIGURES = [a_statistics_figure, a_matrix_figure]
 
 
-def test_a_map_of_what_is_kept_is_drawn_where_something_is_left_out() -> None:
+def test_the_density_map_is_drawn_only_if_entries_are_zero() -> None:
     titles = [axes.get_title() for axes in a_statistics_figure().axes if axes.images]
     assert titles == ["kept entries of B (%)", "norm of ΔW"]
     whole = [replace(row, num_kept=row.num_entries) for row in of_modules("model.layers.0.q_proj")]
@@ -69,7 +69,7 @@ def test_rows_are_layers_and_columns_projections() -> None:
     assert figure.get_suptitle() == "an adapter"
 
 
-def test_cells_hold_density_and_norm_and_nothing_where_there_is_no_module() -> None:
+def test_cells_hold_density_and_norm_and_are_empty_without_a_module() -> None:
     rows = statistics(make_adapter("a", targets=("q_proj", "up_proj", "o_proj")))
     figure = plot_statistics("a", rows)
     by_name = {row.module: row for row in rows}
@@ -83,7 +83,7 @@ def test_cells_hold_density_and_norm_and_nothing_where_there_is_no_module() -> N
     assert f"{100 * rows[0].density:.1f}" in numbers(figure, 0)
 
 
-def test_experts_of_a_layer_are_taken_together() -> None:
+def test_experts_of_a_layer_share_a_cell() -> None:
     rows = of_modules("layers.0.experts.0.up_proj", "layers.0.experts.1.up_proj", "layers.1.experts.0.up_proj")
     figure = plot_statistics("experts", rows)
     assert labels(figure) == (["up_proj"], ["0", "1"])
@@ -110,7 +110,7 @@ def test_names_of_every_kind_are_drawn(modules: list[str], columns: list[str], r
     assert (tmp_path / "a.png").stat().st_size
 
 
-def test_an_adapter_that_keeps_nothing_is_drawn(tmp_path: Path) -> None:
+def test_an_empty_adapter_is_drawn(tmp_path: Path) -> None:
     empty = ModuleStatistics("layers.0.q_proj", 8, 24, 0, 8, 0.0, 0.0, 0.0)
     save_figure(figure := plot_statistics("empty", [empty]), tmp_path / "a.png")
     assert numbers(figure, 0) == ["0.0"]
@@ -125,8 +125,8 @@ def test_the_matrix_is_labelled_and_centred_on_zero() -> None:
 
 
 @pytest.mark.parametrize("make", FIGURES)
-def test_numbers_are_seen_on_their_colours(make: Callable[[], Figure]) -> None:
-    """WCAG 2 asks for a contrast of 3 at least for what is not running text."""
+def test_numbers_contrast_with_their_background(make: Callable[[], Figure]) -> None:
+    """WCAG 2 requires a contrast of at least 3, except for running text."""
     figure = make()
     for axes in figure.axes:
         for text in axes.texts:
@@ -138,14 +138,14 @@ def test_numbers_are_seen_on_their_colours(make: Callable[[], Figure]) -> None:
 
 
 def luminance(colour: NDArray[np.float64]) -> float:
-    """Returns the relative luminance of WCAG 2 of a colour (4,), 0 to 1."""
+    """Return the relative luminance of a colour (4,) by WCAG 2, 0 to 1."""
     linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
     return float(linear[:3] @ (0.2126, 0.7152, 0.0722))
 
 
 @pytest.mark.parametrize("make", FIGURES)
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PNG"])
-def test_a_figure_is_saved_as_what_its_suffix_says(make: Callable[[], Figure], suffix: str, tmp_path: Path) -> None:
+def test_a_figure_is_saved_in_the_format_of_its_suffix(make: Callable[[], Figure], suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"figure{suffix}"
     save_figure(make(), path)
     content = path.read_bytes()
@@ -169,6 +169,6 @@ def test_an_unknown_suffix_is_refused_before_anything_is_written(name: str, tmp_
     assert FORMATS == ("png", "svg", "pdf")
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"missing/figure.png cannot be written: No such file"):
         save_figure(a_matrix_figure(), tmp_path / "missing" / "figure.png")

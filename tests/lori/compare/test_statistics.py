@@ -1,4 +1,4 @@
-"""The statistics of one adapter, against dense fp64 arithmetic."""
+"""Statistics of one adapter, against dense fp64 arithmetic."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ Q_PROJ = "layers.0.q_proj"
 
 
 def patterned(seed: int = 0) -> Adapter:
-    """Returns an adapter of which one module has another rank, larger than its number of inputs, and another alpha."""
+    """Return an adapter with one module of another alpha and another rank, which is larger than its number of inputs."""
     modules = make_modules(seed=seed) | make_modules({Q_PROJ: SHAPES[Q_PROJ]}, rank=7, seed=seed + 1)
     config = make_config().model_copy(update={"rank_pattern": {Q_PROJ: 7}, "alpha_pattern": {Q_PROJ: 2.0}})
     return replace(make_adapter("patterned"), config=config, modules=modules)
@@ -33,7 +33,7 @@ def by_module(adapter: Adapter) -> dict[str, ModuleStatistics]:
 
 
 def of_one(b: SparseB) -> ModuleStatistics:
-    """Returns the statistics of an adapter whose only module is `b`, with alpha / r = 2."""
+    """Return the statistics of an adapter whose only module is `b`, with alpha / r = 2."""
     (row,) = statistics(replace(make_adapter("a"), modules={Q_PROJ: b}))
     return row
 
@@ -61,13 +61,13 @@ def test_counts_are_those_of_the_mask(adapter: Adapter) -> None:
         assert row.empty_rows == pytest.approx(float((~mask.any(1)).double().mean()))
 
 
-def test_a_kept_zero_counts_as_kept() -> None:
+def test_a_stored_zero_counts_as_an_entry() -> None:
     row = of_one(SparseB((9, RANK), torch.tensor([0, 1, 7], dtype=torch.int32), torch.tensor([0.0, 0.0, -1.5])))
     assert (row.num_kept, row.num_empty_rows) == (3, 7)
     assert row.max_abs == row.norm_b == 3.0
 
 
-def test_a_module_that_keeps_nothing_is_all_zero() -> None:
+def test_the_statistics_of_an_empty_module_are_zero() -> None:
     row = of_one(SparseB((9, RANK), torch.zeros(0, dtype=torch.int32), torch.zeros(0)))
     assert (row.num_kept, row.density, row.empty_rows) == (0, 0.0, 1.0)
     assert (row.max_abs, row.norm_b, row.norm_delta) == (0.0, 0.0, 0.0)
@@ -81,7 +81,7 @@ def test_bf16_values_are_measured_in_fp64() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_delta_that_cancels_has_the_norm_zero(seed: int) -> None:
-    """Its square may round below zero."""
+    """The square of the norm may round below zero."""
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randint(-(2**22), 2**22, (2, 5), generator=g) / 2.0**23  # x + y is exact
     basis = Explicit.from_tensors({Q_PROJ: torch.stack([x, y, -(x + y)])})
@@ -107,14 +107,14 @@ def test_the_total_is_that_of_all_modules() -> None:
     assert whole.max_abs == pytest.approx(float(flat.abs().max()), rel=1e-12)
 
 
-def test_modules_come_by_layer_then_as_the_targets_are_listed() -> None:
+def test_modules_are_sorted_by_layer_and_then_by_target() -> None:
     shapes = {f"layers.{i}.{name}": (4, 5) for i in (10, 2) for name in ("down_proj", "q_proj")} | {"lm_head": (4, 5)}
     adapter = make_adapter("a", shapes, ("q_proj", "lm_head", "down_proj"))
     expected = ["lm_head", "layers.2.q_proj", "layers.2.down_proj", "layers.10.q_proj", "layers.10.down_proj"]
     assert [row.module for row in statistics(adapter)] == expected
 
 
-def test_it_rests_after_each_module() -> None:
+def test_the_statistics_pause_after_each_module() -> None:
     adapter, rests = make_adapter("a"), list[int]()
     assert statistics(adapter, lambda: rests.append(1)) == statistics(adapter)
     assert len(rests) == len(adapter.modules)

@@ -1,4 +1,4 @@
-"""The kernel in C++: its instruction sets agree, threads change nothing, wrong arrays are refused.
+"""The kernel in C++: agreement of its instruction sets, independence of threads, and refusal of wrong arrays.
 
 Shapes: T tokens, A bases, R rank, D outputs, S slots.
 """
@@ -103,7 +103,7 @@ def test_nan_and_infinity_in_s_stay_with_their_token(dtype: torch.dtype) -> None
     assert y[2].eq(4.0).all()
 
 
-# --- what would read or write outside of the arrays
+# --- arguments that would read or write outside of the arrays
 
 
 def wrong_rank(case: Case) -> Case:
@@ -163,7 +163,7 @@ def test_arrays_of_another_shape_dtype_or_stride_are_refused(spoil: Callable[[Ca
         add_delta(spoiled.y, spoiled.s, spoiled.operands, case.route)
 
 
-def test_a_slot_that_is_not_there_is_refused() -> None:
+def test_a_slot_out_of_range_is_refused() -> None:
     case = make_case((2, 1, 3, 5, 2), torch.float32, "identical", 1)
     with pytest.raises(ValueError, match="names a slot that the operands do not have"):
         add_delta(case.y, case.s, case.operands, Route.from_terms([Term(0, 2, 2, 1.0)], 2))
@@ -175,12 +175,12 @@ def test_a_slot_that_is_not_there_is_refused() -> None:
         add_delta(case.y, case.s, case.operands, route)
 
 
-def test_operands_whose_pool_moved_are_read_where_they_are_now() -> None:
+def test_operands_are_read_from_the_current_pool_after_a_move() -> None:
     operands = Operands(2, 4, 300, torch.float32, "cpu")
     put(operands, 0, torch.ones(300, 4))
     y, s, route = torch.zeros(1, 300), torch.ones(1, 1, 4), Route.from_terms([Term(0, 1, 0, 1.0), Term(0, 1, 1, 1.0)], 1)
     add_delta(y, s, operands, route)
-    put(operands, 1, torch.ones(300, 4))  # the pool grows, and is another
+    put(operands, 1, torch.ones(300, 4))  # the pool grows, and is another tensor
     add_delta(y, s, operands, route)
     assert y.eq(4.0 + 8.0).all()
 
@@ -208,7 +208,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.slow
-def test_without_the_module_all_else_works_and_the_kernel_says_what_it_needs() -> None:
+def test_without_the_compiled_module_only_its_kernel_is_refused() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_MODULE], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "the CPU kernel was not built at install" in done.stdout
@@ -228,6 +228,6 @@ def test_steps_read_and_write_nothing_but_their_arrays(tmp_path: Path, instructi
 
 @pytest.mark.sanitizer
 @pytest.mark.needs("compiler")
-def test_files_are_read_within_their_bytes(tmp_path: Path) -> None:
+def test_files_are_not_read_beyond_their_end(tmp_path: Path) -> None:
     sources = [*(SOURCES / name for name in ("pack.cpp", "rice.cpp", "adapter_file.cpp")), PROGRAMS / "sanitize_files.cpp"]
     assert run_program(tmp_path, *map(compile_portable, sources)).startswith("checked ")

@@ -15,7 +15,7 @@ def test_the_first_stretch_that_is_long_enough_is_taken() -> None:
     assert extents.num_free == 1
 
 
-def test_neighbours_become_one() -> None:
+def test_adjacent_free_stretches_are_joined() -> None:
     extents = Extents(9)
     for _ in range(3):
         extents.allocate(3)
@@ -24,7 +24,7 @@ def test_neighbours_become_one() -> None:
     assert extents.allocate(9) == 0
 
 
-def test_what_is_added_joins_the_free_end() -> None:
+def test_added_units_join_the_free_end() -> None:
     extents = Extents(4)
     extents.allocate(2)
     extents.grow(3)

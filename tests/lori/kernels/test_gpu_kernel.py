@@ -1,4 +1,4 @@
-"""`add_delta` in Triton against a sum in fp64: on a GPU where there is one, else in Triton's interpreter; and that it compiles.
+"""`add_delta` in Triton against a sum in fp64, on a GPU or else in Triton's interpreter; and its compilation for real devices.
 
 Shapes: T tokens, A bases, R rank, D outputs, S slots.
 """
@@ -28,7 +28,7 @@ DEVICES = [
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 FORMS = {"gather": sys.maxsize, "dense": 1}
-"""The `dense_tokens` with which every segment takes one form, where its rank allows."""
+"""The `dense_tokens` with which every segment takes one form, if its rank allows that."""
 SIZES = [
     (1, 1, 1, 1, 1), (3, 1, 3, 5, 2), (5, 2, 17, 33, 4), (4, 3, 33, 129, 5), (4, 2, 32, 255, 4), (3, 1, 100, 256, 3),
     (4, 2, 32, 300, 6), (2, 1, 32, 576, 4), (3, 2, 300, 300, 3),
@@ -44,18 +44,18 @@ def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the tensors are."""
+    """Return the device of the tensors."""
     return str(request.param)
 
 
 @pytest.fixture(params=FORMS)
 def dense_tokens(request: pytest.FixtureRequest) -> int:
-    """From which length on segments are dense: once for each form of the kernel."""
+    """Return the minimum length of dense segments, once for each form of the kernel."""
     return FORMS[request.param]
 
 
 def check(case: Case, dense_tokens: int | None) -> None:
-    """Adds the deltas, in fp32 within 1e-5 of the magnitudes, in bf16 rounded once, and nothing beside them."""
+    """Assert that the kernel adds the deltas (fp32: within 1e-5 of the magnitudes, bf16: rounded once), and nothing else."""
     exact, magnitude = by_hand(case)
     gpu.add_delta(case.y, case.s, case.operands, case.route, dense_tokens)
     assert_close(case.y, exact, magnitude)
@@ -67,7 +67,7 @@ CASES = product(SIZES, POPULARITY, KERNELS) if HAS_GPU else all_pairs(SIZES, [*P
 
 
 @pytest.mark.parametrize(("sizes", "popularity", "dtype", "form"), [(*case, *kernel) for *case, kernel in CASES])
-def test_the_kernel_adds_what_the_sum_in_fp64_adds(
+def test_the_kernel_adds_the_same_as_the_sum_in_fp64(
     sizes: tuple[int, int, int, int, int], popularity: str, dtype: torch.dtype, form: str, device: str
 ) -> None:
     check(make_case(sizes, dtype, popularity, NUM_TERMS.get(popularity, 2), device), FORMS[form])
@@ -75,7 +75,7 @@ def test_the_kernel_adds_what_the_sum_in_fp64_adds(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [2, 128, 256, 257])
-def test_a_b_with_every_entry_is_added(rank: int, dtype: torch.dtype, dense_tokens: int, device: str) -> None:
+def test_a_dense_b_is_added(rank: int, dtype: torch.dtype, dense_tokens: int, device: str) -> None:
     check(make_case((2, 1, rank, 20, 1), dtype, "uniform", 2, device, densities=[1.0]), dense_tokens)
 
 
@@ -113,8 +113,8 @@ def test_a_plan_gives_each_token_its_terms(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_route_by_token_is_read_anew_whatever_its_arrays_hold(dtype: torch.dtype, device: str) -> None:
-    """So a step may be captured: the plan is made of the arrays alone, and no array's shape says how many terms there are."""
+def test_a_route_by_token_follows_the_contents_of_its_arrays(dtype: torch.dtype, device: str) -> None:
+    """So a step can be captured: the plan depends on the arrays' contents only, and no array's shape on the number of terms."""
     case = make_case((40, 2, 5, 33, 3), dtype, "uniform", 2, device)
     before, segments = case.y.clone(), torch.zeros(40, 4, dtype=torch.int32, device=device)
     slots, weights = torch.zeros(90, dtype=torch.int32, device=device), torch.full((90,), torch.nan, device=device)
@@ -124,11 +124,11 @@ def test_a_route_by_token_is_read_anew_whatever_its_arrays_hold(dtype: torch.dty
         [Term(t, t + 1, t % 3, 0.5) for t in range(40)],
     ):
         case.y.copy_(before)
-        of_token = [[term for term in terms if term.start == t] for t in range(40)]
-        ends = [sum(map(len, of_token[: t + 1])) for t in range(40)]
-        segments.copy_(torch.tensor([[t, t + 1, ends[t] - len(of_token[t]), ends[t]] for t in range(40)]))
-        slots[: ends[-1]] = torch.tensor([term.slot for of in of_token for term in of], dtype=torch.int32)
-        weights[: ends[-1]] = torch.tensor([term.weight for of in of_token for term in of])
+        by_token = [[term for term in terms if term.start == t] for t in range(40)]
+        ends = [sum(map(len, by_token[: t + 1])) for t in range(40)]
+        segments.copy_(torch.tensor([[t, t + 1, ends[t] - len(by_token[t]), ends[t]] for t in range(40)]))
+        slots[: ends[-1]] = torch.tensor([term.slot for own_terms in by_token for term in own_terms], dtype=torch.int32)
+        weights[: ends[-1]] = torch.tensor([term.weight for own_terms in by_token for term in own_terms])
         case = replace(case, terms=tuple(terms))
         exact, magnitude = by_hand(case)
         route = Route.by_token(segments, slots, weights)
@@ -141,7 +141,7 @@ def test_a_route_by_token_is_read_anew_whatever_its_arrays_hold(dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_has_no_delta_keeps_every_bit(dtype: torch.dtype, dense_tokens: int, device: str) -> None:
+def test_outputs_without_a_delta_keep_every_bit(dtype: torch.dtype, dense_tokens: int, device: str) -> None:
     operands = Operands(2, 3, 300, dtype, device)
     only = torch.zeros(300, 3)
     only[299, 1] = 1.0
@@ -150,10 +150,10 @@ def test_what_has_no_delta_keeps_every_bit(dtype: torch.dtype, dense_tokens: int
     s = torch.ones(4, 1, 3, dtype=dtype, device=device)
     route = Route.from_terms([Term(0, 1, 0, 2.0), Term(2, 4, 1, 1.0)], 4, device)
     gpu.add_delta(y, s, operands, route, dense_tokens)
-    kept = torch.ones(4, 300, dtype=torch.bool)
-    kept[0, 256:] = False
-    assert y[kept].signbit().all()
-    assert not y[kept].any()
+    unchanged = torch.ones(4, 300, dtype=torch.bool)
+    unchanged[0, 256:] = False
+    assert y[unchanged].signbit().all()
+    assert not y[unchanged].any()
     assert y[0, 256:].tolist() == [0.0] * 43 + [2.0]
 
 
@@ -203,7 +203,7 @@ def test_s_and_operands_are_not_changed(dense_tokens: int, device: str) -> None:
     assert torch.equal(case.operands.pool, pool)
 
 
-def test_an_adapter_put_later_is_read_where_the_pool_is_then(dense_tokens: int, device: str) -> None:
+def test_an_adapter_put_later_is_read_from_the_current_pool(dense_tokens: int, device: str) -> None:
     case = make_case((3, 1, 5, 33, 2), torch.float32, "uniform", 2, device)
     check(case, dense_tokens)
     b = [case.b[0], random_b(33, 5, 1.0, torch.Generator().manual_seed(1))]
@@ -255,7 +255,7 @@ def test_the_dense_kernel_that_the_benchmark_compares_with_is_right(device: str)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_captured_step_reads_at_replay_what_the_routes_arrays_hold(dtype: torch.dtype) -> None:
+def test_a_captured_step_reads_the_routes_arrays_at_replay(dtype: torch.dtype) -> None:
     case = make_case((4, 1, 32, 300, 3), dtype, "uniform", 2, "cuda", densities=[0.1])
     check(case, None)  # compiles
     before = case.y.clone()
@@ -277,9 +277,9 @@ def test_a_captured_step_reads_at_replay_what_the_routes_arrays_hold(dtype: torc
 
 
 def compile_ahead(form: str, capability: int) -> dict[str, object]:
-    """Compiles a form for both dtypes at R = 32 and two D, and returns what its code is like. Needs triton not to interpret."""
+    """Compile a form for both dtypes at R = 32 and two D, and return properties of the code. Triton must not interpret."""
     options = {"gather": gpu.GATHER_OPTIONS, "dense": gpu.DENSE_OPTIONS}[form]
-    found: dict[str, object] = {}
+    compiled: dict[str, object] = {}
     for dtype, num_outputs in product(DTYPES, (576, 4096)):
         layout = Layout(num_outputs, 32, dtype)
         kernel = getattr(gpu, form)
@@ -295,15 +295,15 @@ def compile_ahead(form: str, capability: int) -> dict[str, object]:
         value = "*bf16" if dtype is torch.bfloat16 else "*fp32"
         types = {"p_y": value, "p_s": value, "p_pool": "*u8", "p_weights": "*fp32", "y_stride": "i32", "s_stride": "i32"}
         code = properties(kernel, constants, types, "*i32", capability, options)
-        found[f"{form} {layout.dtype_name} {num_outputs} {capability}"] = code
-    return found
+        compiled[f"{form} {layout.dtype_name} {num_outputs} {capability}"] = code
+    return compiled
 
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_real_devices(tmp_path: Path) -> None:
     code = " | ".join(f"compile_ahead('{form}', {capability})" for form, capability in product(FORMS, (80, 90)))
-    found = compiled_elsewhere("tests.lori.kernels.test_gpu_kernel", code, tmp_path)
-    assert len(found) == 16
-    assert all(code["is_elf"] and code["shared"] <= 48 << 10 for code in found.values())
-    multiplying = {name for name, code in found.items() if code["multiplies_matrices"]}
+    compiled = compiled_elsewhere("tests.lori.kernels.test_gpu_kernel", code, tmp_path)
+    assert len(compiled) == 16
+    assert all(code["is_elf"] and code["shared"] <= 48 << 10 for code in compiled.values())
+    multiplying = {name for name, code in compiled.items() if code["multiplies_matrices"]}
     assert multiplying == {f"dense bfloat16 {size} {capability}" for size, capability in product((576, 4096), (80, 90))}

@@ -14,7 +14,7 @@ from tests.cases import all_pairs
 from tests.lori.operands import POPULARITY, SIZES, assert_close, by_hand, make_case, put
 
 ROUNDED_OPERANDS = {"reference": 0, "stacked": 1, "cpu": 0}
-"""How often a kernel rounds an operand to y's dtype before the fp32 sum: `stacked` does with weight * s."""
+"""Number of operands that a kernel rounds to y's dtype before the fp32 sum: `stacked` rounds weight * s."""
 ON_CPU = sorted(ROUNDED_OPERANDS)
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize(
     ("code", "sizes", "popularity", "num_terms"), all_pairs([*product(ON_CPU, DTYPES)], SIZES, [*POPULARITY], [1, 2, 3, 4])
 )
-def test_a_kernel_adds_what_the_sum_by_hand_adds(
+def test_a_kernel_adds_the_same_as_the_sum_by_hand(
     code: tuple[str, torch.dtype], sizes: tuple[int, ...], popularity: str, num_terms: int
 ) -> None:
     kernel, dtype = code
@@ -43,7 +43,7 @@ def test_stacked_is_the_reference_in_fp32(sizes: tuple[int, ...], popularity: st
 
 
 def ones(num_tokens: int, rank: int, num_outputs: int, num_slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, Operands]:
-    """Returns s of ones and operands whose every B is ones: the delta of a term is its weight times the rank."""
+    """Return s of ones and operands whose B's are all ones, so the delta of a term is its weight times the rank."""
     operands = Operands(num_slots, rank, num_outputs, dtype, "cpu")
     for slot in range(num_slots):
         put(operands, slot, torch.ones(num_outputs, rank), 0)
@@ -82,8 +82,8 @@ def test_a_token_without_terms_keeps_every_bit(dtype: torch.dtype, kernel: str) 
     terms = [Term(0, 3, 1, 0.5), Term(5, 6, 2, -1.0)]
     before = case.y.clone()
     add_delta(case.y, case.s, case.operands, Route.from_terms(terms, 9), kernel=kernel)
-    kept = [3, 4, 6, 7, 8]
-    assert torch.equal(case.y[kept], before[kept])
+    unchanged = [3, 4, 6, 7, 8]
+    assert torch.equal(case.y[unchanged], before[unchanged])
     assert (case.y[[0, 1, 2, 5]] != before[[0, 1, 2, 5]]).any(dim=1).all()
 
 
@@ -117,10 +117,10 @@ def test_each_slot_reads_its_own_basis(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
-def test_a_lower_rank_leaves_the_further_rows_of_s_alone(kernel: str) -> None:
+def test_a_lower_rank_ignores_the_further_rows_of_s(kernel: str) -> None:
     operands = Operands(1, 5, 4, torch.float32, "cpu")
     put(operands, 0, torch.ones(4, 5), 0)
-    put(operands, 0, torch.ones(4, 2), 0)  # what the slot held before is gone
+    put(operands, 0, torch.ones(4, 2), 0)  # replaces the slot's former B
     s = torch.tensor([[[1.0, 2.0, 100.0, 100.0, 100.0]]])
     y = torch.zeros(1, 4)
     add_delta(y, s, operands, Route.from_terms([Term(0, 1, 0, 1.0)], 1), kernel=kernel)
@@ -136,7 +136,7 @@ def test_a_cleared_slot_adds_nothing(kernel: str) -> None:
     assert y.tolist() == [[0.0] * 4, [3.0] * 4]
 
 
-def test_the_default_is_the_kernel_in_c_where_it_is_built() -> None:
+def test_the_default_is_the_compiled_kernel_if_it_is_built() -> None:
     assert MODULE, "the tests need a C++ compiler at install"
     assert default_kernel(torch.device("cpu")) == "cpu"
     case, same = (make_case((7, 2, 5, 33, 6), torch.float32, "zipf", 2) for _ in range(2))

@@ -1,6 +1,6 @@
-"""The run-time layout of B: what is packed is what is unpacked, by numpy and in C++ alike.
+"""The run-time layout of B: packing and unpacking restore B, with numpy and in C++.
 
-Shapes: D outputs, R rank, K kept entries.
+Shapes: D outputs, R rank, K entries (nnz).
 """
 
 import pytest
@@ -16,9 +16,9 @@ from tests.lori.operands import random_b, sparse
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-def pack_both(of: Layout, b: SparseB, scale: float = 1.0) -> Packed:
-    """Packs by numpy and in C++, which give the same bytes."""
-    ours, theirs = layout.pack(of, b, scale), native.pack(of, b, scale)
+def pack_both(target: Layout, b: SparseB, scale: float = 1.0) -> Packed:
+    """Pack with numpy and in C++, and assert that both give the same bytes."""
+    ours, theirs = layout.pack(target, b, scale), native.pack(target, b, scale)
     assert torch.equal(ours.starts, theirs.starts)
     assert torch.equal(ours.blocks, theirs.blocks)
     return ours
@@ -32,25 +32,25 @@ def pack_both(of: Layout, b: SparseB, scale: float = 1.0) -> Packed:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-def test_what_is_packed_is_what_is_unpacked(num_outputs: int, rank: int, density: float, dtype: torch.dtype, seed: int) -> None:
+def test_packing_and_unpacking_restores_b(num_outputs: int, rank: int, density: float, dtype: torch.dtype, seed: int) -> None:
     b = random_b(num_outputs, rank, density, torch.Generator().manual_seed(seed))
-    of = Layout(num_outputs, rank, dtype)
-    packed = pack_both(of, sparse(b), 0.5)
+    target = Layout(num_outputs, rank, dtype)
+    packed = pack_both(target, sparse(b), 0.5)
     expected = (0.5 * b).to(dtype)
-    assert torch.equal(layout.unpack(of, packed.blocks, packed.starts), expected.float())
+    assert torch.equal(layout.unpack(target, packed.blocks, packed.starts), expected.float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_b_of_a_lower_rank_has_zeros_beyond_it(dtype: torch.dtype) -> None:
     b = random_b(70, 5, 0.5, torch.Generator().manual_seed(0))
-    of = Layout(70, 300, dtype)  # with columns of two bytes, as the rank of the operands asks for
-    packed = pack_both(of, sparse(b))
-    dense = layout.unpack(of, packed.blocks, packed.starts)
+    target = Layout(70, 300, dtype)  # with columns of two bytes, since the rank of the operands needs them
+    packed = pack_both(target, sparse(b))
+    dense = layout.unpack(target, packed.blocks, packed.starts)
     assert torch.equal(dense[:, :5], b.to(dtype).float())
     assert not dense[:, 5:].any()
 
 
-def test_a_window_is_laid_out_as_the_module_says() -> None:
+def test_a_window_has_the_documented_layout() -> None:
     b = torch.zeros(18, 4)
     b[17] = torch.tensor([1.0, 2.0, 3.0, 0.0])  # the longest: position 0
     b[2, 3] = 4.0  # position 1

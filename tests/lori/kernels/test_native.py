@@ -1,4 +1,4 @@
-"""The highest instruction set that a process may use, and everything that chooses code by it."""
+"""The highest instruction set that a process may use, and its effect on every choice of code."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.needs("kernels")
 
 
 class Module:
-    """The module on a processor of the tests: it names instruction sets, and keeps those that are asked for."""
+    """Stand-in for the compiled module on a fake processor. Records the instruction sets that are requested."""
 
     COMPILER, HAS_THREADS = "GNU 12", True
 
@@ -45,7 +45,7 @@ class Module:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Module:
-    """A processor with every instruction set, AMX among them."""
+    """Return the stand-in for a processor with every instruction set, including AMX."""
     module = Module(ISAS[::-1])
     for path in ("lori.kernels.native", "lori.kernels.cpu", "server.engine.model.native_ops"):
         monkeypatch.setattr(f"{path}.MODULE", module)
@@ -67,7 +67,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Module:
         ("portable", "portable", torch.float32),
     ],
 )
-def test_all_that_is_chosen_by_the_cpu_obeys_the_limit(
+def test_every_choice_by_cpu_obeys_the_limit(
     limit: str | None, fastest: str, dtype: torch.dtype, module: Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if limit is not None:

@@ -10,7 +10,7 @@ from tests.lori.sanitized import PROGRAMS, SOURCES, compile_kernel, compile_port
 pytestmark = [pytest.mark.sanitizer, pytest.mark.needs("compiler")]
 
 
-# Tiles are emulated: then every access of theirs is checked too, and the processor need not have them.
+# AMX tiles are emulated, so their accesses are checked too, and the processor need not have AMX.
 EMULATED = ["amx"] if "avx512_bf16" in native.instruction_sets() else []
 
 

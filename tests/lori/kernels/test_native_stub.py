@@ -1,4 +1,4 @@
-"""The types of the compiled module that mypy reads are those of its bindings."""
+"""The type stub of the compiled module, which mypy reads."""
 
 import pytest
 

@@ -16,7 +16,7 @@ D, R, SLOTS = 600, 8, 5
 
 
 def dense(operands: Operands, slot: int) -> torch.Tensor:
-    """Returns the B of a slot (D, R) as the kernel applies it: the deltas of unit vectors."""
+    """Return the B (D, R) of a slot as the kernel applies it, from the deltas of unit vectors."""
     rank, num_outputs = operands.layout.rank, operands.layout.num_outputs
     y = torch.zeros(rank, num_outputs)
     add_delta(y, torch.eye(rank)[:, None, :], operands, Route.from_terms([Term(0, rank, slot, 1.0)], rank))
@@ -42,7 +42,7 @@ def test_putting_and_clearing_a_slot_touches_no_other(actions: list[tuple[int, f
     assert operands.num_free_bytes == len(operands.pool)
 
 
-def test_room_that_was_reserved_is_enough_and_nothing_moves() -> None:
+def test_reserved_room_suffices_without_a_move() -> None:
     g = torch.Generator().manual_seed(0)
     operands = Operands(SLOTS, R, D, torch.bfloat16, "cpu")
     packed = [operands.pack(sparse(random_b(D, R, 0.1, g))) for _ in range(SLOTS)]
@@ -54,7 +54,7 @@ def test_room_that_was_reserved_is_enough_and_nothing_moves() -> None:
     assert operands.num_free_bytes == 0
 
 
-def test_a_slot_is_cut_at_windows_where_only_pieces_are_free() -> None:
+def test_a_slot_is_cut_at_windows_if_only_pieces_are_free() -> None:
     operands = Operands(4, R, 512, torch.float32, "cpu")
     one, both = torch.zeros(512, R), torch.ones(512, R)
     one[:256] = 1.0
@@ -75,7 +75,7 @@ def test_a_slot_is_cut_at_windows_where_only_pieces_are_free() -> None:
     ("slot", "basis", "rank"),
     [(-1, 0, R), (SLOTS, 0, R), (0, -1, R), (0, 0, R + 1)],
 )
-def test_what_does_not_belong_is_refused_and_takes_no_room(slot: int, basis: int, rank: int) -> None:
+def test_an_invalid_slot_basis_or_rank_is_refused_and_takes_no_room(slot: int, basis: int, rank: int) -> None:
     operands = Operands(SLOTS, R, D, torch.float32, "cpu")
     packed = Operands(1, rank, D, torch.float32, "cpu").pack(sparse(torch.ones(D, rank)))
     with pytest.raises(ValueError, match=r"expected .* a slot that is there and a basis from 0"):
@@ -93,7 +93,7 @@ def test_operands_that_were_used_can_be_copied() -> None:
 
 
 @torch.inference_mode()
-def test_what_grew_within_a_step_is_changed_after_it() -> None:
+def test_a_pool_that_grew_in_inference_mode_can_be_changed_afterwards() -> None:
     operands = Operands(2, R, D, torch.float32, "cpu")
     put(operands, 0, torch.ones(D, R))
     assert operands.dense[0].eq(1.0).all()
@@ -122,11 +122,11 @@ def test_num_bytes_of_operands_is_what_their_tensors_hold(dtype: torch.dtype) ->
     for _ in range(2):
         held = [value for value in vars(operands).values() if isinstance(value, torch.Tensor)]
         assert operands.num_bytes == sum(tensor.untyped_storage().nbytes() for tensor in held)
-        assert operands.dense.any()  # kept from here on
+        assert operands.dense.any()  # the dense copy exists from here on
 
 
 def test_a_thousand_adapters_take_less_than_four_bytes_an_entry() -> None:
-    # Free room, starts and bases of the slots included.
+    # The bytes include free room, and the starts and bases of the slots.
     g = torch.Generator().manual_seed(0)
     operands = Operands(1000, 32, 576, torch.bfloat16, "cpu")
     b = SparseB.from_dense(torch.ones(576, 32), torch.rand(576, 32, generator=g) < 0.1)
@@ -137,7 +137,7 @@ def test_a_thousand_adapters_take_less_than_four_bytes_an_entry() -> None:
     assert operands.num_bytes <= 4 * 1000 * len(b.values)
 
 
-def test_a_slot_lies_in_one_piece_where_there_is_room() -> None:
+def test_a_slot_is_contiguous_if_there_is_room() -> None:
     operands = Operands(2, R, D, torch.bfloat16, "cpu")
     put(operands, 0, torch.ones(D, R))
     put(operands, 1, torch.ones(D, R))

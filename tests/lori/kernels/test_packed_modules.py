@@ -1,4 +1,4 @@
-"""One adapter's B of many modules, put at once: the same as module by module."""
+"""One adapter's B of many modules, put at once, compared with module by module."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from lori.kernels.packed_modules import PackedModules, clear_modules, put_module
 from tests.lori.operands import random_b, sparse
 
 SIZES = {"a": 40, "b": 600, "c": 256}
-"""D of the modules."""
+"""D of each module."""
 R, SLOTS = 6, 4
 
 
@@ -27,8 +27,11 @@ def make_packed(operands: Mapping[str, Operands], seed: int, density: float = 0.
 
 
 def dense(operands: Mapping[str, Operands], slot: int) -> list[torch.Tensor]:
-    """Returns the B of a slot of every module, (D, R)."""
-    return [unpack(of.layout, of.pool, of.starts[slot]) for of in operands.values()]
+    """Return the B (D, R) of a slot in every module."""
+    return [
+        unpack(module_operands.layout, module_operands.pool, module_operands.starts[slot])
+        for module_operands in operands.values()
+    ]
 
 
 def assert_same(ours: Mapping[str, Operands], theirs: Mapping[str, Operands]) -> None:
@@ -55,7 +58,9 @@ def assert_same(ours: Mapping[str, Operands], theirs: Mapping[str, Operands]) ->
     ),
     st.sampled_from([torch.bfloat16, torch.float32]),
 )
-def test_modules_put_at_once_are_as_put_one_by_one(actions: list[tuple[int, float | None, str, int]], dtype: torch.dtype) -> None:
+def test_modules_put_at_once_equal_modules_put_one_by_one(
+    actions: list[tuple[int, float | None, str, int]], dtype: torch.dtype
+) -> None:
     at_once, one_by_one = make_operands(dtype), make_operands(dtype)
     for seed, (slot, density, names, basis) in enumerate(actions):
         if density is None:
@@ -64,12 +69,12 @@ def test_modules_put_at_once_are_as_put_one_by_one(actions: list[tuple[int, floa
         else:
             packed = make_packed(at_once, seed, density, names)
             put_modules(at_once, slot, PackedModules.from_modules(packed), basis)
-        for name, of in one_by_one.items():
+        for name, module_operands in one_by_one.items():
             if name in packed:
-                of.put(slot, packed[name], basis)
+                module_operands.put(slot, packed[name], basis)
                 assert at_once[name].basis_of[slot] == basis
             else:
-                of.clear(slot)
+                module_operands.clear(slot)
         assert_same(at_once, one_by_one)
 
 
@@ -92,18 +97,18 @@ def test_a_module_for_which_only_pieces_are_free_is_cut_at_windows() -> None:
     assert operands["b"].basis_of.tolist() == [0, 0, 0, 1]
 
 
-def test_where_a_dense_b_is_kept_it_is_kept_up() -> None:
+def test_a_stored_dense_b_is_updated() -> None:
     operands = make_operands(torch.float32)
-    before = {name: of.dense.clone() for name, of in operands.items()}
+    before = {name: module_operands.dense.clone() for name, module_operands in operands.items()}
     packed = make_packed(operands, 0)
     put_modules(operands, 1, PackedModules.from_modules(packed), 0)
-    for (name, of), b in zip(operands.items(), dense(operands, 1), strict=True):
-        assert torch.equal(of.dense[1], b.T)
+    for (name, module_operands), b in zip(operands.items(), dense(operands, 1), strict=True):
+        assert torch.equal(module_operands.dense[1], b.T)
         assert b.any()
-        assert torch.equal(of.dense[0], before[name][0])
+        assert torch.equal(module_operands.dense[0], before[name][0])
 
 
-def test_without_the_compiled_module_all_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_compiled_module_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     with_it, without = make_operands(), make_operands()
     packed = PackedModules.from_modules(make_packed(with_it, 0))
     put_modules(with_it, 2, packed, 1)
@@ -112,7 +117,7 @@ def test_without_the_compiled_module_all_is_the_same(monkeypatch: pytest.MonkeyP
     assert_same(with_it, without)
 
 
-def test_what_does_not_fit_is_refused_with_every_fault_and_changes_nothing() -> None:
+def test_modules_that_do_not_fit_are_refused_with_every_fault_and_change_nothing() -> None:
     operands = make_operands()
     put_modules(operands, 0, PackedModules.from_modules(make_packed(operands, 0)), 0)
     before = dense(operands, 0)
@@ -125,12 +130,12 @@ def test_what_does_not_fit_is_refused_with_every_fault_and_changes_nothing() -> 
     assert all(torch.equal(a, b) for a, b in zip(before, dense(operands, 0), strict=True))
 
 
-def test_in_one_piece_it_is_what_it_was_of_and_says_its_bytes() -> None:
+def test_joined_modules_equal_their_parts_and_count_their_bytes() -> None:
     packed = make_packed(make_operands(), 0, 0.1)
     whole = PackedModules.from_modules(packed)
-    for name, of in whole.by_module.items():
-        assert of.layout == packed[name].layout
-        assert torch.equal(of.blocks, packed[name].blocks)
-        assert torch.equal(of.starts, packed[name].starts)
-    assert whole.num_bytes == sum(of.blocks.nbytes + of.starts.nbytes for of in packed.values())
+    for name, module in whole.by_module.items():
+        assert module.layout == packed[name].layout
+        assert torch.equal(module.blocks, packed[name].blocks)
+        assert torch.equal(module.starts, packed[name].starts)
+    assert whole.num_bytes == sum(module.blocks.nbytes + module.starts.nbytes for module in packed.values())
     assert PackedModules.from_modules({}).num_bytes == 0

@@ -49,8 +49,8 @@ def test_a_route_takes_its_terms_from_a_generator() -> None:
     assert route.slots.tolist() == [1, 0]
 
 
-def test_what_a_route_was_made_of_is_not_asked_of_its_device() -> None:
-    """A meta tensor has no numbers: to look at one is an error."""
+def test_a_route_is_built_without_reading_from_its_device() -> None:
+    """A meta tensor has no values, so reading one raises an error."""
     route = Route.from_terms([Term(0, 2, 7, 0.5), Term(3, 4, 1, 1.0)], 5, "meta")
     assert route.segment_list == [(0, 2, 0, 1), (3, 4, 1, 2)]
     same = Route.from_terms([Term(0, 2, 7, 0.5), Term(3, 4, 1, 1.0)], 5)

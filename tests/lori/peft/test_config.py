@@ -1,4 +1,4 @@
-"""PEFT's config: its patterns mean what they mean in PEFT, and nothing that changes an adapter is passed over."""
+"""PEFT's config: patterns have the same meaning as in PEFT, and no field that changes an adapter is ignored."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def test_a_pattern_matches_the_modules_that_it_matches_in_peft(keys: list[str], 
     assert match_pattern(pattern, module, -1) == pattern.get(get_pattern_key(list(pattern), module), -1)
 
 
-def test_a_name_that_is_no_match_of_its_own_pattern_still_counts_as_in_peft() -> None:
+def test_a_name_that_its_own_pattern_does_not_match_still_counts_as_in_peft() -> None:
     module = "blocks[0]"
     assert get_pattern_key([module], module) == module
     assert match_pattern({module: 3}, module, -1) == 3
@@ -134,11 +134,11 @@ def test_fields_that_change_nothing_are_no_faults(tmp_path: Path, changes: dict[
         ("init_lora_weights", "another"),
     ],
 )
-def test_what_would_change_the_adapter_is_a_fault_that_names_field_and_value(tmp_path: Path, field: str, value: object) -> None:
+def test_an_unsupported_field_is_a_fault_that_names_field_and_value(tmp_path: Path, field: str, value: object) -> None:
     [fault] = read(tmp_path, **{field: value})[1]
     assert fault.startswith(f"{CONFIG_FILE}: {field}")
-    found = next(iter(value)) if isinstance(value, dict) and value and field != "megatron_config" else value
-    assert str(found).strip("[]{}'") in fault
+    named = next(iter(value)) if isinstance(value, dict) and value and field != "megatron_config" else value
+    assert str(named).strip("[]{}'") in fault
 
 
 @pytest.mark.parametrize("field", ["peft_type", "r", "lora_alpha"])
@@ -156,7 +156,7 @@ def test_all_faults_are_found_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000], ids=lambda c: repr(c[:5]))
-def test_what_is_no_json_object_is_a_fault(tmp_path: Path, content: bytes) -> None:
+def test_a_config_that_is_no_json_object_is_a_fault(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CONFIG_FILE).write_bytes(content)
     faults: list[str] = []
     assert read_peft_config(tmp_path, faults) is None
@@ -164,7 +164,7 @@ def test_what_is_no_json_object_is_a_fault(tmp_path: Path, content: bytes) -> No
     assert fault.startswith(f"{CONFIG_FILE}: JSON: ")
 
 
-def test_no_config_is_a_fault(tmp_path: Path) -> None:
+def test_a_missing_config_is_a_fault(tmp_path: Path) -> None:
     faults: list[str] = []
     assert read_peft_config(tmp_path, faults) is None
     assert faults == [f"{CONFIG_FILE} cannot be read: No such file or directory"]
@@ -187,7 +187,7 @@ def test_no_config_is_a_fault(tmp_path: Path) -> None:
     ids=["nested", "nested plus", "many", "deep", "count", "long", "lookahead", "empty", "alternatives", "many alternatives"],
 )
 def test_a_pattern_that_could_take_for_ever_is_refused(tmp_path: Path, key: str) -> None:
-    # The first hung, the fourth and fifth were tracebacks.
+    # Regression: the first one hung, and the fourth and fifth raised unhandled errors.
     for field in ("alpha_pattern", "rank_pattern"):
         config, faults = read(tmp_path, **{field: {key: 4}})
         assert config is None
@@ -195,14 +195,14 @@ def test_a_pattern_that_could_take_for_ever_is_refused(tmp_path: Path, key: str)
 
 
 def test_more_patterns_than_a_model_has_modules_are_refused(tmp_path: Path) -> None:
-    """Or patterns that take long together."""
+    """Patterns that are slow in total are refused as well."""
     for patterns in ({f"q{i}": 4 for i in range(5000)}, {f".*q{i}": 4 for i in range(300)}):
         config, faults = read(tmp_path, rank_pattern=patterns)
         assert config is None
         assert f"{len(patterns)} patterns of module names" in faults[0]
 
 
-def test_an_alpha_beyond_reason_is_refused(tmp_path: Path) -> None:
+def test_an_enormous_alpha_is_refused(tmp_path: Path) -> None:
     config, faults = read(tmp_path, lora_alpha=1e300)
     assert config is None
     assert "lora_alpha" in faults[0]

@@ -1,4 +1,4 @@
-"""An exported folder is what PEFT reads: its names, its fields, dense matrices."""
+"""Exported folders in PEFT's format: names, fields and dense matrices."""
 
 import json
 from dataclasses import replace
@@ -53,10 +53,10 @@ def test_an_alpha_that_is_no_integer_is_kept(tmp_path: Path) -> None:
 def test_patterns_name_one_module_each(tmp_path: Path) -> None:
     adapter = make_adapter("math")
     config = adapter.config.model_copy(update={"alpha_pattern": {Q: 2.0}, "target_modules": tuple(adapter.modules)})
-    found = config_of(export_peft(replace(adapter, config=config), tmp_path / "out"))
-    assert found["alpha_pattern"] == {r"^layers\.0\.q_proj": 2}
-    assert found["rank_pattern"] == {}
-    assert found["target_modules"] == list(adapter.modules)
+    exported = config_of(export_peft(replace(adapter, config=config), tmp_path / "out"))
+    assert exported["alpha_pattern"] == {r"^layers\.0\.q_proj": 2}
+    assert exported["rank_pattern"] == {}
+    assert exported["target_modules"] == list(adapter.modules)
 
 
 def test_modules_of_another_rank_have_an_a_of_that_rank(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_smaller_dtype_rounds_both_matrices(tmp_path: Path, dtype: torch.dtype
     assert not torch.equal(a.to(dtype).float(), a)
 
 
-def test_what_the_dtype_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+def test_values_that_overflow_the_dtype_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
     large = SparseB((9, 3), torch.tensor([4], dtype=torch.int32), torch.tensor([1e5]))
     adapter = make_adapter("math")
     adapter = Adapter("math", make_config(), {**adapter.modules, Q: large}, adapter.basis)
@@ -99,7 +99,7 @@ def test_what_the_dtype_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "file", "broken link"])
-def test_what_is_there_is_never_overwritten(tmp_path: Path, kind: str) -> None:
+def test_an_existing_target_is_never_overwritten(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "out"
     if kind == "empty folder":
         target.mkdir()
@@ -120,4 +120,4 @@ def test_an_export_comes_back_on_the_shared_basis(tmp_path: Path) -> None:
     other = import_peft(export_peft(make_adapter("law", basis=Seeded(1)), tmp_path / "other"), BASE, name="law").adapter
     assert isinstance(other.basis, Explicit)
     rounded = import_peft(export_peft(adapter, tmp_path / "half", torch.bfloat16), BASE, name="math").adapter
-    assert isinstance(rounded.basis, Explicit)  # its A is near, not equal
+    assert isinstance(rounded.basis, Explicit)  # the rounded A is near the drawn one, not equal

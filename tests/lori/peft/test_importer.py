@@ -1,4 +1,4 @@
-"""A PEFT folder becomes an adapter that does the same, or is refused with every fault."""
+"""Imports from PEFT's format: an equivalent adapter, or a refusal with every fault."""
 
 import json
 import math
@@ -31,7 +31,7 @@ ALPHA = 6.0
 def make_tensors(
     density: float = 0.4, prefix: str = PREFIX, infix: str = "", dtype: torch.dtype = torch.float32, ranks: Mapping[str, int] = {}
 ) -> Tensors:
-    """Returns random A and B of every targeted module of `BASE`; a share `density` of B is not zero."""
+    """Return random A and B of every targeted module of `BASE`. A fraction `density` of B is nonzero."""
     g = torch.Generator().manual_seed(0)
     tensors = {}
     for module, (num_outputs, num_inputs) in TARGETED.items():
@@ -62,13 +62,13 @@ def faults_of(folder: Path) -> tuple[str, ...]:
 
 
 def delta(imported: Imported, module: str) -> torch.Tensor:
-    """Returns what the adapter adds to the weight of `module`, (D, N) fp64."""
+    """Return the adapter's delta to the weight of `module`, (D, N) fp64."""
     b, a = matrices(imported, module)
     return imported.adapter.config.scale_of(module) * b @ a
 
 
 def matrices(imported: Imported, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns B (D, R) and A (R, N) of `module`, fp64."""
+    """Return B (D, R) and A (R, N) of `module`, fp64."""
     b = imported.adapter.modules[module]
     return b.dense(torch.float64), imported.adapter.basis.draw(module, b.shape[1], SHAPES[module][1]).double()
 
@@ -80,12 +80,12 @@ def save_and_load(store: Path, imported: Imported) -> Adapter:
 
 
 def product(tensors: Tensors, module: str, prefix: str = PREFIX, infix: str = "") -> torch.Tensor:
-    """Returns B A of `module`, (D, N) fp64."""
+    """Return B A of `module`, (D, N) fp64."""
     a, b = (tensors[f"{prefix}{module}.lora_{part}{infix}.weight"].double() for part in "AB")
     return b @ a
 
 
-def test_an_import_adds_what_the_file_says(tmp_path: Path) -> None:
+def test_an_import_adds_the_delta_of_the_file(tmp_path: Path) -> None:
     tensors = make_tensors()
     imported = load(write(tmp_path / "a", tensors))
     assert list(imported.adapter.modules) == list(TARGETED)
@@ -96,7 +96,7 @@ def test_an_import_adds_what_the_file_says(tmp_path: Path) -> None:
     assert imported.ignored == ()
 
 
-def test_the_config_says_where_it_came_from(tmp_path: Path) -> None:
+def test_the_config_records_its_source(tmp_path: Path) -> None:
     config = load(write(tmp_path / "a", make_tensors(density=0.2)), templates=("plain",)).adapter.config
     assert config.lori.training == {"imported": {"from": "a/base", "format": "peft", "peft_version": "0.21"}}
     assert config.target_modules == ("q_proj", "up_proj")
@@ -120,7 +120,7 @@ def test_an_import_can_be_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(loaded.modules[module].values, b.values)
 
 
-def test_an_import_does_not_hang_on_its_file(tmp_path: Path) -> None:
+def test_an_import_does_not_depend_on_its_file(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", make_tensors())
     imported = load(folder)
     before = delta(imported, Q)
@@ -137,7 +137,7 @@ def test_names_are_found_under_every_prefix(tmp_path: Path, prefix: str, infix: 
         assert torch.equal(delta(imported, module), ALPHA / RANK * product(tensors, module, prefix, infix))
 
 
-def test_the_longest_name_that_a_path_ends_with_wins() -> None:
+def test_the_longest_matching_suffix_of_a_path_wins() -> None:
     modules = {"layers.0.q": 1, "model.layers.0.q": 1, "model.model.layers.0.q": 1}
     assert module_of("base_model.model.model.layers.0.q", modules) == "model.model.layers.0.q"
     assert module_of("module.model.layers.0.q", modules) == "model.layers.0.q"
@@ -154,7 +154,7 @@ def test_ranks_and_scales_are_those_that_the_patterns_give(tmp_path: Path, use_r
         rank = {Q: 5, UP: 2}.get(module, RANK)
         alpha = 3.0 if "up_proj" in module else 50.0 if "layers.1" in module else ALPHA
         scale = alpha / math.sqrt(rank) if use_rslora else alpha / rank
-        # Apart: what a sum of products makes of the last bit of a scale depends on the CPU.
+        # Scales are compared separately, since the effect of a scale's last bit on a sum of products depends on the CPU.
         assert imported.adapter.config.scale_of(module) == pytest.approx(scale, rel=1e-15, abs=0)
         b, a = matrices(imported, module)
         assert torch.equal(b @ a, product(tensors, module))
@@ -178,7 +178,7 @@ def test_values_of_several_dtypes_are_stored_as_fp32(tmp_path: Path) -> None:
     assert load(write(tmp_path / "a", tensors | {key: tensors[key].half()})).adapter.config.lori.values == "float32"
 
 
-def test_values_can_be_asked_for(tmp_path: Path) -> None:
+def test_the_type_of_the_values_can_be_chosen(tmp_path: Path) -> None:
     assert load(write(tmp_path / "a", make_tensors()), values="int8").adapter.config.lori.values == "int8"
 
 
@@ -212,7 +212,7 @@ def test_the_error_of_pruning_is_that_of_the_dense_deltas(tmp_path: Path, sparsi
     assert imported.adapter.nnz == mask_nnz(imported.adapter.num_entries, sparsity)
 
 
-def test_pruning_keeps_no_zero_and_loses_nothing_where_enough_are_zero(tmp_path: Path) -> None:
+def test_pruning_keeps_no_zero_and_loses_nothing_if_enough_are_zero(tmp_path: Path) -> None:
     imported = load(write(tmp_path / "a", make_tensors(density=0.2)), sparsity=0.3)
     assert all(b.values.ne(0).all() for b in imported.adapter.modules.values())
     assert imported.adapter.nnz < mask_nnz(imported.adapter.num_entries, 0.3)
@@ -228,7 +228,7 @@ def test_pruning_keeps_no_zero_and_loses_nothing_where_enough_are_zero(tmp_path:
     ],
     ids=["B", "A", "alpha"],
 )
-def test_pruning_keeps_what_adds_most_to_the_delta(
+def test_pruning_keeps_the_entries_that_add_most_to_the_delta(
     tmp_path: Path, edit: Callable[[Tensors], Any], changes: dict[str, Any]
 ) -> None:
     tensors = make_tensors(density=1.1)
@@ -290,8 +290,8 @@ A_KEY, B_KEY = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
 def test_a_fault_of_a_tensor_is_named(tmp_path: Path, edit: Callable[[Tensors], Any], expected: str) -> None:
     tensors = make_tensors()
     edit(tensors)
-    found = faults_of(write(tmp_path / "a", tensors))
-    assert [fault[: len(expected)] for fault in found] == [expected]
+    faults = faults_of(write(tmp_path / "a", tensors))
+    assert [fault[: len(expected)] for fault in faults] == [expected]
 
 
 def test_every_fault_of_config_and_tensors_is_found_at_once(tmp_path: Path) -> None:
@@ -299,9 +299,9 @@ def test_every_fault_of_config_and_tensors_is_found_at_once(tmp_path: Path) -> N
     del tensors[B_KEY]
     tensors[f"{PREFIX}{UP}.lora_A.weight"][:] = math.nan
     tensors[f"{PREFIX}{UP}.lora_B.weight"] = torch.ones(2, 2)
-    found = "\n".join(faults_of(write(tmp_path / "a", tensors, use_dora=True, bias="all")))
+    faults = "\n".join(faults_of(write(tmp_path / "a", tensors, use_dora=True, bias="all")))
     for part in ("use_dora is True", "bias: ", f"{Q}: it has no lora_B", "21 values are not finite", "(2, 2), expected (16, 3)"):
-        assert part in found
+        assert part in faults
 
 
 def test_a_rank_that_the_config_does_not_give_is_a_fault(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_file_without_lora_is_refused(tmp_path: Path, tensors: Tensors) -> Non
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """Object whose unpickling creates a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -327,7 +327,7 @@ class Trap:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_pickle_is_not_read_and_the_way_out_is_told(tmp_path: Path) -> None:
+def test_a_pickle_is_refused_unread_with_a_remedy(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", make_tensors())
     (folder / WEIGHTS_FILE).unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
@@ -343,7 +343,7 @@ def test_missing_weights_are_a_fault(tmp_path: Path) -> None:
     assert faults_of(folder) == (f"there is no {WEIGHTS_FILE}",)
 
 
-def test_a_folder_that_is_not_there_lacks_both_files(tmp_path: Path) -> None:
+def test_a_missing_folder_lacks_both_files(tmp_path: Path) -> None:
     assert len(faults_of(tmp_path / "nowhere")) == 2
 
 
@@ -374,7 +374,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, math.nan])
-def test_a_sparsity_that_cannot_be_is_refused(tmp_path: Path, sparsity: float) -> None:
+def test_an_impossible_sparsity_is_refused(tmp_path: Path, sparsity: float) -> None:
     with pytest.raises(AdapterError, match=r"sparsity is .*, expected 0 <= sparsity < 1"):
         load(write(tmp_path / "a", make_tensors()), sparsity=sparsity)
 

@@ -1,4 +1,4 @@
-"""PEFT and this package compute the same from the same adapter, both ways, on four architectures."""
+"""Equal results of PEFT and this package with the same adapter, imported and exported, on four architectures."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -20,7 +20,7 @@ from lori.peft.importer import Imported, import_peft
 from lori.sparse import SparseB
 from tests.lori.served import Served
 
-# PEFT asks transformers by a name that transformers has deprecated.
+# PEFT uses a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 IDS = torch.tensor([[5, 60, 17, 3, 41, 64, 64, 8]])
@@ -56,25 +56,25 @@ def make_model(architecture: str) -> PreTrainedModel:
 
 @pytest.fixture(params=list(CONFIGS))
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A tiny random model of each architecture."""
+    """Return a tiny random model, once for each architecture."""
     return make_model(request.param)
 
 
 def make_peft(model: PreTrainedModel, **variant: Any) -> PeftModel:
-    """Returns `model` with a random LoRA, a tenth of whose B is not zero."""
+    """Return `model` with a random LoRA adapter whose B is nonzero in a tenth of its entries."""
     lora = get_peft_model(model, LoraConfig(r=4, lora_alpha=14, **variant)).eval()
     g = torch.Generator().manual_seed(1)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
-            kept = torch.rand(parameter.shape, generator=g) < 0.1
-            parameter.data = torch.randn(parameter.shape, generator=g) * kept
+            mask = torch.rand(parameter.shape, generator=g) < 0.1
+            parameter.data = torch.randn(parameter.shape, generator=g) * mask
         elif "lora_A" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=g)
     return lora
 
 
 def served_logits(model: PreTrainedModel, adapter: Adapter) -> torch.Tensor:
-    """Returns what `model`, which it changes, computes with `adapter` in a slot."""
+    """Return the logits of `model` with `adapter` in a slot. Modifies `model`."""
     served = Served(model, [adapter])
     served.apply([(adapter.name, 0, IDS.numel(), 1.0)], IDS.numel())
     return served.logits(IDS)
@@ -90,14 +90,14 @@ def import_from(folder: Path, model: PreTrainedModel, **options: Any) -> Importe
 
 
 def stored(store: Path, imported: Imported, model: PreTrainedModel) -> Adapter:
-    """Saves an import in `store` and returns it as a server loads it."""
+    """Save an import in `store` and load it as a server does."""
     assert isinstance(imported.adapter.basis, Explicit)
     save_adapter(imported.adapter, store / "math")
     return load_adapter(store / "math", identify(model, "a/base"))
 
 
 def make_seeded(model: PreTrainedModel, targets: tuple[str, ...], ranks: dict[str, int]) -> Adapter:
-    """Returns a random adapter on a seeded basis, rank 5 where `ranks`, by last part, gives no other; its alphas differ."""
+    """Return a random adapter on a seeded basis with several alphas. `ranks` has ranks by last name part; 5 is the default."""
     base, g = identify(model, "a/base"), torch.Generator().manual_seed(2)
     modules = {}
     for name, (num_outputs, _) in base.shapes.items():
@@ -117,13 +117,13 @@ def make_seeded(model: PreTrainedModel, targets: tuple[str, ...], ranks: dict[st
     return seal(Adapter("math", config, modules, Seeded(seed=4))).adapter
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -> None:
     assert (expected - base).abs().max() > 0.05  # or the adapter would not matter
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_import_computes_what_peft_computes(model: PreTrainedModel, tmp_path: Path, variant: str) -> None:
+def test_an_import_computes_the_same_as_peft(model: PreTrainedModel, tmp_path: Path, variant: str) -> None:
     before = logits(model)
     lora = make_peft(deepcopy(model), **VARIANTS[variant])
     lora.save_pretrained(str(tmp_path / "peft"))
@@ -152,7 +152,7 @@ def test_embeddings_that_peft_saved_do_not_matter(model: PreTrainedModel, tmp_pa
     ],
     ids=["last parts", "ranks", "full names"],
 )
-def test_an_export_computes_in_peft_what_the_adapter_computes(
+def test_an_export_computes_the_same_in_peft(
     model: PreTrainedModel, tmp_path: Path, targets: tuple[str, ...], ranks: dict[str, int]
 ) -> None:
     before, adapter = logits(model), make_seeded(model, targets, ranks)
@@ -163,13 +163,13 @@ def test_an_export_computes_in_peft_what_the_adapter_computes(
 @pytest.mark.parametrize("ranks", [{}, {"up_proj": 2}], ids=["one rank", "two ranks"])
 def test_import_undoes_export(model: PreTrainedModel, tmp_path: Path, ranks: dict[str, int]) -> None:
     adapter = make_seeded(model, ("q_proj", "up_proj"), ranks)
-    found = import_from(export_peft(adapter, tmp_path / "out"), model).adapter
-    assert list(found.modules) == list(adapter.modules)
+    imported = import_from(export_peft(adapter, tmp_path / "out"), model).adapter
+    assert list(imported.modules) == list(adapter.modules)
     for module, b in adapter.modules.items():
-        assert torch.equal(found.modules[module].indices, b.indices)
-        assert torch.equal(found.modules[module].values, b.values)
+        assert torch.equal(imported.modules[module].indices, b.indices)
+        assert torch.equal(imported.modules[module].values, b.values)
         shape = (b.shape[1], identify(model, "a/base").shapes[module][1])
-        assert torch.equal(found.basis.draw(module, *shape), adapter.basis.draw(module, *shape))
-        assert found.config.scale_of(module) == adapter.config.scale_of(module)
-    assert found.config.target_modules == adapter.config.target_modules
-    assert found.config.lori.basis_digest == adapter.config.lori.basis_digest
+        assert torch.equal(imported.basis.draw(module, *shape), adapter.basis.draw(module, *shape))
+        assert imported.config.scale_of(module) == adapter.config.scale_of(module)
+    assert imported.config.target_modules == adapter.config.target_modules
+    assert imported.config.lori.basis_digest == adapter.config.lori.basis_digest

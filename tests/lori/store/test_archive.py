@@ -1,4 +1,4 @@
-"""An adapter as one file."""
+"""Adapters packed into one file."""
 
 import io
 import os
@@ -22,17 +22,17 @@ from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, s
 
 @pytest.fixture
 def entry(tmp_path: Path) -> Entry:
-    """A sound adapter called math, with a card."""
+    """Return the entry of a sound adapter called math, with a card."""
     save(tmp_path / "math", make_config(), make_modules())
     (tmp_path / "math" / "README.md").write_text("# math\n")
     return Entry("math", tmp_path / "math")
 
 
-def test_what_is_packed_is_unpacked(entry: Entry, tmp_path: Path) -> None:
+def test_packing_and_unpacking_restores_the_files(entry: Entry, tmp_path: Path) -> None:
     packed = pack(entry.folder, tmp_path / "math.lori", "math")
-    found = unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store"))
-    assert found.reference == f"math@{packed.version}"
-    assert {f.name: f.read_bytes() for f in found.folder.iterdir()} == {f.name: f.read_bytes() for f in entry.folder.iterdir()}
+    unpacked = unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store"))
+    assert unpacked.reference == f"math@{packed.version}"
+    assert {f.name: f.read_bytes() for f in unpacked.folder.iterdir()} == {f.name: f.read_bytes() for f in entry.folder.iterdir()}
 
 
 def test_the_same_adapter_gives_the_same_file(entry: Entry, tmp_path: Path) -> None:
@@ -46,23 +46,23 @@ def test_an_adapter_is_unpacked_under_another_name(entry: Entry, tmp_path: Path)
     assert unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store"), "law").load(BASE).name == "law"
 
 
-def test_values_are_stored_otherwise_where_asked(entry: Entry, tmp_path: Path) -> None:
+def test_values_can_be_stored_in_another_type(entry: Entry, tmp_path: Path) -> None:
     packed = pack(entry.folder, tmp_path / "math.lori", "math", "int8")
-    found = unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store")).load(BASE)
-    assert found.version == packed.version != entry.version
-    assert found.config.lori.values == "int8"
-    assert not (AdapterStore(tmp_path / "store").find("math").folder / "README.md").exists()  # it is of another version
+    unpacked = unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store")).load(BASE)
+    assert unpacked.version == packed.version != entry.version
+    assert unpacked.config.lori.values == "int8"
+    assert not (AdapterStore(tmp_path / "store").find("math").folder / "README.md").exists()  # the card is for another version
     exact = entry.load()
-    for name, b in found.modules.items():
+    for name, b in unpacked.modules.items():
         torch.testing.assert_close(b.values, exact.modules[name].values.float(), rtol=0.02, atol=0.02)
 
 
-def test_an_adapter_comes_with_the_a_of_its_own(tmp_path: Path) -> None:
+def test_an_archive_includes_an_explicit_basis(tmp_path: Path) -> None:
     basis = Explicit.from_tensors({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     save(tmp_path / "math", make_config(basis=Seeded(9)), make_modules(), basis)
     pack(tmp_path / "math", tmp_path / "math.lori", "math")
     assert unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store")).load(BASE).basis == basis
-    with zipfile.ZipFile(tmp_path / "math.lori") as archive:  # any program unpacks a store
+    with zipfile.ZipFile(tmp_path / "math.lori") as archive:  # any program can unpack it into a store
         archive.extractall(tmp_path / "by hand")
     assert load_adapter(tmp_path / "by hand" / "math", BASE).basis == basis
 
@@ -84,7 +84,7 @@ def test_a_compressed_member_is_refused(entry: Entry, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             archive.writestr(f"math/{name}", bytes(10_000_000))
-    with pytest.raises(AdapterFormatError) as caught:  # the path has the word "compressed", too
+    with pytest.raises(AdapterFormatError) as caught:  # no `match`, since the path has the word "compressed", too
         unpack(tmp_path / "bomb", AdapterStore(tmp_path / "store"))
     assert {f"'math/{name}': compressed" for name in (CONFIG_FILE, WEIGHTS_FILE)} <= {*caught.value.faults}
     assert entry.load()
@@ -127,22 +127,22 @@ def test_a_damaged_archive_is_refused_or_the_same(entry: Entry, tmp_path: Path) 
         tried += 1
         (tmp_path / "math.lori").write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
         try:
-            found = unpack(tmp_path / "math.lori", AdapterStore(tmp_path / f"store-{at}"))
+            unpacked = unpack(tmp_path / "math.lori", AdapterStore(tmp_path / f"store-{at}"))
         except AdapterError:
             continue
         loaded += 1
-        assert found.version == version
+        assert unpacked.version == version
     assert loaded < tried / 2
 
 
-def test_what_could_not_be_unpacked_is_not_packed(entry: Entry, tmp_path: Path) -> None:
+def test_an_adapter_that_could_not_be_unpacked_is_not_packed(entry: Entry, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="'My_Run' is no adapter's name"):
         pack(entry.folder, tmp_path / "x", "My_Run")
     assert not (tmp_path / "x").exists()
 
 
-def test_a_device_or_what_a_link_means_is_not_replaced(entry: Entry, tmp_path: Path) -> None:
-    # Packing to /dev/stdout replaced the link that it is.
+def test_a_device_or_the_target_of_a_link_is_not_replaced(entry: Entry, tmp_path: Path) -> None:
+    # Regression: packing to /dev/stdout replaced that link.
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(AdapterError, match="is not a regular file"):
         pack(entry.folder, tmp_path / "pipe", "math")
@@ -153,7 +153,7 @@ def test_a_device_or_what_a_link_means_is_not_replaced(entry: Entry, tmp_path: P
 
 
 def test_members_that_share_bytes_are_refused(entry: Entry, tmp_path: Path) -> None:
-    # 4 MB were read as 160: a member that holds members, header and all, and so on.
+    # Regression: 4 MB were read as 160 MB, since members contained other members with their headers.
     (entry.folder / "README.md").unlink()
     pack(entry.folder, tmp_path / "x", "math")
     inner = io.BytesIO()
@@ -166,7 +166,7 @@ def test_members_that_share_bytes_are_refused(entry: Entry, tmp_path: Path) -> N
         nested.header_offset = outer.header_offset + 30 + len(outer.filename) + inner_info.header_offset
         archive.filelist.append(nested)
     with zipfile.ZipFile(tmp_path / "x") as archive:
-        assert archive.read(nested.filename) == b"b" * 100_000  # zipfile itself does not mind
+        assert archive.read(nested.filename) == b"b" * 100_000  # zipfile itself accepts the file
     with pytest.raises(AdapterFormatError, match="its members have more bytes than its"):
         unpack(tmp_path / "x", AdapterStore(tmp_path / "store"))
 

@@ -1,4 +1,4 @@
-"""Files and folders that a crash leaves whole."""
+"""Atomic replacement of files and folders, so that a crash leaves them whole."""
 
 import stat
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_a_file_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_folder_whose_block_raises_is_not_there(tmp_path: Path) -> None:
+def test_a_folder_whose_block_raises_is_not_created(tmp_path: Path) -> None:
     def make() -> None:
         with new_folder(tmp_path / "a") as scratch:
             (scratch / "x").write_text("x")
@@ -41,7 +41,7 @@ def test_a_folder_is_removed_with_all_it_holds(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_cannot_be_removed(tmp_path: Path) -> None:
+def test_a_missing_folder_cannot_be_removed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         remove_folder(tmp_path / "none")
     assert list(tmp_path.iterdir()) == []

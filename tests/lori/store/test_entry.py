@@ -1,4 +1,4 @@
-"""Which folders of a store are an adapter."""
+"""Folders of a store that are adapters."""
 
 from pathlib import Path
 
@@ -38,13 +38,13 @@ def test_hidden_folders_files_and_folders_without_a_config_are_no_adapters(tmp_p
 
 
 def test_an_adapter_is_no_folder_of_adapters(tmp_path: Path) -> None:
-    # Was an empty store: nothing was served, and nothing said.
+    # Regression: it counted as an empty store, so nothing was served, without an error.
     with pytest.raises(AdapterError, match="is an adapter, expected a folder of adapters"):
         folders(touch(tmp_path, "math") / "math")
 
 
 @pytest.mark.parametrize("name", ["Math", "ma th", "-math", "_math", "máth", "a" * 65, "math+law", "math\n", "math@XYZ"])
-def test_a_name_that_is_not_sound_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_invalid_name_is_refused(tmp_path: Path, name: str) -> None:
     touch(tmp_path, name)
     with pytest.raises(AdapterError, match="an adapter's name must match") as caught:
         folders(tmp_path)
@@ -52,7 +52,7 @@ def test_a_name_that_is_not_sound_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "0", "a" * 64, "a.b-c_d"])
-def test_a_sound_name_is_accepted(tmp_path: Path, name: str) -> None:
+def test_a_valid_name_is_accepted(tmp_path: Path, name: str) -> None:
     assert list(folders(touch(tmp_path, name))) == [name]
 
 

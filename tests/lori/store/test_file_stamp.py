@@ -1,4 +1,4 @@
-"""A file that was written again has another stamp, whatever its size and time of modification say."""
+"""File stamps: a rewritten file has another stamp, even with the same size and modification time."""
 
 import os
 from pathlib import Path
@@ -10,14 +10,14 @@ from lori.store.files import file_stamp
 
 
 def wait_for_tick(file: Path) -> None:
-    """Waits until the file system's clock, which has ticks of milliseconds, is past the last change of `file`."""
+    """Wait until the file system's clock is past the last change of `file`. Its ticks take milliseconds."""
     clock = file.with_name(".clock")
     while not clock.exists() or clock.stat().st_ctime_ns <= file.stat().st_ctime_ns:
         clock.write_text("")
 
 
 def rewrite(file: Path, content: str, *, is_in_place: bool) -> None:
-    """Writes as many bytes as there were, and sets the time of modification back."""
+    """Replace the content with one of the same size, and restore the modification time."""
     before = file.stat()
     wait_for_tick(file)
     if is_in_place:
@@ -41,7 +41,7 @@ def test_a_file_that_is_rewritten_at_equal_size_and_time_has_another_stamp(tmp_p
     assert file_stamp(file) != stamp
 
 
-def test_a_link_has_the_stamp_of_what_it_leads_to(tmp_path: Path) -> None:
+def test_a_link_has_the_stamp_of_its_target(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).write_text(name)
     link = tmp_path / "link"

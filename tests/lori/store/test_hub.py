@@ -1,4 +1,4 @@
-"""Where an adapter comes from: a folder, or a hub, here a small one on this machine's loopback."""
+"""Sources of adapters: folders, and a hub. The tests run a small hub on the loopback interface."""
 
 import hashlib
 import json
@@ -30,16 +30,16 @@ FILES = {
 
 @dataclass
 class Hub:
-    """Repositories by id, and what was asked for."""
+    """Repositories by id, and the paths of the requests."""
 
     repos: dict[str, dict[str, bytes]]
     errors: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Status and the hub's own code, by repository."""
+    """Status and the hub's error code, by repository."""
     requested: list[str] = field(default_factory=list)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers the few calls that a download makes."""
+    """Handler of the few requests of a download."""
 
     hub: Hub
 
@@ -80,12 +80,12 @@ class Handler(BaseHTTPRequestHandler):
         return 200, "", json.dumps(tree).encode()
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub with one adapter, `own/math`, and an empty cache."""
+    """Yield a hub with one adapter, `own/math`, and an empty cache."""
     hub = Hub({"own/math": FILES, "own/model": {"config.json": b"{}"}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -98,7 +98,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def point_at(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
-    """Does what HF_ENDPOINT and HF_HUB_CACHE do before the library is imported."""
+    """Set the hub's address and cache, as HF_ENDPOINT and HF_HUB_CACHE do before the library is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "cache"))
@@ -107,18 +107,18 @@ def point_at(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> Non
 
 @pytest.fixture
 def closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A hub where nobody listens."""
+    """Set the address of a hub on a port without a listener."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     point_at(monkeypatch, f"http://127.0.0.1:{port}", tmp_path)
 
 
-def test_a_folder_is_itself(tmp_path: Path) -> None:
+def test_a_folder_resolves_to_itself(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path
 
 
-def test_a_pickle_alone_is_not_fetched_and_said_to_be_one(hub: Hub) -> None:
+def test_a_lone_pickle_is_named_and_not_fetched(hub: Hub) -> None:
     hub.repos["own/pickled"] = {name: content for name, content in FILES.items() if name != "adapter_model.safetensors"}
     with pytest.raises(AdapterError, match=r"hf://own/pickled cannot be imported: .* is a pickle"):
         resolve("hf://own/pickled")
@@ -126,7 +126,9 @@ def test_a_pickle_alone_is_not_fetched_and_said_to_be_one(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("source", ["nowhere/at/all", "https://huggingface.co/own/math", "own/math", ""])
-def test_no_folder_is_refused_and_the_forms_are_told(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_is_refused_with_the_accepted_forms(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AdapterError, match=r"hf://owner/name\[@revision\]") as caught:
         resolve(source)
@@ -136,13 +138,13 @@ def test_no_folder_is_refused_and_the_forms_are_told(source: str, tmp_path: Path
 @pytest.mark.parametrize("source", ["hf://own/math", "hf://own/math@main", "hf://own/math@v1", f"hf://own/math@{COMMIT}"])
 def test_an_adapter_is_fetched_without_any_pickle(hub: Hub, source: str) -> None:
     folder = resolve(source)
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     wanted = {"adapter_config.json", "adapter_model.safetensors", "README.md", "lori.json"}
-    assert found == {name: FILES[name] for name in wanted}
+    assert contents == {name: FILES[name] for name in wanted}
     assert not any(path.endswith((".bin", "tokenizer.json")) for path in hub.requested)
 
 
-def test_what_was_fetched_is_found_again_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetched_adapter_is_found_again_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = resolve("hf://own/math")
     num_requests = len(hub.requested)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -154,7 +156,7 @@ def test_what_was_fetched_is_found_again_offline(hub: Hub, monkeypatch: pytest.M
     "source",
     ["", "math", "own/math/sub", "own/math@", "own/math@a@b", "own/math@../x", "own/ma th", "-own/math", "/math"],
 )
-def test_a_malformed_id_is_refused_before_anything_is_asked(hub: Hub, source: str) -> None:
+def test_a_malformed_id_is_refused_without_a_request(hub: Hub, source: str) -> None:
     with pytest.raises(AdapterError, match="malformed") as caught:
         resolve(f"hf://{source}")
     assert repr(f"hf://{source}") in str(caught.value)
@@ -173,7 +175,7 @@ def test_a_malformed_id_is_refused_before_anything_is_asked(hub: Hub, source: st
         (f"hf://own/broken@{COMMIT}", f"hf://own/broken@{COMMIT} cannot be fetched"),
     ],
 )
-def test_what_the_hub_refuses_is_told(hub: Hub, source: str, expected: str) -> None:
+def test_a_refusal_of_the_hub_is_reported(hub: Hub, source: str, expected: str) -> None:
     hub.errors |= {"own/gated": (403, "GatedRepo"), "own/broken": (500, "")}
     with pytest.raises(AdapterError) as caught:
         resolve(source)
@@ -183,14 +185,14 @@ def test_what_the_hub_refuses_is_told(hub: Hub, source: str, expected: str) -> N
 @pytest.mark.usefixtures("closed")
 @pytest.mark.parametrize("source", ["hf://own/math", f"hf://own/math@{COMMIT}"])
 @pytest.mark.parametrize("is_offline", [False, True], ids=["nobody listens", "HF_HUB_OFFLINE"])
-def test_without_a_network_the_way_out_is_told(source: str, is_offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_has_a_remedy(source: str, is_offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
     with pytest.raises(UnreachableError, match=r"the hub cannot be reached for own/math: connect .* or download it elsewhere"):
         resolve(source)
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "said"),
+    ("name", "error", "message"),
     [
         ("own/modle", None, "'own/modle': there is no such folder, and the hub has no such model"),
         ("own/model", (403, "GatedRepo"), "'own/model': it is gated"),
@@ -198,17 +200,17 @@ def test_without_a_network_the_way_out_is_told(source: str, is_offline: bool, mo
         ("own/model/sub", None, "'own/model/sub': there is no such folder, and it is no hub id"),
     ],
 )
-def test_a_model_that_is_not_there_is_said_after_one_request(
-    hub: Hub, name: str, error: tuple[int, str] | None, said: str, capfd: pytest.CaptureFixture[str]
+def test_a_missing_model_is_reported_after_one_request(
+    hub: Hub, name: str, error: tuple[int, str] | None, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.errors |= {name: error} if error else {}
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         check_model(name)
     assert len(hub.requested) <= 1
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_model_that_is_there_or_was_fetched_is_left_to_the_loader(hub: Hub, tmp_path: Path) -> None:
+def test_an_existing_or_fetched_model_is_left_to_the_loader(hub: Hub, tmp_path: Path) -> None:
     check_model("own/model")
     hub.errors["own/model"] = (503, "")
     check_model("own/model")
@@ -223,7 +225,7 @@ def test_a_model_that_is_there_or_was_fetched_is_left_to_the_loader(hub: Hub, tm
 
 
 @pytest.mark.usefixtures("closed")
-def test_a_model_of_a_hub_that_cannot_be_reached_is_said_at_once(
+def test_a_model_of_an_unreachable_hub_is_reported_at_once(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for is_offline in (False, True):

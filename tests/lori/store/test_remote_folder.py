@@ -1,4 +1,4 @@
-"""A folder at an address: listed, read and written, on file systems with folders and without."""
+"""A folder at an address: listing, reading and writing, on file systems with and without folders."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ CONFIG, ALIAS = "math@12/adapter_config.json", ".aliases/math"
 
 @pytest.fixture(params=["watched", "flat", "memory", "file"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RemoteFolder]:
-    """A folder that is there."""
+    """Yield an existing folder."""
     WatchedFileSystem.reset()
     url = f"{request.param}://{tmp_path}/store"
     if request.param != "flat":
@@ -35,7 +35,7 @@ def watched() -> RemoteFolder:
     return RemoteFolder("watched:///store", 60)
 
 
-def test_what_is_written_is_listed_and_read(folder: RemoteFolder, tmp_path: Path) -> None:
+def test_written_files_are_listed_and_read(folder: RemoteFolder, tmp_path: Path) -> None:
     assert folder.files() == {}
     folder.write(CONFIG, b"{}")
     folder.write(ALIAS, b"math@12\n")
@@ -54,7 +54,7 @@ def test_what_is_written_is_listed_and_read(folder: RemoteFolder, tmp_path: Path
         folder.fetch("nobody/x", tmp_path / "there")
 
 
-def test_another_content_has_another_mark(folder: RemoteFolder) -> None:
+def test_changed_content_has_another_mark(folder: RemoteFolder) -> None:
     folder.write(CONFIG, b"{}")
     before = folder.file(CONFIG)
     assert folder.file(CONFIG) == before
@@ -64,7 +64,7 @@ def test_another_content_has_another_mark(folder: RemoteFolder) -> None:
     assert folder.file(CONFIG) != before
 
 
-def test_what_is_removed_is_gone_and_no_fault_again(folder: RemoteFolder) -> None:
+def test_a_removed_file_is_gone_and_can_be_removed_again(folder: RemoteFolder) -> None:
     folder.write(CONFIG, b"{}")
     folder.write(ALIAS, b"math@12\n")
     for _ in range(2):
@@ -74,7 +74,7 @@ def test_what_is_removed_is_gone_and_no_fault_again(folder: RemoteFolder) -> Non
 
 
 @pytest.mark.parametrize("protocol", ["watched", "memory", "file"])
-def test_a_folder_that_is_not_there_is_said(protocol: str, tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(protocol: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="there is no such folder"):
         RemoteFolder(f"{protocol}://{tmp_path}/nowhere", 60).files()
 
@@ -87,8 +87,8 @@ def test_a_file_is_no_folder(protocol: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_that_goes_while_it_is_written_to_is_made_again(tmp_path: Path) -> None:
-    """Another process removes a folder that is empty: `No such file or directory` was what a writer heard."""
+def test_a_folder_that_is_removed_during_a_write_is_made_again(tmp_path: Path) -> None:
+    """Regression: if another process removed the empty folder, the writer failed with `No such file or directory`."""
     num, path = 400, f"{tmp_path}/store"
 
     def put_and_remove() -> None:
@@ -102,7 +102,7 @@ def test_a_folder_that_goes_while_it_is_written_to_is_made_again(tmp_path: Path)
             done.result()
 
 
-def test_an_unknown_protocol_and_a_package_that_is_missing_are_said() -> None:
+def test_an_unknown_protocol_and_a_missing_package_are_reported() -> None:
     with pytest.raises(AdapterError, match="Protocol not known: nope"):
         RemoteFolder("nope://x", 60)
     fsspec.register_implementation("absent", "no_such_package.X", errtxt="Install no_such_package to go there", clobber=True)
@@ -110,7 +110,7 @@ def test_an_unknown_protocol_and_a_package_that_is_missing_are_said() -> None:
         RemoteFolder("absent://x", 60)
 
 
-def test_what_cannot_be_listed_is_not_taken_for_empty(watched: RemoteFolder) -> None:
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(watched: RemoteFolder) -> None:
     watched.write(CONFIG, b"{}")
     WatchedFileSystem.before = Broken("list", "math@12")
     with pytest.raises(UnreachableError, match=r"listing failed .*: ConnectionResetError$"):
@@ -125,17 +125,17 @@ def test_the_log_has_the_reason_without_secrets(watched: RemoteFolder, caplog: p
     assert "secret" not in caplog.text
 
 
-def test_what_does_not_answer_is_left() -> None:
+def test_a_file_system_that_does_not_answer_is_abandoned() -> None:
     WatchedFileSystem.reset()
     fsspec.filesystem("watched").makedirs("/store")
     WatchedFileSystem.before = gate = Gate("read")
     with pytest.raises(UnreachableError, match=r"reading took longer than 0.05 s"):
         RemoteFolder("watched:///store", 0.05).read([CONFIG])
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "remote"), "it keeps no process alive"
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "remote"), "it would keep the process alive"
     gate.is_open.set()
 
 
-def test_what_may_not_be_written_is_said(watched: RemoteFolder) -> None:
+def test_a_refused_write_is_reported(watched: RemoteFolder) -> None:
     def refuse(_: str, path: str) -> None:
         raise PermissionError(path)
 

@@ -1,4 +1,4 @@
-"""Links in a store at an address: a folder of this machine, whose file system of fsspec's follows them by itself."""
+"""Links in a store at an address. The store is a local folder, where fsspec's file system follows links by itself."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SECRET = "a secret of this machine"
 
 @pytest.fixture
 def store(tmp_path: Path) -> AdapterStore:
-    """The store that is shared, with the adapters math and law."""
+    """Return the shared store, with the adapters math and law."""
     store = AdapterStore(tmp_path / "shared")
     for seed, name in enumerate(("math", "law")):
         save(tmp_path / "made" / name, make_config(), make_modules(seed=seed))
@@ -84,14 +84,14 @@ def test_a_linked_alias_means_nothing(store: AdapterStore, tmp_path: Path) -> No
         mirrored.pull()
 
 
-def test_aliases_behind_a_link_are_refused_whole(store: AdapterStore, tmp_path: Path) -> None:
+def test_an_alias_folder_that_is_a_link_is_refused(store: AdapterStore, tmp_path: Path) -> None:
     (store.root / ALIASES_FOLDER).rename(tmp_path / "aliases")
     (store.root / ALIASES_FOLDER).symlink_to(tmp_path / "aliases")
     with pytest.raises(AdapterError, match="is a link: a store follows none"):
         remote(store, tmp_path)
 
 
-def test_a_folder_of_another_name_is_said_and_the_others_are_served(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_folder_with_an_invalid_name_is_reported_and_the_others_are_served(store: AdapterStore, tmp_path: Path) -> None:
     save(store.root / "Math", make_config(), make_modules())
     mirrored = remote(store, tmp_path)
     assert [*mirrored.contents().current] == ["law", "math"]

@@ -1,4 +1,4 @@
-"""A store in S3, by its real protocol, which moto serves."""
+"""A store in S3, over the real protocol, served by moto."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +17,13 @@ from tests.lori.remotes import LIMIT_S
 
 @pytest.fixture(autouse=True)
 def _new_file_system() -> None:
-    """Forgets the file systems of earlier tests: fsspec caches each by its address, with its credentials."""
+    """Clear the file systems of earlier tests. fsspec caches them by address, together with their credentials."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of an empty bucket."""
+    """Yield the address of an empty bucket."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -40,7 +40,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_store_in_s3_is_published_to_read_and_removed(bucket: str, tmp_path: Path) -> None:
+def test_publishing_reading_and_removing_in_s3(bucket: str, tmp_path: Path) -> None:
     ours, theirs = (RemoteStore(RemoteFolder(bucket, LIMIT_S), tmp_path, 1 << 20) for _ in range(2))
     assert ours.list() == []
     first, second = make_adapter("math", seed=1), make_adapter("math", seed=2)
@@ -61,7 +61,7 @@ def test_a_store_in_s3_is_published_to_read_and_removed(bucket: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_s3_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_s3_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UnreachableError, match="listing failed in the store of the adapters"):

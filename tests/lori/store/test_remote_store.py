@@ -1,4 +1,4 @@
-"""A store at an address: what is there, what comes here and when, and what several processes do to it."""
+"""A store at an address: its contents, the local cache, and concurrent use by several processes."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ Open = Callable[..., RemoteStore]
 
 @pytest.fixture(params=["watched", "flat"])
 def protocol(request: pytest.FixtureRequest) -> str:
-    """Of a file system with folders, and of one without."""
+    """Return the protocol of a file system, once with folders and once without."""
     WatchedFileSystem.reset()
     fsspec.filesystem("watched").makedirs("/store")
     protocol: str = request.param
@@ -34,7 +34,7 @@ def protocol(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def open_store(protocol: str, tmp_path: Path) -> Iterator[Open]:
-    """Opens the store as another process does each time, or with the cache of an earlier one."""
+    """Yield a function that opens the store as another process, with a new cache or, by name, that of an earlier process."""
     opened: list[RemoteStore] = []
 
     def open_one(cache: str = "", max_bytes: int = 1 << 20) -> RemoteStore:
@@ -47,7 +47,7 @@ def open_store(protocol: str, tmp_path: Path) -> Iterator[Open]:
 
 
 def close(store: RemoteStore) -> None:
-    """Ends a store as the end of its process does."""
+    """Release a store's lock, as the end of its process does."""
     store._folder_lock.release()
 
 
@@ -56,22 +56,22 @@ def publish(store: AdapterStore, name: str, seed: int = 0) -> Entry:
 
 
 def put_plain(place: Path, name: str, seed: int) -> Adapter:
-    """Puts an adapter at the address as its maker left it."""
+    """Write an adapter to the address as a plain folder."""
     adapter = save(place / name, make_config(), make_modules(seed=seed))
     for file in (place / name).iterdir():
         fsspec.filesystem("watched").pipe_file(f"/store/{name}/{file.name}", file.read_bytes())
     return adapter
 
 
-def same(found: Adapter, expected: Adapter) -> bool:
-    return found.config.lori.content_digest == expected.config.lori.content_digest
+def same(actual: Adapter, expected: Adapter) -> bool:
+    return actual.config.lori.content_digest == expected.config.lori.content_digest
 
 
 def paths() -> Sequence[str]:
     return sorted(path.removeprefix("/store/") for path in WatchedFileSystem.store)
 
 
-def test_what_one_process_publishes_another_one_reads(open_store: Open) -> None:
+def test_an_adapter_that_one_process_publishes_is_read_by_another(open_store: Open) -> None:
     ours, theirs = open_store(), open_store()
     expected = make_adapter("math")
     entry = ours.add(expected)
@@ -79,14 +79,14 @@ def test_what_one_process_publishes_another_one_reads(open_store: Open) -> None:
     with pytest.raises(UnknownAdapterError):
         theirs.find("math")
     theirs.pull("math")
-    found = theirs.find("math")
-    assert found.reference == entry.reference
-    assert found.folder != entry.folder
-    assert same(found.load(), expected)
+    pulled = theirs.find("math")
+    assert pulled.reference == entry.reference
+    assert pulled.folder != entry.folder
+    assert same(pulled.load(), expected)
     assert same(open_store().current()["math"].load(), expected)
 
 
-def test_only_configs_come_at_start_and_weights_once(open_store: Open) -> None:
+def test_only_configs_are_fetched_at_start_and_weights_once(open_store: Open) -> None:
     writer = open_store()
     for number in range(20):
         publish(writer, f"a{number}", seed=number)
@@ -103,7 +103,7 @@ def test_only_configs_come_at_start_and_weights_once(open_store: Open) -> None:
     assert WatchedFileSystem.num("fetch") == 1
 
 
-def test_the_next_process_finds_what_the_last_one_left(open_store: Open) -> None:
+def test_a_process_reuses_the_cache_of_an_earlier_one(open_store: Open) -> None:
     writer = open_store()
     for number in range(20):
         publish(writer, f"a{number}", seed=number)
@@ -122,7 +122,7 @@ def test_the_next_process_finds_what_the_last_one_left(open_store: Open) -> None
     assert not [*second.root.glob("a5@*"), *second.root.glob(".aliases/a5")]
 
 
-def test_an_alias_that_means_its_own_name_need_not_be_read_where_its_md5_is_listed(open_store: Open, protocol: str) -> None:
+def test_an_alias_of_its_own_name_is_recognized_by_its_listed_md5_without_a_read(open_store: Open, protocol: str) -> None:
     writer = open_store()
     for number in range(5):
         publish(writer, f"a{number}", seed=number)
@@ -143,7 +143,7 @@ def test_two_processes_never_share_a_cache(open_store: Open) -> None:
     assert open_store("own").root == first.root
 
 
-def test_weights_make_room_for_others_but_for_those_in_use(open_store: Open) -> None:
+def test_weights_make_room_for_others_unless_they_are_in_use(open_store: Open) -> None:
     writer = open_store()
     entries = [publish(writer, f"a{number}", seed=number) for number in range(4)]
     size = max((entry.folder / WEIGHTS_FILE).stat().st_size for entry in entries)
@@ -160,14 +160,14 @@ def test_weights_make_room_for_others_but_for_those_in_use(open_store: Open) -> 
             store.find(name).load()
         assert same(load_adapter(folder), make_adapter("a0"))
         with store.find("a1").acquire(), store.find("a2").acquire():
-            assert here() == {"a0", "a1", "a2"}, "more than there is room for, while they are used"
+            assert here() == {"a0", "a1", "a2"}, "weights in use were removed to make room"
     assert len(here()) == 2
     small = open_store(max_bytes=1)
     assert small.find("a0").load().name == "a0"
     assert not [*small.root.glob(f"*/{WEIGHTS_FILE}")]
 
 
-def test_what_was_cut_off_is_not_taken_for_whole(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_is_not_taken_for_whole(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = make_adapter("math")
     open_store().add(expected)
     store = open_store()
@@ -184,7 +184,7 @@ def test_what_was_cut_off_is_not_taken_for_whole(open_store: Open, monkeypatch: 
     assert same(store.find("math").load(), expected)
 
 
-def test_what_comes_damaged_is_refused_and_fetched_again(open_store: Open) -> None:
+def test_damaged_weights_are_refused_and_fetched_again(open_store: Open) -> None:
     expected = make_adapter("math")
     folder = open_store().add(expected).folder.name
     store, file = open_store(), f"/store/{folder}/{WEIGHTS_FILE}"
@@ -196,7 +196,7 @@ def test_what_comes_damaged_is_refused_and_fetched_again(open_store: Open) -> No
     assert same(store.find("math").load(), expected)
 
 
-def test_many_who_ask_at_once_fetch_once(open_store: Open) -> None:
+def test_many_requests_at_once_fetch_once(open_store: Open) -> None:
     publish(open_store(), "math")
     store = open_store()
     WatchedFileSystem.before = gate = Gate("fetch")
@@ -208,7 +208,7 @@ def test_many_who_ask_at_once_fetch_once(open_store: Open) -> None:
     assert WatchedFileSystem.num("fetch") == 1
 
 
-def test_the_config_comes_after_the_weights_and_the_alias_last(open_store: Open) -> None:
+def test_the_config_is_written_after_the_weights_and_the_alias_last(open_store: Open) -> None:
     store = open_store()
     first = publish(store, "math").folder.name
     assert [path.removeprefix("/store/") for what, path in WatchedFileSystem.asked if what == "write"] == [
@@ -226,7 +226,7 @@ def test_the_config_comes_after_the_weights_and_the_alias_last(open_store: Open)
     assert paths() == []
 
 
-def test_a_name_without_an_alias_means_what_it_meant_until_a_new_version_is_there(open_store: Open) -> None:
+def test_a_name_without_an_alias_means_the_old_version_until_the_new_one_is_complete(open_store: Open) -> None:
     store = open_store()
     first = publish(store, "math").reference
     fsspec.filesystem("watched").rm_file("/store/.aliases/math")
@@ -244,7 +244,7 @@ def test_a_name_without_an_alias_means_what_it_meant_until_a_new_version_is_ther
     assert open_store().find("math").reference == second
 
 
-def test_several_processes_publish_and_remove_the_same_at_once(open_store: Open) -> None:
+def test_concurrent_processes_publish_and_remove_the_same_adapter(open_store: Open) -> None:
     stores = [open_store() for _ in range(4)]
     adapter = make_adapter("math")
     with ThreadPoolExecutor(4) as pool:
@@ -267,7 +267,7 @@ def test_several_processes_publish_and_remove_the_same_at_once(open_store: Open)
     assert paths() == []
 
 
-def test_the_same_again_writes_nothing_but_its_alias(open_store: Open) -> None:
+def test_publishing_the_same_again_writes_only_the_alias(open_store: Open) -> None:
     adapter = make_adapter("math")
     open_store().add(adapter)
     WatchedFileSystem.asked.clear()
@@ -276,7 +276,7 @@ def test_the_same_again_writes_nothing_but_its_alias(open_store: Open) -> None:
     assert [path for what, path in WatchedFileSystem.asked if what in ("write", "fetch")] == ["/store/.aliases/math"]
 
 
-def test_what_was_measured_since_replaces_the_record(open_store: Open, tmp_path: Path) -> None:
+def test_publishing_again_with_new_measurements_replaces_the_record(open_store: Open, tmp_path: Path) -> None:
     save(tmp_path / "math", make_config(), make_modules())
     ours, theirs = open_store(), open_store()
     ours.publish(tmp_path / "math")
@@ -290,14 +290,14 @@ def test_what_was_measured_since_replaces_the_record(open_store: Open, tmp_path:
     entry = theirs.find("math")
     assert read_config(entry.folder).lori.metrics == {"loss": 0.5}
     assert entry.card() == b"measured"
-    assert WatchedFileSystem.num("fetch") == 1, "the weights are the same"
+    assert WatchedFileSystem.num("fetch") == 1, "the same weights were fetched again"
     (tmp_path / "math" / CARD_FILE).write_text("measured again")
     theirs.publish(tmp_path / "math")
     ours.pull("math")
     assert ours.find("math").card() == b"measured again"
 
 
-def test_what_was_made_in_another_way_keeps_its_record(open_store: Open, tmp_path: Path) -> None:
+def test_an_adapter_made_in_another_way_keeps_its_record(open_store: Open, tmp_path: Path) -> None:
     for way, card in (("one", None), ("other", "# Made otherwise")):
         save(tmp_path / way / "math", make_config(training={"way": way}), make_modules())
         if card:
@@ -308,7 +308,7 @@ def test_what_was_made_in_another_way_keeps_its_record(open_store: Open, tmp_pat
     assert entry.card() == b""
 
 
-def test_an_alias_moves_and_holds_what_it_means(open_store: Open) -> None:
+def test_an_alias_moves_and_protects_its_version(open_store: Open) -> None:
     ours, theirs = open_store(), open_store()
     old, new = publish(ours, "math"), publish(ours, "math", seed=1)
     assert ours.alias("prod", old.reference).version == old.version
@@ -331,13 +331,13 @@ def test_an_alias_moves_and_holds_what_it_means(open_store: Open) -> None:
     assert theirs.remove("math") == [new.reference]
 
 
-def test_what_a_maker_leaves_is_not_lost_in_the_cache(open_store: Open) -> None:
+def test_a_plain_folder_is_not_lost_in_the_cache(open_store: Open) -> None:
     with pytest.raises(AdapterError, match=r"'math' cannot be saved in .* as its maker leaves it: publish it"):
         open_store().save(make_adapter("math"))
     assert paths() == []
 
 
-def test_what_is_withdrawn_can_be_fetched_until_it_is_removed(open_store: Open) -> None:
+def test_a_withdrawn_adapter_can_be_fetched_until_it_is_removed(open_store: Open) -> None:
     expected = make_adapter("math")
     ours, theirs = open_store(), open_store()
     ours.add(expected)
@@ -348,7 +348,7 @@ def test_what_is_withdrawn_can_be_fetched_until_it_is_removed(open_store: Open) 
     theirs.pull("math")
     with pytest.raises(UnknownAdapterError):
         theirs.find("math")
-    assert same(held.load(), expected), "who had its config reads it"
+    assert same(held.load(), expected), "an entry from before the withdrawal could not be loaded"
     theirs._weights.drop(held.folder.name)
     ours.remove("math")
     assert paths() == []
@@ -356,7 +356,7 @@ def test_what_is_withdrawn_can_be_fetched_until_it_is_removed(open_store: Open) 
         held.load()
 
 
-def test_what_another_process_withdrew_is_removed_all_the_same(open_store: Open) -> None:
+def test_an_adapter_that_another_process_withdrew_is_removed_all_the_same(open_store: Open) -> None:
     ours, theirs = open_store(), open_store()
     entry = publish(ours, "math")
     theirs.pull("math")
@@ -368,7 +368,7 @@ def test_what_another_process_withdrew_is_removed_all_the_same(open_store: Open)
     assert ours.remove("math") == [entry.reference]
 
 
-def test_what_is_published_again_is_not_removed(open_store: Open) -> None:
+def test_an_adapter_that_is_published_again_is_not_removed(open_store: Open) -> None:
     adapter = make_adapter("math")
     ours, theirs = open_store(), open_store()
     ours.add(adapter)
@@ -379,10 +379,10 @@ def test_what_is_published_again_is_not_removed(open_store: Open) -> None:
     theirs.withdraw("math")
     theirs.add(adapter)
     theirs.remove("math")
-    assert paths() == [], "it was asked for anew"
+    assert paths() == [], "the adapter was withdrawn again and not removed"
 
 
-def test_weights_that_go_while_they_are_published_again_come_back(open_store: Open) -> None:
+def test_weights_that_are_removed_during_publishing_are_written_again(open_store: Open) -> None:
     adapter = make_adapter("math")
     ours, theirs = open_store(), open_store()
     ours.add(adapter)
@@ -398,23 +398,23 @@ def test_weights_that_go_while_they_are_published_again_come_back(open_store: Op
     assert same(open_store().find("math").load(), adapter)
 
 
-def test_a_folder_as_its_maker_left_it_is_read_and_read_again(open_store: Open, tmp_path: Path) -> None:
+def test_a_plain_folder_is_read_and_read_again(open_store: Open, tmp_path: Path) -> None:
     expected = put_plain(tmp_path, "mine", seed=1)
     store = open_store()
     assert same(store.find("mine").load(), expected)
     changed = put_plain(tmp_path, "mine", seed=2)
-    assert same(store.find("mine").load(), expected), "what is here is used"
+    assert same(store.find("mine").load(), expected), "the cached copy was not used"
     store.pull("mine")
     assert same(store.find("mine").load(), changed)
     assert store.find(f"mine@{changed.version}").folder.name == "mine"
 
 
-def test_a_folder_as_its_maker_left_it_is_not_published_over(open_store: Open, tmp_path: Path) -> None:
+def test_a_plain_folder_is_not_published_over(open_store: Open, tmp_path: Path) -> None:
     adapter = put_plain(tmp_path, "mine", seed=1)
     store, before = open_store(), paths()
-    said = rf"'mine' is a folder of its own in .*:///store.*: rename it to mine@ and the version \({adapter.version}\) first"
+    message = rf"'mine' is a folder of its own in .*:///store.*: rename it to mine@ and the version \({adapter.version}\) first"
     for act in (lambda: publish(store, "mine"), lambda: store.alias("prod", "mine")):
-        with pytest.raises(AdapterError, match=said):
+        with pytest.raises(AdapterError, match=message):
             act()
     assert paths() == before
     store.remove("mine")
@@ -422,15 +422,17 @@ def test_a_folder_as_its_maker_left_it_is_not_published_over(open_store: Open, t
 
 
 def test_an_adapter_is_no_store(open_store: Open, tmp_path: Path) -> None:
-    """It was taken for an empty one: its server had no adapters, and did not say so."""
+    """Regression: it was taken for an empty store, so its server had no adapters, without an error."""
     put_plain(tmp_path, "math", 1)
     WatchedFileSystem.store |= {path.replace("/math", ""): file for path, file in WatchedFileSystem.store.items()}
     with pytest.raises(AdapterError, match="it is an adapter, expected a folder of adapters"):
         open_store()
 
 
-def test_weights_that_go_as_soon_as_they_came_are_said_to_be_gone(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A remover in another thread: it was `FileNotFoundError`, with a path."""
+def test_weights_that_are_removed_right_after_the_download_are_reported_as_gone(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread removes them. Regression: `FileNotFoundError` was raised, with a path."""
     publish(open_store(), "math")
     theirs = open_store()
     use = theirs._weights.use
@@ -444,7 +446,7 @@ def test_weights_that_go_as_soon_as_they_came_are_said_to_be_gone(open_store: Op
         theirs.find("math").load()
 
 
-def test_a_basis_comes_with_its_adapter(open_store: Open, tmp_path: Path) -> None:
+def test_a_basis_is_fetched_with_its_adapter(open_store: Open, tmp_path: Path) -> None:
     drawn = Seeded(9)
     basis = Explicit.from_tensors({name: drawn.draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     expected = save(tmp_path / "own", make_config(basis=drawn), make_modules(), basis)
@@ -460,7 +462,7 @@ def test_a_basis_comes_with_its_adapter(open_store: Open, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "path", ["../out/adapter_config.json", "math@12/../../x", ".aliases/../x", "math@12/.x", ".bases/x", "a/b/c", ".locks/math"]
 )
-def test_no_file_comes_but_those_of_adapters(open_store: Open, path: str, tmp_path: Path) -> None:
+def test_only_files_of_adapters_are_fetched(open_store: Open, path: str, tmp_path: Path) -> None:
     publish(open_store(), "math")
     WatchedFileSystem.store[f"/store/{path}"] = WatchedFileSystem.store["/store/.aliases/math"]
     before = {file for file in tmp_path.rglob("*") if "cache-1" not in file.parts}
@@ -472,7 +474,7 @@ def test_no_file_comes_but_those_of_adapters(open_store: Open, path: str, tmp_pa
 
 
 @pytest.mark.parametrize("folder", ["Math", "my run", "math@xyz", "math@0123456789abcd"])
-def test_a_folder_without_a_sound_name_is_said_and_not_left_out(open_store: Open, folder: str) -> None:
+def test_a_folder_with_an_invalid_name_is_reported_and_not_left_out(open_store: Open, folder: str) -> None:
     publish(open_store(), "math")
     WatchedFileSystem.store[f"/store/{folder}/{CONFIG_FILE}"] = WatchedFileSystem.store["/store/.aliases/math"]
     contents = open_store().contents()
@@ -480,12 +482,12 @@ def test_a_folder_without_a_sound_name_is_said_and_not_left_out(open_store: Open
     assert "an adapter's name must match" in contents.faults[folder]
 
 
-def test_a_version_that_comes_while_all_is_listed_is_found(open_store: Open) -> None:
+def test_a_version_that_appears_during_the_listing_is_found(open_store: Open) -> None:
     writer = open_store()
     first = publish(writer, "math").reference
 
     def add(what: str, _: str) -> None:
-        if what == "read":  # all is listed, and the alias not read yet
+        if what == "read":  # the listing is done, and the alias is not read yet
             WatchedFileSystem.before = staticmethod(let)
             publish(writer, "math", seed=1)
 
@@ -493,7 +495,7 @@ def test_a_version_that_comes_while_all_is_listed_is_found(open_store: Open) -> 
     assert open_store().current()["math"].reference in {first, writer.find("math").reference}
 
 
-def test_what_does_not_answer_fails_alone(open_store: Open) -> None:
+def test_an_adapter_that_does_not_answer_fails_alone(open_store: Open) -> None:
     writer = open_store()
     for name in ("a", "b"):
         publish(writer, name)
@@ -506,27 +508,27 @@ def test_what_does_not_answer_fails_alone(open_store: Open) -> None:
     for act in (lambda: store.pull("a"), lambda: publish(store, "c"), lambda: store.remove("b"), open_store):
         with pytest.raises(UnreachableError):
             act()
-    assert store.find("b").load().name == "b", "what is here is served"
+    assert store.find("b").load().name == "b", "the cached copy was not served"
 
 
-def test_a_cache_that_cannot_be_written_is_said(protocol: str, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(protocol: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match=r"its cache .*/file/x cannot be written: Not a directory"):
         RemoteStore(RemoteFolder(f"{protocol}:///store", LIMIT_S), tmp_path / "file" / "x", 1)
 
 
-def test_a_cache_that_is_full_is_said(open_store: Open, tmp_path: Path) -> None:
-    """Its folder could be made, and no copy in it: the start ended with `OSError`."""
+def test_a_full_cache_is_reported(open_store: Open, tmp_path: Path) -> None:
+    """Regression: if the cache's folder could be created, but no copy in it, the start failed with `OSError`."""
     publish(open_store(), "math")
     version = next(path.partition("/")[0] for path in paths() if path.startswith("math@"))
     (tmp_path / "full" / "0").mkdir(parents=True)
-    (tmp_path / "full" / "0" / version).write_bytes(b"")  # stands for a disk without room: root may write anywhere else
+    (tmp_path / "full" / "0" / version).write_bytes(b"")  # in place of a full disk, since root may write anywhere else
     with pytest.raises(AdapterError, match=r"its cache \S+full cannot be written: "):
         open_store("full")
 
 
 @pytest.mark.slow
-def test_readers_and_writers_at_once_see_what_was_or_is(open_store: Open) -> None:
+def test_concurrent_readers_see_the_old_or_the_new_version(open_store: Open) -> None:
     writer, stop = open_store(), threading.Event()
     publish(writer, "math")
     with ThreadPoolExecutor(2) as pool:

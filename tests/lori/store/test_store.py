@@ -1,4 +1,4 @@
-"""A folder of adapters: versions, aliases, and many hands at once."""
+"""A folder of adapters: versions, aliases, and concurrent readers and writers."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, s
 
 @pytest.fixture
 def store(tmp_path: Path) -> AdapterStore:
-    """An empty store."""
+    """Return an empty store."""
     return AdapterStore(tmp_path / "store")
 
 
@@ -38,7 +38,7 @@ def make(folder: Path, seed: int = 0, **config: Any) -> Adapter:
 
 
 def publish(store: AdapterStore, tmp_path: Path, name: str, seed: int = 0) -> str:
-    """Publishes a random adapter and returns its version."""
+    """Publish a random adapter and return its version."""
     version = make(tmp_path / "made" / name, seed).version
     assert store.publish(tmp_path / "made" / name).version == version
     return version
@@ -47,7 +47,7 @@ def publish(store: AdapterStore, tmp_path: Path, name: str, seed: int = 0) -> st
 # --- publish, find, list
 
 
-def test_what_is_published_is_found_by_name_and_by_version(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_published_adapter_is_found_by_name_and_by_version(store: AdapterStore, tmp_path: Path) -> None:
     old, new = publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)
     assert old != new
     assert store.find("math").version == new
@@ -67,16 +67,16 @@ def test_a_published_adapter_is_the_same_bytes_and_its_card(store: AdapterStore,
     }
 
 
-def test_publishing_again_brings_a_record_that_was_measured_since(store: AdapterStore, tmp_path: Path) -> None:
+def test_publishing_again_updates_the_record(store: AdapterStore, tmp_path: Path) -> None:
     publish(store, tmp_path, "math")
     folder = tmp_path / "made" / "math"
     config = load_adapter(folder).config
     measured = config.model_copy(update={"lori": config.lori.model_copy(update={"metrics": {"loss": 0.5}})})
     write_record(folder, measured, "# measured\n")
     store.publish(folder)
-    found = store.find("math")
-    assert found.load().config.lori.metrics == {"loss": 0.5}
-    assert (found.folder / "README.md").read_text() == "# measured\n"
+    published = store.find("math")
+    assert published.load().config.lori.metrics == {"loss": 0.5}
+    assert (published.folder / "README.md").read_text() == "# measured\n"
 
 
 def test_publishing_again_changes_nothing(store: AdapterStore, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_publishing_again_changes_nothing(store: AdapterStore, tmp_path: Path) -
     assert os.stat(store.find("math").folder / WEIGHTS_FILE).st_ino == before.st_ino
 
 
-def test_publishing_mends_a_damaged_copy(store: AdapterStore, tmp_path: Path) -> None:
+def test_publishing_repairs_a_damaged_copy(store: AdapterStore, tmp_path: Path) -> None:
     publish(store, tmp_path, "math")
     (store.find("math").folder / WEIGHTS_FILE).write_bytes(b"")
     publish(store, tmp_path, "math")
@@ -98,7 +98,7 @@ def test_an_adapter_can_be_published_under_another_name(store: AdapterStore, tmp
     assert store.publish(tmp_path / "made", "law").load().name == "law"
 
 
-def test_what_is_not_sound_is_not_published(store: AdapterStore, tmp_path: Path) -> None:
+def test_an_unsound_adapter_is_not_published(store: AdapterStore, tmp_path: Path) -> None:
     make(tmp_path / "math")
     (tmp_path / "math" / WEIGHTS_FILE).write_bytes(b"x")
     with pytest.raises(AdapterFormatError):
@@ -106,14 +106,14 @@ def test_what_is_not_sound_is_not_published(store: AdapterStore, tmp_path: Path)
     assert not store.root.exists()
 
 
-def test_a_version_whose_folder_lies_is_refused(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_version_that_differs_from_its_folder_name_is_refused(store: AdapterStore, tmp_path: Path) -> None:
     version = publish(store, tmp_path, "math")
     store.find("math").folder.rename(store.root / "math@0123456789ab")
     with pytest.raises(AdapterFormatError, match=f"its version is {version}, expected 0123456789ab"):
         store.find("math@0123").load()
 
 
-def test_an_ambiguous_version_names_what_it_could_be(store: AdapterStore) -> None:
+def test_an_ambiguous_version_lists_its_candidates(store: AdapterStore) -> None:
     for version in ("aa0000000000", "aa1111111111"):
         (store.root / f"math@{version}").mkdir(parents=True)
     with pytest.raises(AdapterError, match="math@aa could be math@aa0000000000 or math@aa1111111111"):
@@ -124,7 +124,7 @@ def test_an_ambiguous_version_names_what_it_could_be(store: AdapterStore) -> Non
 
 
 @pytest.mark.parametrize("reference", ["law", "law@aa", "math@ffffffffffff"])
-def test_what_is_not_there_is_unknown(store: AdapterStore, tmp_path: Path, reference: str) -> None:
+def test_a_missing_reference_is_unknown(store: AdapterStore, tmp_path: Path, reference: str) -> None:
     with pytest.raises(UnknownAdapterError):
         store.find(reference)
     publish(store, tmp_path, "math")
@@ -199,14 +199,14 @@ def test_an_alias_moves(store: AdapterStore, tmp_path: Path) -> None:
     assert set(store.current()) == {"math", "prod", "latest"}
 
 
-def test_an_adapter_s_name_cannot_mean_another_adapter(store: AdapterStore, tmp_path: Path) -> None:
+def test_an_adapters_name_cannot_be_an_alias_of_another(store: AdapterStore, tmp_path: Path) -> None:
     publish(store, tmp_path, "math", 1)
     publish(store, tmp_path, "law", 2)
     with pytest.raises(AdapterError, match="'law' is an adapter"):
         store.alias("law", "math")
 
 
-# --- folders as their makers left them
+# --- plain folders
 
 
 def test_a_plain_folder_is_the_adapter_of_its_name(store: AdapterStore) -> None:
@@ -237,7 +237,7 @@ def test_an_alias_of_a_plain_folder_keeps_it_as_a_version(store: AdapterStore) -
     assert store.find("prod").version == store.find("math").version == version
 
 
-def test_a_folder_trained_over_an_alias_is_not_passed_over_in_silence(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_an_alias_is_reported(store: AdapterStore, tmp_path: Path) -> None:
     publish(store, tmp_path, "math", 1)
     make(store.root / "math", 2)
     for act in (store.current, lambda: store.find("math")):
@@ -267,8 +267,8 @@ def test_a_removed_name_is_gone_with_all_its_versions(store: AdapterStore, tmp_p
 
 
 @pytest.mark.parametrize("again", [1, 2, 3])
-def test_what_is_published_after_a_name_was_withdrawn_stays(store: AdapterStore, tmp_path: Path, again: int) -> None:
-    """By another server, while requests of this one still ended on the old versions: all of the name went then."""
+def test_an_adapter_published_after_its_name_was_withdrawn_stays(store: AdapterStore, tmp_path: Path, again: int) -> None:
+    """Regression: if another server published while requests here still used the old versions, all versions were removed."""
     versions = [publish(store, tmp_path, "math", seed) for seed in (1, 2)]
     store.withdraw("math", [f"math@{version}" for version in versions])
     new = publish(AdapterStore(store.root), tmp_path, "math", again)
@@ -278,7 +278,7 @@ def test_what_is_published_after_a_name_was_withdrawn_stays(store: AdapterStore,
     assert store.list() == []
 
 
-def test_a_withdrawn_name_goes_whole(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_withdrawn_name_is_removed_whole(store: AdapterStore, tmp_path: Path) -> None:
     versions = [publish(store, tmp_path, "math", seed) for seed in (1, 2)]
     store.withdraw("math", [f"math@{version}" for version in versions[:1]])
     store.remove("math")
@@ -286,7 +286,7 @@ def test_a_withdrawn_name_goes_whole(store: AdapterStore, tmp_path: Path) -> Non
     assert list(store.current()) == []
 
 
-def test_what_would_be_removed_is_told_and_stays(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_preview_of_a_removal_lists_the_versions_and_removes_nothing(store: AdapterStore, tmp_path: Path) -> None:
     versions = [publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)]
     store.alias("prod", "math")
     assert [entry.version for entry in store.removable(f"math@{versions[0][:8]}")] == versions[:1]
@@ -304,8 +304,8 @@ def test_what_would_be_removed_is_told_and_stays(store: AdapterStore, tmp_path: 
         AdapterStore(tmp_path / "nowhere").removable("math")
 
 
-def test_an_alias_of_what_is_gone_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
-    # Was refused, since it means nothing: the store could not be mended.
+def test_a_dangling_alias_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
+    # Regression: the removal of a dangling alias was refused, so the store could not be repaired.
     publish(store, tmp_path, "math")
     store.alias("prod", "math")
     shutil.rmtree(store.find("math").folder)
@@ -316,7 +316,7 @@ def test_an_alias_of_what_is_gone_can_be_removed(store: AdapterStore, tmp_path: 
     assert store.current() == {}
 
 
-def test_an_adapter_is_found_though_another_folder_has_no_sound_name(store: AdapterStore, tmp_path: Path) -> None:
+def test_an_adapter_is_found_beside_a_folder_with_an_invalid_name(store: AdapterStore, tmp_path: Path) -> None:
     publish(store, tmp_path, "math")
     make(store.root / "law")
     make(store.root / "Not Sound")
@@ -328,7 +328,7 @@ def test_an_adapter_is_found_though_another_folder_has_no_sound_name(store: Adap
     store.remove("new")
 
 
-def test_what_an_alias_means_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
+def test_the_version_of_an_alias_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
     version = publish(store, tmp_path, "math")
     store.alias("prod", "math")
     for reference in ("math", f"math@{version}"):
@@ -343,7 +343,7 @@ def test_what_an_alias_means_is_not_removed(store: AdapterStore, tmp_path: Path)
 # --- explicit bases
 
 
-def test_an_explicit_basis_comes_along_and_is_kept_once(store: AdapterStore, tmp_path: Path) -> None:
+def test_an_explicit_basis_is_published_too_and_stored_once(store: AdapterStore, tmp_path: Path) -> None:
     made = tmp_path / "made"
     basis = Explicit.from_tensors({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     for name, seed in (("a", 1), ("b", 2)):
@@ -363,8 +363,8 @@ def explicit(seed: int = 9) -> Explicit:
     return Explicit.from_tensors({name: Seeded(seed).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
 
 
-def test_publishing_mends_a_damaged_basis(store: AdapterStore, tmp_path: Path) -> None:
-    # Was left as it was: publish succeeded, and the adapter could not be loaded.
+def test_publishing_repairs_a_damaged_basis(store: AdapterStore, tmp_path: Path) -> None:
+    # Regression: the damaged basis was left. Publishing succeeded, but the adapter could not be loaded.
     basis = explicit()
     save(tmp_path / "a", make_config(basis=Seeded(9)), make_modules(), basis)
     for _ in range(2):
@@ -375,7 +375,7 @@ def test_publishing_mends_a_damaged_basis(store: AdapterStore, tmp_path: Path) -
     assert basis_file(store.root, basis.content_digest).stat().st_size > 100
 
 
-def test_a_basis_goes_with_the_last_adapter_that_needs_it(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_basis_is_removed_with_the_last_adapter_that_needs_it(store: AdapterStore, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         save(tmp_path / name, make_config(basis=Seeded(9)), make_modules(seed=seed), explicit())
         store.publish(tmp_path / name)
@@ -386,7 +386,7 @@ def test_a_basis_goes_with_the_last_adapter_that_needs_it(store: AdapterStore, t
     assert not file.exists()
 
 
-def test_a_basis_of_another_store_is_not_taken_for_its_own(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_basis_of_another_store_is_not_reused(store: AdapterStore, tmp_path: Path) -> None:
     save(tmp_path / "a", make_config(basis=Seeded(9)), make_modules(), explicit())
     store.publish(tmp_path / "a")
     held = store.find("a").load().basis
@@ -407,20 +407,20 @@ def test_a_damaged_basis_is_refused(store: AdapterStore) -> None:
         load_basis(store.root, digest)
 
 
-# --- many
+# --- many adapters
 
 
 @pytest.mark.slow
 def test_ten_thousand_adapters_are_listed_without_opening_one(store: AdapterStore) -> None:
     (store.root / ALIASES_FOLDER).mkdir(parents=True)
     for i in range(10_000):
-        (store.root / f"tenant-{i:05}@{i:012x}").mkdir()  # nothing in it: it could not be opened
+        (store.root / f"tenant-{i:05}@{i:012x}").mkdir()  # an empty folder, which could not be opened
         (store.root / ALIASES_FOLDER / f"tenant-{i:05}").write_text(f"tenant-{i:05}@{i:012x}")
     assert len(store.list()) == len(store.current()) == 10_000
     assert store.find("tenant-04321").version == f"{4321:012x}"
 
 
-# --- many hands at once
+# --- concurrent readers and writers
 
 
 @pytest.mark.slow
@@ -447,10 +447,10 @@ def test_readers_see_one_version_or_the_other_while_writers_move_it(store: Adapt
     assert {entry.version for entry in store.list()} == versions
 
 
-def _publish_for_ever(root: Path, made: Path, num_turns: Synchronized) -> None:
+def _publish_for_ever(root: Path, made: Path, num_rounds: Synchronized) -> None:
     store = AdapterStore(root)
     while True:
-        num_turns.value += 1
+        num_rounds.value += 1
         for folder in sorted(made.iterdir()):
             entry = store.publish(folder, "math")
             store.alias("prod", "math")
@@ -466,26 +466,26 @@ def test_a_writer_that_is_killed_leaves_a_sound_store(store: AdapterStore, tmp_p
     store.publish(tmp_path / "made" / "0", "math")
     context = get_context("spawn")
     for i in range(4):
-        num_turns = context.Value("i", 0)
-        writer = context.Process(target=_publish_for_ever, args=(store.root, tmp_path / "made", num_turns))
+        num_rounds = context.Value("i", 0)
+        writer = context.Process(target=_publish_for_ever, args=(store.root, tmp_path / "made", num_rounds))
         writer.start()
-        while num_turns.value < 2 and writer.is_alive():  # a process that has only begun to start would leave nothing
+        while num_rounds.value < 2 and writer.is_alive():  # a process that is still starting has written nothing
             time.sleep(0.01)
         writer.join(0.05 + 0.13 * i)
-        assert num_turns.value >= 2, "it was writing"
+        assert num_rounds.value >= 2, "the writer ended before it was killed"
         writer.kill()
         writer.join()
-        assert writer.exitcode == -signal.SIGKILL, "nothing else ended it"
+        assert writer.exitcode == -signal.SIGKILL, "the writer ended before it was killed"
         assert store.find("math").load(BASE).version in made
-    store.publish(tmp_path / "made" / "1", "math")  # no lock is left held
+    store.publish(tmp_path / "made" / "1", "math")  # would wait if a lock were still held
     assert not list(store.root.glob(".math@*"))
 
 
-# --- what was found by trying to break it
+# --- regressions found by attempts to break the store
 
 
 def test_nothing_of_a_newer_plain_folder_is_lost(store: AdapterStore, tmp_path: Path) -> None:
-    # The folder was deleted with all it held, and the older record came back.
+    # Regression: the folder was deleted with all its content, and the older record came back.
     publish(store, tmp_path, "math")
     folder = store.root / "math"
     shutil.copytree(tmp_path / "made" / "math", folder)
@@ -508,10 +508,8 @@ def test_a_name_that_is_an_alias_of_another_is_not_taken_over(store: AdapterStor
         store.publish(tmp_path / "law", "prod")
 
 
-def test_removing_a_name_leaves_it_whole_until_it_is_gone(
-    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The alias went first: readers, and whoever came after a crash, found a name that could be any of its versions.
+def test_removing_a_name_is_atomic_for_readers(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Regression: the alias was removed first. Readers, also after a crash, found a name that could mean any of its versions.
     for seed in range(3):
         current = publish(store, tmp_path, "math", seed)
     seen = []
@@ -526,7 +524,7 @@ def test_removing_a_name_leaves_it_whole_until_it_is_gone(
 
 
 @pytest.mark.slow
-def test_what_is_about_to_be_aliased_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_version_that_is_about_to_be_aliased_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
     old = publish(store, tmp_path, "math", 1)
     publish(store, tmp_path, "math", 2)
     outcomes: list[str] = []
@@ -539,7 +537,7 @@ def test_what_is_about_to_be_aliased_is_not_removed(store: AdapterStore, tmp_pat
             outcomes.append(f"no {name}")
 
     (store.root / ".locks").mkdir(exist_ok=True)
-    with FileLock(store.root / ".locks" / "prod"):  # the alias has to wait, after it has found what it means
+    with FileLock(store.root / ".locks" / "prod"):  # alias() has to wait after it has resolved its target
         threads = [threading.Thread(target=act, args=(lambda: store.alias("prod", f"math@{old}"), "alias"))]
         threads[0].start()
         time.sleep(0.3)
@@ -586,13 +584,13 @@ def test_a_damaged_plain_folder_can_be_removed(store: AdapterStore, tmp_path: Pa
     assert store.publish(tmp_path / "math")
 
 
-def test_removing_from_a_folder_that_is_not_there_makes_none(store: AdapterStore) -> None:
+def test_removing_from_a_missing_folder_does_not_create_it(store: AdapterStore) -> None:
     with pytest.raises(AdapterError, match="is no folder of adapters"):
         store.remove("math")
     assert not store.root.exists()
 
 
-def test_files_that_a_killed_writer_left_are_cleaned(store: AdapterStore, tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_removed(store: AdapterStore, tmp_path: Path) -> None:
     publish(store, tmp_path, "math")
     (store.root / ".math@left").write_text("a file")
     (store.root / ".math@folder").mkdir()
@@ -602,7 +600,7 @@ def test_files_that_a_killed_writer_left_are_cleaned(store: AdapterStore, tmp_pa
 
 
 def test_a_plain_folder_made_in_another_way_is_not_lost(store: AdapterStore, tmp_path: Path) -> None:
-    # A reproducible training, run again, differs in its seconds: its metrics and card were deleted.
+    # A repeated reproducible training differs in its seconds. Regression: its metrics and card were deleted.
     make(tmp_path / "math", training={"seconds": 1})
     store.publish(tmp_path / "math")
     make(store.root / "math", training={"seconds": 2}, metrics={"loss": 0.5})
@@ -612,7 +610,7 @@ def test_a_plain_folder_made_in_another_way_is_not_lost(store: AdapterStore, tmp
 
 
 def test_an_alias_that_cannot_be_read_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
-    # It blocked the removal of everything.
+    # Regression: it blocked every removal.
     publish(store, tmp_path, "math")
     (store.root / ALIASES_FOLDER / "prod").write_text("junk")
     store.remove("math")
@@ -621,19 +619,19 @@ def test_an_alias_that_cannot_be_read_can_be_removed(store: AdapterStore, tmp_pa
 
 
 def test_a_sound_version_is_not_replaced_by_a_damaged_folder(store: AdapterStore, tmp_path: Path) -> None:
-    # Its weights were taken for the better ones, unread.
+    # Regression: the damaged weights replaced the sound ones without being read.
     publish(store, tmp_path, "math")
-    kept = store.find("math").folder
-    shutil.copytree(kept, store.root / "math")
+    published = store.find("math").folder
+    shutil.copytree(published, store.root / "math")
     (store.root / "math" / WEIGHTS_FILE).write_bytes(b"xx")
     make(tmp_path / "math", 5)
     with pytest.raises(AdapterError, match="is in the way, and not sound"):
         store.publish(tmp_path / "math")
-    assert load_adapter(kept, BASE)
+    assert load_adapter(published, BASE)
 
 
-def test_a_name_that_means_two_things_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
-    # The advice to remove the folder took every version.
+def test_an_ambiguous_name_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
+    # Regression: the removal that the error advised for the folder removed every version.
     publish(store, tmp_path, "math")
     make(store.root / "math", 5)
     with pytest.raises(AdapterError, match=r"is an alias and a folder of its own .* `python -m lori import "):

@@ -1,4 +1,4 @@
-"""A writer of a store that is killed at any of its steps: before each file that it opens, renames or removes."""
+"""Crash safety of a store: a writer is killed before each file that it opens, renames or removes."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from lori.store.store import AdapterStore
 from tests.lori.adapters import BASE, make_config, make_modules, save
 
 STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.chmod", "ctypes.dlsym"}
-"""Python's audit events of what a writer does to files; the last one announces an exchange of two names."""
+"""Python's audit events of a writer's file operations. The last one announces an exchange of two names."""
 
 
 def publish_first(store: AdapterStore, made: Path) -> None:
@@ -49,8 +49,8 @@ CHANGES: dict[str, Callable[[AdapterStore, Path], None]] = {
 
 
 def kill_at_each_step(start: Path, place: Path, made: Path) -> None:
-    """For each change and n = 0, 1, … copy the store `start` to `place`/change/n, and make the change in a process that is killed
-    before its nth step."""
+    """Kill writers: for each change and n = 0, 1, … copy the store `start` to `place`/change/n, and make the change there in a
+    process that is killed before its nth step."""
     for change in CHANGES:
         _kill_at_each_step(start, place / change, made, change)
 
@@ -76,7 +76,7 @@ def _die_at(steps_before: Iterator[int], event: str, _: object) -> None:
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of adapters `made`, a store `start`, and in `killed` what every killed writer left of it."""
+    """Return a folder with adapters in `made`, a store `start`, and in `killed` the store that each killed writer left."""
     folder = tmp_path_factory.mktemp("stores")
     made, start = folder / "made", AdapterStore(folder / "start")
     for seed in range(3):
@@ -94,25 +94,25 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_store_is_sound_whenever_its_writer_is_killed(stores: Path, change: str) -> None:
-    """Every name means what it meant before or what it means after, and the next writer finds no lock and leaves no scratch."""
+    """Every name means its old or its new version, and the next writer finds no lock and leaves no temporary files."""
     made = stores / "made"
     killed = sorted((stores / "killed" / change).iterdir(), key=lambda root: int(root.name))
     before, after = meanings(AdapterStore(stores / "start")), meanings(AdapterStore(killed[-1]))
-    assert before != after, "it changes something, in the end"
-    assert len(killed) > 5, "it was killed at several steps"
+    assert before != after, "the completed change had no effect"
+    assert len(killed) > 5, "the writer was killed at too few steps"
     for root in killed:
         store = AdapterStore(root)
-        found = meanings(store)
-        assert all(found.get(name) in (before.get(name), after.get(name)) for name in before.keys() | after.keys()), root
-        if change != "remove" or "math" in found:
+        current = meanings(store)
+        assert all(current.get(name) in (before.get(name), after.get(name)) for name in before.keys() | after.keys()), root
+        if change != "remove" or "math" in current:
             CHANGES[change](store, made)
         assert meanings(store) == after, root
         store.publish(made / "0", "math")  # cleans up after writers of its name
         store.alias("prod", "math")
-        assert not [*root.rglob(".*@*")], "scratch is left"
+        assert not [*root.rglob(".*@*")], "temporary files are left"
 
 
 def meanings(store: AdapterStore) -> dict[str, object]:
-    """Return what each name means, read whole and checked: the version and what is recorded of it."""
+    """Return the version and the record of each name. Every adapter is fully read and checked."""
     loaded = {name: entry.load(BASE) for name, entry in store.current().items()}
     return {name: (adapter.version, adapter.config.lori.metrics) for name, adapter in loaded.items()}

@@ -1,4 +1,4 @@
-"""Links and damaged files in a store are faults of the adapter that has them, and lead nowhere."""
+"""Links and damaged files in a store: each is a fault of its adapter alone, and no link is followed."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ PARTS = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 @pytest.fixture
 def store(tmp_path: Path) -> AdapterStore:
-    """An empty store."""
+    """Return an empty store."""
     return AdapterStore(tmp_path / "store")
 
 
@@ -34,7 +34,7 @@ def publish(store: AdapterStore, tmp_path: Path, name: str, seed: int = 0) -> No
 
 
 def link_out(file: Path) -> None:
-    """Moves a file out of the store and leaves a link to it."""
+    """Move a file out of the store and leave a link to it."""
     elsewhere = file.parents[2] / f"elsewhere-{file.name}"
     if file.exists():
         file.rename(elsewhere)
@@ -44,13 +44,13 @@ def link_out(file: Path) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_file_of_an_adapter_that_is_a_link_is_a_fault_of_it(store: AdapterStore, tmp_path: Path, part: str) -> None:
+def test_a_linked_file_is_a_fault_of_its_adapter(store: AdapterStore, tmp_path: Path, part: str) -> None:
     for name in ("math", "law"):
         publish(store, tmp_path, name)
     entry = store.find("math")
     link_out(entry.folder / part)
-    [said] = summarise_sound(store.contents().current, BASE)[1].values()
-    assert f"{part} cannot be read: it is a link, and a store follows none" in said.faults
+    [error] = summarise_sound(store.contents().current, BASE)[1].values()
+    assert f"{part} cannot be read: it is a link, and a store follows none" in error.faults
     with pytest.raises(AdapterFormatError, match=f"{part} cannot be read: it is a link"):
         entry.load()
     if part == CARD_FILE:
@@ -107,7 +107,7 @@ def test_nothing_is_written_through_a_link_of_the_store(store: AdapterStore, tmp
     assert {file.name: file.stat().st_mtime_ns for file in elsewhere.iterdir()} == before
 
 
-def test_what_is_published_again_replaces_a_link(store: AdapterStore, tmp_path: Path) -> None:
+def test_publishing_again_replaces_a_link(store: AdapterStore, tmp_path: Path) -> None:
     publish(store, tmp_path, "math")
     entry = store.find("math")
     link_out(entry.folder / WEIGHTS_FILE)
@@ -136,15 +136,15 @@ def test_a_volume_of_kubernetes_is_a_store_below_its_link(store: AdapterStore, t
 
 
 @pytest.mark.parametrize("part", [CONFIG_FILE, WEIGHTS_FILE])
-def test_a_folder_with_one_of_its_files_is_a_damaged_adapter(store: AdapterStore, part: str) -> None:
-    """Without its config it was no adapter at all, and a demo adapter of the name was served in its place."""
+def test_a_folder_with_any_file_of_an_adapter_is_a_damaged_adapter(store: AdapterStore, part: str) -> None:
+    """Regression: a folder without its config did not count as an adapter, so a demo adapter of its name was served instead."""
     make(store.root / "math")
     (store.root / "math" / part).unlink()
     _, faulty = summarise_sound(store.contents().current, BASE)
     assert faulty["math"].faults[0] == f"{part} cannot be read: No such file or directory"
 
 
-def test_weights_that_are_cut_short_are_seen_by_their_header(store: AdapterStore) -> None:
+def test_truncated_weights_are_detected_from_their_header(store: AdapterStore) -> None:
     make(store.root / "math")
     file = store.root / "math" / WEIGHTS_FILE
     content = file.read_bytes()

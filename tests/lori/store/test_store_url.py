@@ -1,4 +1,4 @@
-"""What is an address, and what of it is said."""
+"""Addresses of stores: their recognition, and their form in messages, without secrets."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from lori.store.remote_folder import is_url, redacted
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/a", "file:///srv/a", "memory://a", "dir::file:///a", "simplecache::s3://b/a"])
-def test_an_address_is_known_from_a_path(place: str) -> None:
+def test_an_address_is_recognized(place: str) -> None:
     assert is_url(place)
     assert not is_url(place.replace(":", "/"))
 
@@ -17,7 +17,7 @@ def test_a_path_is_no_address(place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "shown"),
     [
         ("sftp://me:secret@host/a", "sftp://…@host/a"),
         ("sftp://me:s@cr@et@host/a", "sftp://…@host/a"),
@@ -29,5 +29,5 @@ def test_a_path_is_no_address(place: str) -> None:
         ("is it there?", "is it there?"),
     ],
 )
-def test_secrets_are_left_out(text: str, said: str) -> None:
-    assert redacted(text) == said
+def test_secrets_are_left_out(text: str, shown: str) -> None:
+    assert redacted(text) == shown

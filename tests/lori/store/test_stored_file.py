@@ -1,4 +1,4 @@
-"""Files of a store are opened without following links, however they are put there."""
+"""Files of a store, opened without following links, whenever the links are created."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ SECRET = b"the key file"
 
 @pytest.fixture(params=[True, False], ids=["openat", "by path"])
 def store(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store with the folder `math`, and beside it a secret; opened in both ways, as the system allows."""
+    """Return a store with the folder `math` and a secret beside the store. Files are opened in both ways that the system has."""
     monkeypatch.setattr(lori.store.files, "HAS_OPENAT", request.param and lori.store.files.HAS_OPENAT)
     (tmp_path / "secret").write_bytes(SECRET)
     (tmp_path / "store" / "math").mkdir(parents=True)
@@ -23,7 +23,7 @@ def store(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 
 
 def refusal(folder: Path, name: str = "card") -> str:
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # what it says is looked at
+    with pytest.raises(OSError) as caught:  # noqa: PT011  # the caller checks the message
         read_stored(folder, name, MANY)
     return caught.value.strerror or ""
 
@@ -53,7 +53,7 @@ def test_a_linked_folder_is_refused(store: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder"])
-def test_what_is_no_regular_file_is_refused_and_not_waited_for(store: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_irregular_file_is_refused_and_not_waited_for(store: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(store / "math")  # the path of a socket is short
     with socket.socket(socket.AF_UNIX) as listening:
         {"pipe": lambda: os.mkfifo("card"), "socket": lambda: listening.bind("card"), "folder": lambda: os.mkdir("card")}[kind]()
@@ -69,10 +69,10 @@ def test_the_path_to_the_store_may_have_links(store: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("what", ["card", "math"])
-def test_a_link_that_is_put_there_between_the_check_and_the_opening_is_not_followed(
+def test_a_link_created_between_the_check_and_the_opening_is_not_followed(
     store: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file, or its folder, is exchanged for a link just before the file is opened."""
+    """The file, or its folder, is replaced by a link just before the file is opened."""
     folder, elsewhere, genuine = store / "math", store.parent / "elsewhere", os.open
     (folder / "card").write_bytes(b"x")
     elsewhere.mkdir()
@@ -89,7 +89,7 @@ def test_a_link_that_is_put_there_between_the_check_and_the_opening_is_not_follo
         return genuine(path, flags, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "open", open_late)
-    if what == "math" and lori.store.files.HAS_OPENAT:  # the folder is open already
+    if what == "math" and lori.store.files.HAS_OPENAT:  # the folder is already open
         assert read_stored(folder, "card", MANY) == b"x"
     else:
         assert refusal(folder) in (LINK, LINKED_FOLDER)
@@ -129,7 +129,7 @@ def test_a_volume_of_kubernetes_is_imported_through_its_links(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("target", ["../secret", "../../secret", "card"])
-def test_what_is_imported_follows_no_link_out_of_its_folder(tmp_path: Path, target: str) -> None:
+def test_an_import_follows_no_link_out_of_its_folder(tmp_path: Path, target: str) -> None:
     (tmp_path / "secret").write_bytes(SECRET)
     folder = tmp_path / "snapshots" / "main"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a tenant's key gives it, over a real socket: which adapters, what is added, how much at once."""
+"""Rights of a tenant's key, over a real socket: the adapters it may use, the policy added to its requests, and its limits."""
 
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ FOR_EVER = 10**9
 
 @pytest.fixture(scope="module")
 def registry(writer_model: Path, adapters: Path) -> Registry:
-    """math, safety and intent."""
+    """Return a registry of math, safety and intent."""
     return build(writer_model, adapters).registry
 
 
-class Listening(FakeEngine):
-    """Keeps the requests that it is given."""
+class RecordingEngine(FakeEngine):
+    """A fake engine that records the submitted requests."""
 
     def submit(self, request: Request, emit: Emit) -> None:
         self.__dict__.setdefault("asked", []).append(request)
@@ -41,7 +41,7 @@ def ask(**body: object) -> dict[str, Any]:
 
 
 def names_of(reply: dict[str, Any]) -> list[tuple[str, float]]:
-    return [(of["name"], of["weight"]) for of in reply["adapter"]]
+    return [(term["name"], term["weight"]) for term in reply["adapter"]]
 
 
 def test_a_tenant_sees_and_uses_its_adapters(tokenizer: PreTrainedTokenizerFast, registry: Registry, tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_tenant_sees_and_uses_its_adapters(tokenizer: PreTrainedTokenizerFast,
     with served(make_service(tokenizer, keys, registry=registry)) as client:
         for key, expected in ((ACME, ["intent", "math"]), (OTHER, []), (ADMIN, ["intent", "math", "safety"])):
             listed = client.get("/adapters", headers=bearer(key)).json()["adapters"]
-            assert sorted(of["name"] for of in listed) == expected
+            assert sorted(row["name"] for row in listed) == expected
             for name in ("intent", "math", "safety"):
                 reply = client.post("/generate", headers=bearer(key), json=ask(adapter=name))
                 assert reply.status_code == (200 if name in expected else 404)
@@ -60,19 +60,19 @@ def test_a_tenant_sees_and_uses_its_adapters(tokenizer: PreTrainedTokenizerFast,
 @pytest.mark.parametrize(
     "adapter", ["safety", ["math", "safety"], ["safety", "nobody"], ["safety", "safety"], "safety@0", "safet"]
 )
-def test_a_forbidden_adapter_is_answered_as_one_that_is_not_there(
+def test_a_forbidden_adapter_is_answered_like_a_missing_one(
     tokenizer: PreTrainedTokenizerFast, registry: Registry, tmp_path: Path, adapter: str | list[str]
 ) -> None:
     keys = write_keys(tmp_path, 'adapters = ["math", "intent"]')
-    without = Registry([of for name, of in registry.by_name.items() if name != "safety"])
-    heard = []
+    without = Registry([entry for name, entry in registry.by_name.items() if name != "safety"])
+    answers = []
     for known in (registry, without):
         with served(make_service(tokenizer, keys, registry=known), ACME) as client:
             reply = client.post("/generate", json=ask(adapter=adapter))
             headers = {name: value for name, value in reply.headers.items() if name not in ("date", "x-request-id")}
-            heard.append((reply.status_code, reply.content, headers))
-    assert heard[0] == heard[1]
-    assert heard[0][0] in (400, 404)
+            answers.append((reply.status_code, reply.content, headers))
+    assert answers[0] == answers[1]
+    assert answers[0][0] in (400, 404)
 
 
 def test_the_policy_is_added_and_cannot_be_named(tokenizer: PreTrainedTokenizerFast, registry: Registry, tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_the_policy_is_added_and_cannot_be_named(tokenizer: PreTrainedTokenizerF
         assert names_of(other) == [("safety", 1.0)]
 
 
-def test_nothing_is_served_without_its_policy(tokenizer: PreTrainedTokenizerFast, registry: Registry, tmp_path: Path) -> None:
-    engine = Listening()
+def test_no_request_is_served_without_its_policy(tokenizer: PreTrainedTokenizerFast, registry: Registry, tmp_path: Path) -> None:
+    engine = RecordingEngine()
     keys = write_keys(tmp_path, "policy = { ghost = 1.0 }")
     with served(make_service(tokenizer, keys, registry=registry, engine=engine), ACME) as client:
         for body in (ask(), ask(adapter="math"), ask(stream=True)):
@@ -107,7 +107,7 @@ def test_nothing_is_served_without_its_policy(tokenizer: PreTrainedTokenizerFast
 
 
 @pytest.mark.slow
-def test_a_policy_of_an_adapter_that_is_not_there_stops_the_start(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
+def test_a_policy_of_a_missing_adapter_stops_the_start(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     def load(acme: str) -> Service:
         keys = write_keys(tmp_path, acme)
         return load_service(
@@ -121,27 +121,27 @@ def test_a_policy_of_an_adapter_that_is_not_there_stops_the_start(writer_model: 
     write_keys(tmp_path, "policy = { ghost = 1.0 }")
     for _ in range(2):
         service.keys.poll()
-    found = service.keys.find(ACME.encode())
-    assert found
-    assert found.policy == (("safety", 1.0),)
+    caller = service.keys.find(ACME.encode())
+    assert caller
+    assert caller.policy == (("safety", 1.0),)
 
 
-def test_a_policy_is_summed_beside_any_merge(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+def test_a_policy_is_added_to_any_merge(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
     admission = make_service(tokenizer, registry=registry).admission
     ties = GenerateRequest(prompt="x", adapters=("math",), merge=MergeOptions("ties"), tenant="acme", policy=(("safety", 0.25),))
     request = admission.admit(ties)
-    assert [(of.name, of.weight) for of in request.policy] == [("safety", 0.25)]
+    assert [(term.name, term.weight) for term in request.policy] == [("safety", 0.25)]
     assert (request.policy[0].digest, 0.25) in request.residents
     assert (request.merged_digest, 1.0) in request.residents
     assert len(request.residents) == 2
 
 
-def test_the_engine_learns_whose_request_it_is(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    engine = Listening()
+def test_the_engine_gets_the_tenant_and_priority_of_a_request(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    engine = RecordingEngine()
     with served(make_service(tokenizer, write_keys(tmp_path, "priority = -3"), engine=engine)) as client:
         for key in (ACME, OTHER, ADMIN):
             client.post("/generate", json=ask(), headers=bearer(key))
-    assert [(of.tenant, of.priority) for of in engine.__dict__["asked"]] == [("acme", -3), ("other", 0), ("", 0)]
+    assert [(request.tenant, request.priority) for request in engine.__dict__["asked"]] == [("acme", -3), ("other", 0), ("", 0)]
 
 
 def test_more_requests_in_a_minute_are_429(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_more_requests_in_a_minute_are_429(tokenizer: PreTrainedTokenizerFast, t
         assert client.post("/generate", json=ask(), headers=bearer(OTHER)).status_code == 200
 
 
-def test_what_is_done_with_a_text_alone_counts_as_a_request(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A tenant could have as many long texts tokenized at once as it liked."""
+def test_tokenizing_and_detokenizing_count_as_requests(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Regression: a tenant could have any number of long texts tokenized at once."""
     with served(make_service(tokenizer, write_keys(tmp_path, "requests_per_minute = 2")), ACME) as client:
         ids = client.post("/tokenize", json={"prompt": "The quick brown fox"}).json()["tokens"]
         assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "The quick brown fox"}
@@ -166,15 +166,15 @@ def test_what_is_done_with_a_text_alone_counts_as_a_request(tokenizer: PreTraine
 
 
 @pytest.mark.parametrize("route", ["/adapters/compare?names=nobody", "/adapters/nobody"])
-def test_what_is_read_of_adapters_counts_as_a_request(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, route: str) -> None:
-    """One comparison runs at a time: a tenant could keep all others from theirs."""
+def test_reading_about_adapters_counts_as_a_request(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, route: str) -> None:
+    """Regression: one comparison runs at a time, so a tenant could keep all others from theirs."""
     with served(make_service(tokenizer, write_keys(tmp_path, "requests_per_minute = 1")), ACME) as client:
         assert client.get(route).status_code in {400, 404}
         refusal(client.get(route), 429)
 
 
 def test_more_answers_than_may_ever_be_under_way_are_refused_as_such(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A tenant that may have two requests at once had 64 answers of each."""
+    """Regression: a tenant limited to two requests at once got 64 answers to each."""
     with served(make_service(tokenizer, write_keys(tmp_path, "max_requests = 2")), ACME) as client:
         error = refusal(client.post("/generate", json=ask(n=3)), 400)
         assert (error["param"], "expected 2 at most" in error["message"]) == ("n", True)
@@ -236,7 +236,7 @@ def test_prompts_that_could_never_be_under_way_at_once_are_refused_as_such(
 ) -> None:
     keys = write_keys(tmp_path, "max_requests = 2", "requests_per_minute = 3")
     with served(make_service(tokenizer, keys, max_requests=4)) as client:
-        for key, most, num_left in ((ACME, 2, 2), (OTHER, 3, 2), (ADMIN, 4, 4)):  # what is refused is one request of the minute's
+        for key, most, num_left in ((ACME, 2, 2), (OTHER, 3, 2), (ADMIN, 4, 4)):  # a refused batch counts as one request
             body: dict[str, Any] = {"prompt": ["x"] * (most + 1)}
             error = refusal(client.post("/v1/completions", headers=bearer(key), json=body), 400)
             assert (error["param"], f"expected {most} at most" in error["message"]) == ("prompt", True)

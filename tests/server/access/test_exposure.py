@@ -1,4 +1,4 @@
-"""A server that other machines reach has keys, or was told that it needs none."""
+"""Exposure of a server: if other machines can reach it, it needs keys or the flag --open."""
 
 import logging
 import socket
@@ -17,7 +17,7 @@ REACHED = ["0.0.0.0", "::", "", "0", "10.0.0.7", "203.0.113.9", "2001:db8::1"]
 
 
 @pytest.mark.parametrize("host", LOOPBACK)
-def test_this_machine_alone_needs_no_keys(host: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loopback_address_needs_no_keys(host: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert is_local_only(host)
     check_exposure(settings := Settings(host=host))
@@ -36,16 +36,16 @@ def test_an_address_that_others_reach_needs_keys(host: str, caplog: pytest.LogCa
     assert not caplog.records
 
 
-def test_a_name_of_several_addresses_is_this_machine_s_where_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "10.0.0.7")]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+def test_a_name_is_local_only_if_all_its_addresses_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "10.0.0.7")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: addresses)
     assert not is_local_only("both.example")
-    found.pop()
+    addresses.pop()
     assert is_local_only("both.example")
 
 
 @pytest.mark.parametrize("host", REACHED)
-def test_open_is_said_loudly(host: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_open_is_logged_as_a_warning(host: str, caplog: pytest.LogCaptureFixture) -> None:
     check_exposure(settings := Settings(host=host, open=True))
     log_exposure(settings)
     [record] = caplog.records
@@ -55,7 +55,7 @@ def test_open_is_said_loudly(host: str, caplog: pytest.LogCaptureFixture) -> Non
 
 
 @pytest.mark.parametrize("is_open", [False, True])
-def test_keys_let_it_listen_anywhere_and_come_before_open(is_open: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_with_keys_may_listen_anywhere_and_open_changes_nothing(is_open: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     check_exposure(settings := Settings(host="0.0.0.0", keys=Path("keys.toml"), open=is_open))
     log_exposure(settings)
@@ -73,27 +73,27 @@ def test_programs_that_would_be_open_by_mistake_do_not_start(tmp_path: Path) -> 
     }
     processes = {name: run_main(tmp_path / name, "--port", "0", *flags) for name, flags in cases.items()}
     codes = {name: process.wait(LIMIT_S) for name, process in processes.items()}
-    said = {name: (tmp_path / name).read_text() for name in cases}
-    assert codes == {"open": 2, "keys": 1, "none": 1}, said
-    assert said["open"].startswith("error: --host: '0.0.0.0' lets other machines in, and there are no keys; pass --keys FILE")
-    assert len(said["open"].splitlines()) == 1
+    outputs = {name: (tmp_path / name).read_text() for name in cases}
+    assert codes == {"open": 2, "keys": 1, "none": 1}, outputs
+    assert outputs["open"].startswith("error: --host: '0.0.0.0' lets other machines in, and there are no keys; pass --keys FILE")
+    assert len(outputs["open"].splitlines()) == 1
     for part in ("keys.toml is not a sound key file:", "  tenants.acme.colour: unknown field", "  keys.1.id: Input should be"):
-        assert part in said["keys"]
-    assert "it cannot be read: No such file" in said["none"]
-    assert "Traceback" not in "".join(said.values())
+        assert part in outputs["keys"]
+    assert "it cannot be read: No such file" in outputs["none"]
+    assert "Traceback" not in "".join(outputs.values())
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("given", "expected"),
     [
         ("https://a.example", ["https://a.example"]),
         ("https://a.example, http://localhost:3000", ["https://a.example", "http://localhost:3000"]),
         ("*", ["*"]),
     ],
 )
-def test_origins_are_split_at_commas(said: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings(_cli_parse_args=["--cors-origins", said]).cors_origins == expected
-    monkeypatch.setenv("LORI_CORS_ORIGINS", said)
+def test_origins_are_split_at_commas(given: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings(_cli_parse_args=["--cors-origins", given]).cors_origins == expected
+    monkeypatch.setenv("LORI_CORS_ORIGINS", given)
     assert Settings().cors_origins == expected
     with pytest.raises(ValidationError, match="cors_origins"):
         Settings(_cli_parse_args=["--cors-origins", "a.example/page"])

@@ -1,4 +1,4 @@
-"""Who is let in, over a real socket: keys, roles, open routes, browsers of other origins."""
+"""Authentication over a real socket: keys, roles, open routes, browsers of other origins."""
 
 import asyncio
 import logging
@@ -39,11 +39,11 @@ def client(service: Service) -> Iterator[httpx.Client]:
 
 
 def create_probed_app(service: Service) -> FastAPI:
-    """Returns the app, with routes that say who asks."""
+    """Return the app with two more routes, which return the caller."""
     app = create_app(service)
 
-    @app.get("/who")
-    async def who(caller: CallerOf) -> tuple[str, str]:
+    @app.get("/caller")
+    async def show_caller(caller: CallerOf) -> tuple[str, str]:
         return caller.tenant, caller.key_id
 
     @app.post("/change")
@@ -56,7 +56,7 @@ def create_probed_app(service: Service) -> FastAPI:
 
 @pytest.fixture(scope="module")
 def probed(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server with keys and those routes."""
+    """Yield a client of a server with keys and the routes of `create_probed_app`."""
     service = make_service(tokenizer, write_keys(tmp_path_factory.mktemp("keys")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "create_app", create_probed_app)
@@ -68,7 +68,7 @@ def probed(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
     "path", ["/adapters", "/metrics", "/generate", "/nowhere", "/health/", "/staticx", "/HEALTH", "//health"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
-def test_without_a_key_nothing_is_told(client: httpx.Client, method: str, path: str) -> None:
+def test_without_a_key_every_other_route_is_refused(client: httpx.Client, method: str, path: str) -> None:
     reply = client.request(method, client.base_url.copy_with(path=path))
     error = refusal(reply, 401)
     assert error["type"] == "AuthenticationError"
@@ -77,7 +77,7 @@ def test_without_a_key_nothing_is_told(client: httpx.Client, method: str, path: 
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/ready", "/version", "/docs", "/openapi.json"])
-def test_open_routes_need_no_key_and_mind_no_wrong_one(client: httpx.Client, path: str) -> None:
+def test_open_routes_need_no_key_and_ignore_a_wrong_one(client: httpx.Client, path: str) -> None:
     for headers in ({}, bearer("wrong"), {"Authorization": "Basic eDp5"}):
         assert client.get(path, headers=headers).status_code == 200
 
@@ -100,33 +100,33 @@ def test_an_open_path_leads_to_no_other_route(client: httpx.Client, path: str) -
         pytest.param("", id="empty"),
     ],
 )
-def test_a_header_that_is_no_key_is_told_as_that(client: httpx.Client, header: str) -> None:
+def test_a_header_without_a_key_is_reported_as_such(client: httpx.Client, header: str) -> None:
     error = refusal(client.get("/adapters", headers={"Authorization": header}), 401)
     assert error["message"].startswith("the Authorization header is no key's: send a key")
     assert ACME not in error["message"]
 
 
-def test_two_keys_are_none(client: httpx.Client) -> None:
+def test_two_keys_are_refused(client: httpx.Client) -> None:
     for keys in ((ACME, ADMIN), (ADMIN, ACME), (ACME, ACME)):
         reply = client.get("/adapters", headers=[("Authorization", f"Bearer {key}") for key in keys])
         assert "is no key's" in refusal(reply, 401)["message"]
 
 
 @pytest.mark.parametrize("key", ["wrong", f"{ACME}x", ACME[:-1], ACME.upper(), "acme-1", f"{ACME} {ACME}", "ä"])
-def test_a_key_that_nobody_has_is_unknown_and_not_quoted(client: httpx.Client, key: str) -> None:
+def test_an_unknown_key_is_refused_and_not_quoted(client: httpx.Client, key: str) -> None:
     error = refusal(client.get("/adapters", headers={b"Authorization": f"Bearer {key}".encode()}), 401)
     assert error["message"] == "the key is not known"
 
 
 @pytest.mark.parametrize("header", [f"Bearer {ACME}", f"bearer {ACME}", f"BEARER   {ACME}"])
-def test_a_key_lets_in(client: httpx.Client, header: str) -> None:
+def test_a_known_key_is_accepted(client: httpx.Client, header: str) -> None:
     assert client.get("/adapters", headers={"Authorization": header}).status_code == 200
     assert client.post("/generate", headers={"Authorization": header}, json={"prompt": "x"}).json()["text"] == "xxx"
 
 
-def test_routes_learn_who_asks(probed: httpx.Client) -> None:
-    said = {name: probed.get("/who", headers=bearer(key)).json() for name, key in KEYS.items() if name != "monitor"}
-    assert said == {"acme": ["acme", "acme-1"], "admin": ["", "admin-1"]}
+def test_routes_get_the_caller(probed: httpx.Client) -> None:
+    callers = {name: probed.get("/caller", headers=bearer(key)).json() for name, key in KEYS.items() if name != "monitor"}
+    assert callers == {"acme": ["acme", "acme-1"], "admin": ["", "admin-1"]}
 
 
 def test_admins_alone_change_things(probed: httpx.Client) -> None:
@@ -151,10 +151,10 @@ def test_a_monitor_reads_nothing_else(client: httpx.Client, path: str) -> None:
     assert error["message"] == "the key 'monitor-1' is of the role 'monitor', which reads /metrics alone"
 
 
-def test_metrics_may_be_read_without_a_key_where_the_operator_says_so(
+def test_metrics_may_be_read_without_a_key_with_open_metrics(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, client: httpx.Client
 ) -> None:
-    """What scrapes a server for a gateway sends none."""
+    """Serve gateways, which scrape metrics without a key."""
     refusal(client.get("/metrics"), 401)
     with served(make_service(tokenizer, write_keys(tmp_path), open_metrics=True)) as open_client:
         assert open_client.get("/metrics").status_code == open_client.get("/metrics", headers=bearer(MONITOR)).status_code == 200
@@ -172,7 +172,7 @@ def test_without_a_key_file_all_may_ask_and_nobody_may_change(
     monkeypatch.setattr(live, "create_app", create_probed_app)
     with served(make_service(tokenizer)) as client:
         for headers in ({}, bearer("whatever")):
-            assert client.get("/who", headers=headers).json() == ["", ""]
+            assert client.get("/caller", headers=headers).json() == ["", ""]
             assert client.get("/metrics", headers=headers).status_code == 200
             error = refusal(client.post("/change", headers=headers), 403)
         assert "and the server has no keys: make one with `python -m server.keys keys.toml --role admin`" in error["message"]
@@ -188,16 +188,16 @@ def test_without_a_key_file_all_may_ask_and_nobody_may_change(
         pytest.param("Transfer-Encoding: chunked\r\n\r\n", id="chunks that do not come"),
     ],
 )
-def test_a_stranger_is_answered_before_the_body_is_there(client: httpx.Client, rest: str) -> None:
+def test_a_stranger_is_answered_before_the_body_arrives(client: httpx.Client, rest: str) -> None:
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=live.LIMIT_S) as stranger:
         stranger.sendall(f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{rest}".encode())
-        said = b""
-        while b'"code":401' not in said:
-            said += stranger.recv(4096)
-        assert said.startswith(b"HTTP/1.1 401 Unauthorized\r\n"), "and not 100 Continue"
+        received = b""
+        while b'"code":401' not in received:
+            received += stranger.recv(4096)
+        assert received.startswith(b"HTTP/1.1 401 Unauthorized\r\n"), "and not 100 Continue"
 
 
-def test_a_stranger_with_a_long_body_hears_that_he_is_one(client: httpx.Client) -> None:
+def test_a_stranger_with_a_long_body_gets_a_401(client: httpx.Client) -> None:
     for _ in range(3):
         refusal(client.post("/generate", content=b"x" * 10_000_000), 401)
 
@@ -212,7 +212,7 @@ def test_nothing_of_a_stranger_s_request_is_read(service: Service) -> None:
         sent.append(message)
 
     async def app(*_: object) -> None:
-        raise AssertionError("it was let in")
+        raise AssertionError("the request reached the app")
 
     def ask(kind: str) -> None:
         scope: Scope = {"type": kind, "path": "/generate", "headers": [(b"authorization", b"Bearer wrong")]}
@@ -225,7 +225,7 @@ def test_nothing_of_a_stranger_s_request_is_read(service: Service) -> None:
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
-def test_what_lies_behind_the_gate_does_not_see_the_key(service: Service) -> None:
+def test_the_app_behind_the_gate_does_not_see_the_key(service: Service) -> None:
     seen: list[Scope] = []
 
     async def app(scope: Scope, *_: object) -> None:
@@ -258,11 +258,11 @@ def test_no_key_reaches_the_log(client: httpx.Client, caplog: pytest.LogCaptureF
     assert not [record for record in ours if any(key in record.getMessage() for key in (secret, *KEYS.values()))]
 
 
-def test_the_description_says_which_routes_need_a_key(client: httpx.Client) -> None:
+def test_the_description_shows_which_routes_need_a_key(client: httpx.Client) -> None:
     for _ in range(2):
-        said = client.get("/openapi.json").json()
-    assert said["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
-    operations = {path: operation for path, of in said["paths"].items() for operation in of.values()}
+        description = client.get("/openapi.json").json()
+    assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    operations = {path: operation for path, methods in description["paths"].items() for operation in methods.values()}
     assert {path for path, operation in operations.items() if "security" not in operation} == {
         "/health",
         "/ping",
@@ -280,7 +280,7 @@ PAGE = {"Origin": "https://page.example"}
 PREFLIGHT = PAGE | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
 
 
-def test_browsers_of_other_origins_are_told_nothing_by_default(client: httpx.Client) -> None:
+def test_browsers_of_other_origins_get_no_cors_headers_by_default(client: httpx.Client) -> None:
     for reply in (
         client.options("/generate", headers=PREFLIGHT),
         client.get("/health", headers=PAGE),
@@ -316,5 +316,5 @@ def test_origins_that_are_named_may_ask_with_a_key(tokenizer: PreTrainedTokenize
         ({"client": None}, "address "),
     ],
 )
-def test_a_body_is_its_tenant_s_or_its_address_s(scope: Scope, client: str) -> None:
+def test_a_body_counts_for_its_tenant_or_its_address(scope: Scope, client: str) -> None:
     assert client_of(scope) == client

@@ -1,4 +1,4 @@
-"""A server without keys answers to its own names alone: no web page has its name mean this machine, and reads the answers."""
+"""Host names of a server without keys: only its own, so no web page can point its name at this machine and read answers."""
 
 import json
 import logging
@@ -42,12 +42,12 @@ def test_own_names_and_addresses_pass(host: str) -> None:
         *("server:80:80", "server:x", "a@server", "127.1", "2130706433", "0x7f.1", "127.0.0.1/", ":8000", " ", "sërver", "*"),
     ],
 )
-def test_other_names_do_not(host: str) -> None:
+def test_other_names_do_not_pass(host: str) -> None:
     assert not AllowedHosts(ALLOWED).includes(host)
     assert AllowedHosts(["*"]).includes(host)
 
 
-def test_the_name_that_is_listened_on_passes() -> None:
+def test_the_name_that_the_server_listens_on_passes() -> None:
     hosts = AllowedHosts.from_settings(Settings(host="box.lan", allow_host=["other.lan"]))
     assert [hosts.includes(name) for name in ("box.lan:8000", "other.lan", "page.example")] == [True, True, False]
 
@@ -60,13 +60,13 @@ def test_names_are_split_at_commas(given: str, expected: list[str], monkeypatch:
 
 
 @pytest.mark.parametrize("given", ["server:8000", "http://server", "a.*", "*server", "a,,b", "a/b"])
-def test_what_is_no_name_is_refused(given: str) -> None:
+def test_a_setting_that_is_no_host_name_is_refused(given: str) -> None:
     with pytest.raises(ValidationError, match="allow_host"):
         Settings(_cli_parse_args=["--allow-host", given])
 
 
 def exchange(live: Live, head: str) -> tuple[bytes, bytes]:
-    """Sends a request's head, and returns head and body of what is answered until the connection ends."""
+    """Send a request's headers. Return the headers and body of the answer, which lasts until the connection ends."""
     with socket.create_connection(("127.0.0.1", live.port), timeout=LIMIT_S) as connection:
         connection.sendall(head.encode())
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
@@ -75,7 +75,7 @@ def exchange(live: Live, head: str) -> tuple[bytes, bytes]:
 
 
 def test_another_name_is_refused_before_the_body_is_read(live: Live) -> None:
-    """The answer comes though the body does not, the connection ends, and the log has it."""
+    """Expect an answer though no body is sent, the end of the connection, and a line in the log."""
     head, body = exchange(live, f"POST /generate HTTP/1.1\r\nHost: {PAGE}:{live.port}\r\nContent-Length: 100\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 421 Misdirected Request\r\n")
     assert b"\r\nconnection: close" in head.lower()
@@ -103,12 +103,12 @@ def test_another_name_is_refused_before_the_body_is_read(live: Live) -> None:
         (f"GET http://[::1]:1/health HTTP/1.1\r\nHost: {PAGE}\r\nConnection: close\r\n\r\n", 200),
     ],
 )
-def test_the_name_is_looked_at_whatever_is_asked(live: Live, head: str, status: int) -> None:
+def test_the_host_name_is_checked_for_every_request(live: Live, head: str, status: int) -> None:
     answer, _ = exchange(live, head)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
 
 
-def test_a_page_that_may_ask_may_read_why_it_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_page_of_an_allowed_origin_can_read_the_refusal(tokenizer: PreTrainedTokenizerFast) -> None:
     origin = "https://chat.example"
     with served(tokenizer, FakeEngine(), cors_origins=[origin]) as (client, _):
         reply = client.get("/adapters", headers={"Host": PAGE, "Origin": origin})
@@ -116,7 +116,7 @@ def test_a_page_that_may_ask_may_read_why_it_is_refused(tokenizer: PreTrainedTok
         assert reply.headers["access-control-allow-origin"] == origin
 
 
-def test_with_keys_any_name_will_do(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_with_keys_any_host_name_passes(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with served(tokenizer, FakeEngine(), write_keys(tmp_path)) as (client, _):
         assert client.get("/health", headers={"Host": PAGE}).status_code == 200
         refusal(client.get("/adapters", headers={"Host": PAGE}), 401)

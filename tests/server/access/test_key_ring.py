@@ -1,4 +1,4 @@
-"""Keys change while the server runs."""
+"""Changes of the key file while the server runs."""
 
 import hashlib
 import logging
@@ -20,19 +20,19 @@ NEW = "lori_new-key"
 
 
 def rotate(file: Path, key: str = NEW) -> None:
-    """Puts another file in the place of the key file, with one key."""
+    """Replace the key file with another one, which has one key."""
     other = file.with_suffix(".new")
     other.write_text("[tenants.acme]\n" + key_table(key, id="acme-2", tenant="acme"))
     os.replace(other, file)
 
 
 def settle(ring: KeyRing) -> None:
-    """Looks as often as a file that changed once needs."""
+    """Poll as often as a file that changed once needs."""
     for _ in range(2):
         ring.poll()
 
 
-def test_a_file_that_changed_counts_from_the_second_look(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_file_is_valid_from_the_second_poll(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     ring = KeyRing(write_keys(tmp_path))
     ring.poll()
@@ -42,14 +42,14 @@ def test_a_file_that_changed_counts_from_the_second_look(tmp_path: Path, caplog:
     assert ring.find(ACME.encode())
     ring.poll()
     assert ring.find(ACME.encode()) is None
-    found = ring.find(NEW.encode())
-    assert found
-    assert found.key_id == "acme-2"
+    caller = ring.find(NEW.encode())
+    assert caller
+    assert caller.key_id == "acme-2"
     assert "was read again: tenants: 1; keys by role: 1 tenant, 0 admin, 0 monitor" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["", "[[keys]", "[[keys]]\nid = 3", None])
-def test_a_file_that_is_not_sound_changes_nothing_and_is_said_once_and_loudly(
+def test_a_file_that_is_not_sound_changes_nothing_and_is_logged_once_as_an_error(
     tmp_path: Path, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     ring = KeyRing(write_keys(tmp_path))
@@ -71,14 +71,14 @@ def test_a_file_that_is_not_sound_changes_nothing_and_is_said_once_and_loudly(
 
 
 def halves(file: Path) -> list[bytes]:
-    """Returns the parts of a key file, each of whole tables, so that all beginnings are sound."""
+    """Return the parts of a key file, each of whole tables, so that every beginning of the file is sound."""
     content = file.read_bytes()
     starts = [0, *(place for place in range(60, len(content)) if content.startswith(b"[[keys]]", place)), len(content)]
     return [content[start:stop] for start, stop in pairwise(starts)]
 
 
-def test_a_file_that_is_being_written_in_place_is_not_taken_over_half(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Cut at the end of a line it is a sound file with fewer keys: those that were missing did not count for a second."""
+def test_a_file_that_is_being_written_in_place_is_not_accepted_half(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Regression: a file cut at the end of a line is sound, with fewer keys, so the missing keys were refused for a second."""
     ring = KeyRing(write_keys(tmp_path))
     caplog.set_level(logging.INFO)
     parts = halves(ring.path)
@@ -86,13 +86,13 @@ def test_a_file_that_is_being_written_in_place_is_not_taken_over_half(tmp_path: 
     for number in range(1, len(parts) + 1):
         ring.path.write_bytes(b"".join(parts[:number]))
         ring.poll()
-        assert ring.find(ADMIN.encode()), "its key comes third"
+        assert ring.find(ADMIN.encode()), "the admin's key comes third"
     assert not caplog.records
     ring.poll()
     assert "was read again: tenants: 2; keys by role: 2 tenant, 1 admin, 1 monitor" in caplog.text
 
 
-def test_half_a_line_is_not_taken_over_however_long_it_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_half_a_line_is_not_accepted_however_long_it_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ring = KeyRing(write_keys(tmp_path, "priority = 1000"))
     content = ring.path.read_bytes()
     ring.path.write_bytes(content + b"[tenants.acme_two]\npriority = 10")
@@ -112,7 +112,7 @@ def test_a_file_that_is_rewritten_at_equal_size_and_time_is_noticed(tmp_path: Pa
     assert ring.find(NEW.encode())
 
 
-def test_a_file_that_never_settles_is_said_once_and_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_never_settles_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ring = KeyRing(write_keys(tmp_path))
     for number in range(2 * MAX_UNSETTLED):
         rotate(ring.path, f"{NEW}-{number}")
@@ -123,7 +123,7 @@ def test_a_file_that_never_settles_is_said_once_and_loudly(tmp_path: Path, caplo
     assert ring.find(f"{NEW}-{number}".encode())
 
 
-def test_what_else_is_required_of_keys_holds_for_new_ones_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_added_checks_hold_for_new_keys_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def no_new_key(keys: Keys) -> list[str]:
         return ["new"] if keys.find(NEW.encode()) else []
 
@@ -137,7 +137,7 @@ def test_what_else_is_required_of_keys_holds_for_new_ones_too(tmp_path: Path, ca
         KeyRing(ring.path).add_check(no_new_key)
 
 
-def test_a_running_server_takes_new_keys_and_refuses_old_ones(
+def test_a_running_server_accepts_new_keys_and_refuses_old_ones(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_ring, "POLL_S", 0.01)

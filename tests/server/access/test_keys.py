@@ -1,4 +1,4 @@
-"""What a key file says, and what is said of one that is not sound."""
+"""Key files: their content, and the faults of a file that is not sound."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from tests.server.keyed import ACME, ADMIN, MONITOR, OTHER, TABLES, key_table, w
 HEAD = "[tenants.acme]\n"
 
 
-def test_a_key_is_found_by_its_hash_with_all_that_its_tenant_has(tmp_path: Path) -> None:
-    said = 'adapters = ["math", "acme-*"]\npolicy = { safety = 0.5, "law@12ab" = 2 }\npriority = -1\n'
-    said += "requests_per_minute = 60\nmax_requests = 4"
-    keys = read_keys(write_keys(tmp_path, said))
+def test_a_key_is_found_by_its_hash_with_the_settings_of_its_tenant(tmp_path: Path) -> None:
+    settings = 'adapters = ["math", "acme-*"]\npolicy = { safety = 0.5, "law@12ab" = 2 }\npriority = -1\n'
+    settings += "requests_per_minute = 60\nmax_requests = 4"
+    keys = read_keys(write_keys(tmp_path, settings))
     acme = keys.find(ACME.encode())
     assert acme
     assert (acme.tenant, acme.key_id, acme.is_admin, acme.is_monitor) == ("acme", "acme-1", False, False)
@@ -67,7 +67,7 @@ def faults(content: str) -> list[str]:
     return [line.strip() for line in others]
 
 
-def test_every_fault_is_told_at_once_with_its_place() -> None:
+def test_all_faults_are_reported_at_once_with_their_places() -> None:
     content = f"""
         extra = 1
         [tenants.acme]
@@ -88,7 +88,7 @@ def test_every_fault_is_told_at_once_with_its_place() -> None:
         id = "x y"
         sha256 = "abc"
     """
-    found = faults(content)
+    lines = faults(content)
     expected = [
         "extra: unknown, expected tenants and keys",
         "tenants.acme.adapters.0: 'Math' fits no adapter's name, expected a-z,",
@@ -107,13 +107,13 @@ def test_every_fault_is_told_at_once_with_its_place() -> None:
         "keys (twice): 2 keys have this id",
         "keys (twice, twice): have the same sha256",
     ]
-    assert len(found) == len(expected), found
-    for line, start in zip(found, expected, strict=True):
+    assert len(lines) == len(expected), lines
+    for line, start in zip(lines, expected, strict=True):
         assert line.startswith(start)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "start"),
     [
         pytest.param("[[keys]", "it is not TOML: ", id="syntax"),
         pytest.param("a = " + "[" * 10_000, "it is not TOML: ", id="lists without end"),
@@ -125,9 +125,9 @@ def test_every_fault_is_told_at_once_with_its_place() -> None:
         pytest.param("tenants.a = 3", "tenants.a: Input should be a valid dictionary", id="tenant of no table"),
     ],
 )
-def test_what_is_not_a_key_file_is_told_as_that(content: str, said: str) -> None:
+def test_a_file_that_is_no_key_file_is_reported_as_such(content: str, start: str) -> None:
     [fault] = faults(content)
-    assert fault.startswith(said)
+    assert fault.startswith(start)
 
 
 def test_a_key_in_a_wrong_place_is_not_quoted() -> None:
@@ -135,9 +135,9 @@ def test_a_key_in_a_wrong_place_is_not_quoted() -> None:
     wrong = [{"id": key, "tenant": "acme"}, {"id": "a", "tenant": key}, {"id": "b", "role": key}]
     content = HEAD + "\n".join(key_table(str(i), **fields) for i, fields in enumerate(wrong))
     content += f'[[keys]]\nid = "c"\ntenant = "acme"\nsha256 = "{key}"\nkey = "{key}"'
-    found = faults(content)
-    assert len(found) == 5
-    assert key not in "".join(found)
+    lines = faults(content)
+    assert len(lines) == 5
+    assert key not in "".join(lines)
 
 
 @pytest.mark.parametrize("content", [b"", b"# soon\n", b"[tenants.acme]\n", b"\xff"])
@@ -147,7 +147,7 @@ def test_a_file_without_keys_is_not_sound(tmp_path: Path, content: bytes) -> Non
         read_keys(tmp_path / "keys.toml")
 
 
-def test_a_file_whose_last_line_has_no_end_may_be_half(tmp_path: Path) -> None:
+def test_a_file_without_a_final_newline_is_refused_as_possibly_half(tmp_path: Path) -> None:
     file = write_keys(tmp_path)
     file.write_bytes(file.read_bytes() + b"[tenants.third]\npriority = 10")
     with pytest.raises(KeyFileError, match="its last line has no end"):
@@ -160,7 +160,7 @@ def test_a_file_whose_last_line_has_no_end_may_be_half(tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_read_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_changes: int
 ) -> None:
-    """At start half a file could be taken for the whole one."""
+    """Regression: at the start, half a file could be taken for the whole one."""
     file = write_keys(tmp_path)
     whole = file.read_bytes()
     file.write_bytes(whole[: whole.index(b"[[keys]]", 80)])
@@ -184,15 +184,15 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
     assert num_reads == min(num_changes + 1, NUM_READS)
 
 
-def test_a_file_that_cannot_be_read_is_told_by_name(tmp_path: Path) -> None:
-    for path, said in ((tmp_path / "none", "No such file"), (tmp_path, "it is not a regular file")):
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none", "No such file"), (tmp_path, "it is not a regular file")):
         with pytest.raises(KeyFileError) as caught:
             read_keys(path)
         assert str(path) in str(caught.value)
-        assert said in str(caught.value)
+        assert reason in str(caught.value)
 
 
-def test_a_caller_is_printed_without_what_it_could_be_known_by() -> None:
+def test_a_printed_caller_shows_neither_key_nor_hash() -> None:
     acme = parse_keys((HEAD + key_table(ACME, id="acme-1", tenant="acme")).encode(), "x").find(ACME.encode())
     assert ACME not in repr(acme)
     assert "sha256" not in repr(acme)

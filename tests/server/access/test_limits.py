@@ -1,4 +1,4 @@
-"""What a tenant may ask for in a minute, and at once."""
+"""Limits of a tenant: requests a minute, and answers at once."""
 
 import math
 import threading
@@ -13,7 +13,7 @@ from server.access.limits import MINUTE_S, Limiter, RateLimitedError, RateLimite
 
 @dataclass
 class Clock:
-    """Stands until it is set on."""
+    """A clock that stands still until a test moves it."""
 
     now: float = 1_000_000.5
 
@@ -38,7 +38,7 @@ def refused_place(limiter: Limiter, caller: Caller, num_answers: int = 1) -> Rat
     return caught.value
 
 
-def test_a_minute_has_so_many_requests_and_moves(clock: Clock) -> None:
+def test_the_limit_holds_for_a_sliding_minute(clock: Clock) -> None:
     limiter, acme = RateLimiter(clock=clock), Caller(tenant="acme", requests_per_minute=3)
     for _ in range(3):
         limiter.count(acme)
@@ -53,7 +53,7 @@ def test_a_minute_has_so_many_requests_and_moves(clock: Clock) -> None:
     assert 1 <= refused(limiter, acme).retry_after_s <= 10
 
 
-def test_what_is_refused_for_the_rate_does_not_count(clock: Clock) -> None:
+def test_a_request_refused_for_the_rate_does_not_count(clock: Clock) -> None:
     limiter, acme = RateLimiter(clock=clock), Caller(tenant="acme", requests_per_minute=4)
     for _ in range(2):
         limiter.count(acme)
@@ -72,7 +72,7 @@ def test_several_requests_are_counted_together_or_not_at_all(clock: Clock) -> No
     for _ in range(8):
         limiter.count(acme)
         clock.now += 1
-    assert refused(limiter, acme, 6).retry_after_s == MINUTE_S - 8 + 3, "when four of those eight are a minute old"
+    assert refused(limiter, acme, 6).retry_after_s == MINUTE_S - 8 + 3, "when four of the eight requests are a minute old"
     limiter.count(acme, 2)
     limiter.count(acme, 0)
     clock.now += 60 - 8 + 3.1
@@ -80,7 +80,7 @@ def test_several_requests_are_counted_together_or_not_at_all(clock: Clock) -> No
     limiter.count(acme, 4)
 
 
-def test_no_more_is_remembered_than_the_limit(clock: Clock) -> None:
+def test_no_more_requests_are_remembered_than_the_limit(clock: Clock) -> None:
     limiter, acme = RateLimiter(clock=clock), Caller(tenant="acme", requests_per_minute=50)
     num_sent = 0
     for _ in range(2000):
@@ -104,7 +104,7 @@ def test_ingresses_share_a_limit_and_each_allows_its_part(clock: Clock) -> None:
     assert ingresses[0].limit(Caller(tenant="other")) is None
 
 
-def test_whoever_has_sent_nothing_for_a_minute_is_forgotten(clock: Clock) -> None:
+def test_a_tenant_that_sent_nothing_for_a_minute_is_forgotten(clock: Clock) -> None:
     limiter = RateLimiter(clock=clock)
     for number in range(1000):
         limiter.count(Caller(tenant=f"tenant-{number}", requests_per_minute=2))
@@ -139,10 +139,10 @@ def test_places_are_given_back_however_the_block_ends() -> None:
         assert str(error) == "tenant 'acme' has 2 answers under way, and may have 2; try again"
     with limiter.places(acme, 2):
         pass
-    assert not limiter._under_way, "nothing is kept of who has left"
+    assert not limiter._under_way, "a tenant without answers under way has no entry"
 
 
-def test_tenants_do_not_count_for_each_other_but_their_keys_do(clock: Clock) -> None:
+def test_tenants_are_counted_apart_and_the_keys_of_one_together(clock: Clock) -> None:
     rate, limiter = RateLimiter(clock=clock), Limiter()
     first, second = (Caller(tenant="acme", key_id=name, requests_per_minute=1, max_requests=1) for name in ("a", "b"))
     other = Caller(tenant="other", requests_per_minute=1, max_requests=1)
@@ -155,7 +155,7 @@ def test_tenants_do_not_count_for_each_other_but_their_keys_do(clock: Clock) -> 
     rate.count(second)
 
 
-def test_who_has_no_limits_has_none() -> None:
+def test_a_caller_without_limits_is_never_refused() -> None:
     rate, limiter = RateLimiter(), Limiter()
     with ExitStack() as held:
         for _ in range(1000):
@@ -175,7 +175,7 @@ def test_new_limits_hold_at_once(clock: Clock) -> None:
         refused_place(limiter, Caller(tenant="acme", max_requests=1))
 
 
-def test_several_places_are_all_there_or_none() -> None:
+def test_several_places_are_held_together_or_not_at_all() -> None:
     limiter, acme = Limiter(), Caller("acme", max_requests=4)
     with limiter.places(acme, 3):
         assert "3 answers under way, and may have 4" in str(refused_place(limiter, acme, 2))

@@ -1,4 +1,4 @@
-"""`python -m server.keys`, as a person runs it."""
+"""`python -m server.keys`, run as a program."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ def test_the_version_is_shown() -> None:
     assert run("--version") == (0, f"{PACKAGE} {package_version()}\n", "")
 
 
-def test_a_key_is_shown_once_and_its_hash_is_kept(tmp_path: Path) -> None:
+def test_a_key_is_shown_once_and_its_hash_is_stored(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     code, out, err = run(file, "--tenant", "acme")
     key = out.removesuffix("\n")
@@ -50,14 +50,14 @@ def test_a_key_is_shown_once_and_its_hash_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_many_at_once_lose_no_key(tmp_path: Path) -> None:
+def test_concurrent_runs_lose_no_key(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     processes = [start(file, "--tenant", "acme") for _ in range(3)] + [start(file, "--role", "admin", "--id", "boss")]
     keys = [process.communicate(timeout=LIMIT_S)[0].strip() for process in processes]
-    found = [read_keys(file).find(key.encode()) for key in keys]
-    assert {of.key_id for of in found if of} == {"acme-1", "acme-2", "acme-3", "boss"}
-    assert found[3]
-    assert found[3].is_admin
+    callers = [read_keys(file).find(key.encode()) for key in keys]
+    assert {caller.key_id for caller in callers if caller} == {"acme-1", "acme-2", "acme-3", "boss"}
+    assert callers[3]
+    assert callers[3].is_admin
     assert file.read_text().count("[tenants.acme]") == 1
 
 
@@ -90,7 +90,7 @@ def test_wrong_options_are_2_and_nothing_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "error"),
     [
         pytest.param("[[keys]", "error: {file} is not a sound key file:\n  it is not TOML: ", id="not sound"),
         pytest.param(
@@ -98,17 +98,17 @@ def test_wrong_options_are_2_and_nothing_is_written(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_cannot_take_a_key_stays_as_it_is(tmp_path: Path, content: str, said: str) -> None:
+def test_a_file_that_cannot_take_a_key_is_not_changed(tmp_path: Path, content: str, error: str) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(content)
     code, out, err = run(file, "--tenant", "acme")
     assert (code, out) == (1, "")
-    assert err.startswith(said.format(file=file))
+    assert err.startswith(error.format(file=file))
     assert "Traceback" not in err
     assert file.read_text() == content
 
 
-def test_a_name_that_another_key_has_is_refused(tmp_path: Path) -> None:
+def test_the_id_of_another_key_is_refused(tmp_path: Path) -> None:
     file = write_keys(tmp_path)
     before = file.read_text()
     code, _, err = run(file, "--tenant", "acme", "--id", "other-1")
@@ -125,7 +125,7 @@ def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_what_stands_in_a_file_stays_with_its_mode_and_its_link(tmp_path: Path) -> None:
+def test_a_new_key_preserves_the_file_s_content_mode_and_link(tmp_path: Path) -> None:
     file, link = write_keys(tmp_path), tmp_path / "link.toml"
     file.write_text(before := file.read_text().rstrip() + "  # the last")
     file.chmod(0o640)
@@ -140,7 +140,7 @@ def test_what_stands_in_a_file_stays_with_its_mode_and_its_link(tmp_path: Path) 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
-def test_a_file_stays_its_owner_s(tmp_path: Path) -> None:
+def test_a_file_keeps_its_owner(tmp_path: Path) -> None:
     file = write_keys(tmp_path)
     os.chown(file, 12345, 12346)
     append(file, "admin", None, None)

@@ -28,7 +28,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Clock:
-    """Stands until it is set on."""
+    """A clock that stands still until a test moves it."""
 
     now = 0.0
 
@@ -37,7 +37,7 @@ class Clock:
 
 
 def limited(tokenizer: PreTrainedTokenizerFast, place: Path, limits: str, **settings: Any) -> Service:
-    """Returns a service with `limits` of the tenant acme."""
+    """Return a service with `limits` for the tenant acme."""
     return make_service(tokenizer, write_keys(place, limits), **settings)
 
 
@@ -60,10 +60,10 @@ def limited(tokenizer: PreTrainedTokenizerFast, place: Path, limits: str, **sett
         pytest.param(("GET", "/nowhere", {}, 404), id="no route"),
     ],
 )
-def test_every_request_of_a_tenant_counts_whatever_becomes_of_it(
+def test_every_request_of_a_tenant_counts_whatever_its_answer(
     asked: Asked, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """What was refused for its content, and what only lists, had no limit: a tenant held up others with them."""
+    """Regression: requests refused for their content, and lists, had no limit, so a tenant could hold up others with them."""
     method, path, content, status = asked
     with served(limited(tokenizer, tmp_path, "requests_per_minute = 2"), ACME) as client:
         for _ in range(2):
@@ -87,7 +87,7 @@ def test_open_routes_do_not_count(tokenizer: PreTrainedTokenizerFast, tmp_path: 
         assert client.get("/health").status_code == 200
 
 
-def test_what_is_refused_for_the_rate_is_not_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_request_refused_for_the_rate_is_not_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     service, clock = limited(tokenizer, tmp_path, "requests_per_minute = 2"), Clock()
     service.rate = RateLimiter(clock=clock)
     with served(service, ACME) as client:
@@ -100,8 +100,8 @@ def test_what_is_refused_for_the_rate_is_not_counted(tokenizer: PreTrainedTokeni
         assert client.get("/v1/models").status_code == 200
 
 
-def test_what_is_refused_for_answers_under_way_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Its body was read, which costs others as much as that of any refused request."""
+def test_a_request_refused_for_answers_under_way_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Count the request, because reading its body costs others as much as that of any refused request."""
     service = limited(tokenizer, tmp_path, "max_requests = 1\nrequests_per_minute = 3", engine=FakeEngine(num_steps=FOR_EVER))
     with served(service, ACME) as client, client.stream("POST", "/generate", json=BODY | {"stream": True}) as reply:
         lines = reply.iter_lines()
@@ -118,9 +118,9 @@ def test_each_prompt_of_a_batch_counts(tokenizer: PreTrainedTokenizerFast, tmp_p
             return client.post("/v1/completions", json={"prompt": ["x"] * num_prompts})
 
         assert complete(3).status_code == 200
-        error = refusal(complete(7), 400)  # counts as one
+        error = refusal(complete(7), 400)  # the refused batch counts as one request
         assert (error["param"], "expected 6 at most" in error["message"]) == ("prompt", True)
-        reply = complete(3)  # its two others are too many, and it counts as one
+        reply = complete(3)  # its two other prompts are too many; refused, it counts as one request
         assert refusal(reply, 429)["message"].startswith("tenant 'acme' may send 6 requests a minute, and has sent them")
         assert 1 <= int(reply.headers["retry-after"]) <= 60
         assert complete(1).status_code == 200
@@ -128,7 +128,7 @@ def test_each_prompt_of_a_batch_counts(tokenizer: PreTrainedTokenizerFast, tmp_p
 
 
 def check_answered_before_the_body(client: httpx.Client, rest: str) -> None:
-    """Sends no more than a head, which ends with `rest`, and reads a 429."""
+    """Send headers that end with `rest`, and check that the 429 comes without more of the body."""
     head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ACME}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=LIMIT_S) as sender:
         sender.sendall(f"{head}{rest}".encode())
@@ -154,7 +154,7 @@ def check_answered_before_the_body(client: httpx.Client, rest: str) -> None:
         pytest.param("Transfer-Encoding: chunked\r\n\r\n", id="chunks that do not come"),
     ],
 )
-def test_the_answer_is_there_before_the_body(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, rest: str) -> None:
+def test_the_refusal_comes_before_the_body(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, rest: str) -> None:
     with served(limited(tokenizer, tmp_path, "requests_per_minute = 1"), ACME) as client:
         assert client.get("/v1/models").status_code == 200
         check_answered_before_the_body(client, rest)
@@ -173,7 +173,7 @@ def test_a_real_server_answers_before_the_body(writer_model: Path, tmp_path: Pat
             refusal(live.client.get("/adapters"), 429)
 
 
-def test_without_a_body_the_connection_goes_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_without_a_body_a_refusal_leaves_the_connection_open(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with served(limited(tokenizer, tmp_path, "requests_per_minute = 1"), ACME) as client:
         assert client.get("/v1/models").status_code == 200
         for headers in ({}, {"Content-Length": "0"}):
@@ -182,7 +182,7 @@ def test_without_a_body_the_connection_goes_on(tokenizer: PreTrainedTokenizerFas
             assert "connection" not in reply.headers
 
 
-def test_nothing_of_the_body_is_read(tmp_path: Path) -> None:
+def test_the_body_of_a_refused_request_is_not_read(tmp_path: Path) -> None:
     sent: list[Message] = []
     ring, rate = KeyRing(write_keys(tmp_path, "requests_per_minute = 1")), RateLimiter()
 
@@ -212,7 +212,7 @@ def test_unknown_keys_leave_nothing_behind(tokenizer: PreTrainedTokenizerFast, t
     assert not service.limiter._under_way
 
 
-def test_the_log_says_whose_request_was_refused(
+def test_the_log_names_the_tenant_of_a_refused_request(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "server.request")
@@ -225,10 +225,10 @@ def test_the_log_says_whose_request_was_refused(
 
 
 def test_behind_an_ingress_nothing_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """The ingresses have counted it: with each replica counting too, N of them gave a tenant N times its rate."""
+    """Regression: each replica counted, too, besides the ingresses, so N replicas gave a tenant N times its rate."""
     service = make_service(tokenizer, write_keys(tmp_path, "requests_per_minute = 4"), num_ingresses=2)
     with served(service, ACME) as client:
         for _ in range(5):
             assert client.post("/v1/completions", json={"prompt": ["x", "y"]}).status_code == 200
         error = refusal(client.post("/v1/completions", json={"prompt": ["x", "y", "z"]}), 400)
-        assert "expected 2 at most" in error["message"], "what no ingress would ever let through"
+        assert "expected 2 at most" in error["message"], "no ingress would ever let this batch through"

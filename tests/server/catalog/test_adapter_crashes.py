@@ -1,4 +1,4 @@
-"""A server that is killed while its adapters change leaves a store that the next one serves."""
+"""Stores of servers that are killed while their adapters change: the next server serves them."""
 
 import signal
 import threading
@@ -34,22 +34,22 @@ def upload(client: httpx.Client, name: str, folder: Path) -> httpx.Response:
 
 
 def change_until_killed(live: Live, drafts: list[Path], statuses: Counter[int]) -> None:
-    """Uploads, aliases and deletes, until nobody answers."""
+    """Upload, alias and delete until the server no longer answers."""
     with suppress(httpx.HTTPError), httpx.Client(base_url=live.url, timeout=LIMIT_S) as client:
-        for turn in range(100_000):
-            name = f"x{turn % 3}"
-            draft = drafts[turn % len(drafts)]
+        for repetition in range(100_000):
+            name = f"x{repetition % 3}"
+            draft = drafts[repetition % len(drafts)]
             for reply in (
                 upload(client, name, draft),
-                upload(client, name, drafts[(turn + 1) % len(drafts)]),
+                upload(client, name, drafts[(repetition + 1) % len(drafts)]),
                 client.put(f"/adapters/{name}/alias", json={"adapter": f"{name}@{load_adapter(draft).version}"}),
-                client.delete(f"/adapters/{name}") if turn % 2 else client.get(f"/adapters/{name}"),
+                client.delete(f"/adapters/{name}") if repetition % 2 else client.get(f"/adapters/{name}"),
             ):
                 statuses[reply.status_code] += 1
 
 
 def leave_scratch(store: AdapterStore) -> None:
-    """Put into `store` what a writer of x0 and x1 leaves that is killed before a rename; a test's kill seldom falls there."""
+    """Put into `store` the files that a writer of x0 and x1 leaves if killed before a rename, where our kill seldom falls."""
     half_written = store.root / ".x0@0123456789ab-left"
     half_written.mkdir()
     (half_written / CONFIG_FILE).write_text("{")

@@ -1,4 +1,4 @@
-"""What a server reads of its stores and puts there: demo adapters are never touched, and no path of the machine is told."""
+"""Files of adapters in a server's stores: demo adapters are never changed, and no error shows a path of the machine."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from tests.server.rig import write_adapter
 
 @pytest.fixture
 def place(tmp_path: Path, writer: BaseModel) -> Path:
-    """Two stores: `demo` has math and law, `own` has a math of its own."""
+    """Return a folder with two stores: `demo` has math and law, `own` has a math of its own."""
     for name, seed in (("demo/math", 1), ("demo/law", 2), ("own/math", 3)):
         write_adapter(tmp_path / name, writer, seed=seed)
     return tmp_path
@@ -34,8 +34,8 @@ def files(place: Path, writer: BaseModel) -> AdapterFiles:
     return AdapterFiles(AdapterStore(place / "own"), AdapterStore(place / "demo"), reader, Fit.from_pool(pool), 1 << 20)
 
 
-def folder(of: Registered) -> str:
-    return "/".join(of.entry.folder.parts[-2:])
+def folder(adapter: Registered) -> str:
+    return "/".join(adapter.entry.folder.parts[-2:])
 
 
 def everything(place: Path) -> dict[Path, bytes]:
@@ -60,28 +60,30 @@ def test_demo_adapters_are_never_changed(files: AdapterFiles, place: Path) -> No
             act()
     files.remove(["law", "law@123"])
     version = files.publish("law", read_files(place / "own" / "math", [])).adapter.summary.version
-    assert folder(files.read("law").adapter) == f"own/law@{version}", "who has one of his own has it from then on"
+    assert folder(files.read("law").adapter) == f"own/law@{version}", (
+        "the own adapter takes the place of the demo adapter from then on"
+    )
     assert files.versions_to_remove("law") == [version]
     files.remove(["law", "math"])
     assert [folder(files.read(name).adapter) for name in ("law", "math")] == ["demo/law", "demo/math"]
     assert everything(place / "demo") == before
 
 
-def test_what_is_read_has_its_other_versions_beside_it(files: AdapterFiles, place: Path) -> None:
+def test_an_adapter_is_read_with_its_other_versions(files: AdapterFiles, place: Path) -> None:
     first = files.read("math").adapter.summary.version
     ready = files.publish("math", read_files(place / "demo" / "law", []))
-    assert [of.summary.version for of in ready.others] == [first]
-    assert folder(ready.others[0]) == f"own/math@{first}", "what its maker left is kept as a version"
+    assert [other.summary.version for other in ready.others] == [first]
+    assert folder(ready.others[0]) == f"own/math@{first}", "the author's folder is stored as a version"
     assert files.alias("prod", "math").others == []
-    assert [of.summary.version for of in files.others([ready.adapter])[0]] == [first]
+    assert [other.summary.version for other in files.others([ready.adapter])[0]] == [first]
 
 
-def test_what_others_changed_in_the_store_is_found(files: AdapterFiles, place: Path, writer: BaseModel) -> None:
+def test_changes_by_others_in_the_store_are_found(files: AdapterFiles, place: Path, writer: BaseModel) -> None:
     known = {name: files.read(name).adapter for name in ("math", "law")}
-    assert files.changes(known) == ([], []), "a demo adapter is not the store's"
+    assert files.changes(known) == ([], []), "a demo adapter is not in the own store"
     others = AdapterStore(place / "own")
     published = files.publish("math", read_files(place / "own" / "math", [])).adapter
-    assert files.changes(known) == ([], []), "it is the same version, in another folder"
+    assert files.changes(known) == ([], []), "it is the same version in another folder"
     others.alias("prod", "math")
     assert files.changes({"math": published}) == (["prod"], [])
     write_adapter(place / "drafts" / "math", writer, seed=5)
@@ -91,29 +93,31 @@ def test_what_others_changed_in_the_store_is_found(files: AdapterFiles, place: P
     others.remove("math")
     assert files.changes(known | {"math": newer}) == ([], ["math"])
     (place / "own" / ".aliases" / "odd").write_text("nothing@0123456789ab")
-    assert files.changes(known | {"math": newer}) == ([], ["math"]), "what is damaged is no change, and hides none"
+    assert files.changes(known | {"math": newer}) == ([], ["math"]), "a damaged alias is no change, and hides none"
 
 
-def test_what_is_registered_is_packed_as_it_was_then(files: AdapterFiles, place: Path, writer: BaseModel) -> None:
-    of = files.read("math").adapter
-    assert files.pack(of).version == of.summary.version
+def test_a_registered_adapter_is_packed_only_if_its_files_are_unchanged(
+    files: AdapterFiles, place: Path, writer: BaseModel
+) -> None:
+    adapter = files.read("math").adapter
+    assert files.pack(adapter).version == adapter.summary.version
     write_adapter(place / "own" / "math", writer, seed=4)
     with pytest.raises(ConflictError, match="'math' was changed on disk: load it again"):
-        files.pack(of)
+        files.pack(adapter)
     with pytest.raises(AdapterFormatError, match="it was changed on disk since the server read of it"):
-        files.details.read(of)
+        files.details.read(adapter)
     write_adapter(place / "own" / "math", writer, seed=3)
-    assert files.details.read(of).modules
+    assert files.details.read(adapter).modules
     write_adapter(place / "own" / "math", writer, seed=4)
     with pytest.raises(AdapterFormatError, match="it was changed on disk"):
-        files.details.read(of)  # or its card would be another's
+        files.details.read(adapter)  # otherwise the card would be that of another version
     write_adapter(place / "own" / "math", writer, seed=3)
     (place / "own" / "math" / WEIGHTS_FILE).unlink()
-    assert files.details.read(of).modules, "what was computed is remembered"
+    assert files.details.read(adapter).modules, "the computed details are cached"
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "said"),
+    ("error", "kind", "pattern"),
     [
         (
             OSError(errno.EROFS, "Read-only file system", "/srv/own/.locks"),
@@ -129,8 +133,8 @@ def test_what_is_registered_is_packed_as_it_was_then(files: AdapterFiles, place:
         (UnknownAdapterError("math", [], []), UnknownAdapterError, "^there is no adapter 'math'"),
     ],
 )
-def test_what_a_store_refuses_is_told_without_a_path(error: Exception, kind: type[Exception], said: str) -> None:
-    with pytest.raises(kind, match=said) as caught, translated_errors(AdapterStore(Path("/srv/own"))):
+def test_a_refusal_of_a_store_shows_no_path(error: Exception, kind: type[Exception], pattern: str) -> None:
+    with pytest.raises(kind, match=pattern) as caught, translated_errors(AdapterStore(Path("/srv/own"))):
         raise error
     assert "/srv" not in str(caught.value)
 
@@ -145,8 +149,8 @@ def test_a_folder_that_may_not_be_written_is_a_conflict(files: AdapterFiles, pla
         (place / "own").chmod(0o700)
 
 
-def test_what_is_damaged_in_the_store_neither_hides_changes_nor_is_gone(files: AdapterFiles, place: Path) -> None:
-    """One unreadable alias kept a replica from hearing of anything that was changed."""
+def test_a_damaged_alias_neither_hides_changes_nor_counts_as_deleted(files: AdapterFiles, place: Path) -> None:
+    """Regression: one unreadable alias kept a replica from learning of any change."""
     known = {name: files.read(name).adapter for name in ("math", "law")}
     store = AdapterStore(place / "own")
     store.publish(place / "demo" / "law", "new")

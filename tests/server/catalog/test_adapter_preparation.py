@@ -1,4 +1,4 @@
-"""What a server is prepared for at start: bases and ranks of adapters that come later, and versions that no name means."""
+"""Preparation of a server at start: for bases and ranks of later adapters, and for versions that no name refers to."""
 
 import logging
 import shutil
@@ -20,9 +20,7 @@ from tests.server.routes.test_http import refusal
 
 
 @pytest.mark.slow
-def test_an_empty_store_is_prepared_for_what_training_makes_by_default(
-    writer_model: Path, writer: BaseModel, tmp_path: Path
-) -> None:
+def test_an_empty_store_is_prepared_for_the_defaults_of_training(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     with open_office(writer_model, writer, tmp_path) as office:
         office.have("usual", 1, rank=NEW_RANK)
         assert office.generate("usual")["text"] != office.generate(None)["text"]
@@ -46,13 +44,15 @@ def test_a_store_is_prepared_for_the_ranks_and_bases_that_it_has_and_the_default
         )["message"]  # fmt: skip
 
 
-def test_the_greatest_rank_is_not_below_that_of_what_is_there(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
+def test_a_max_rank_below_that_of_an_adapter_in_the_store_is_refused(
+    writer_model: Path, writer: BaseModel, tmp_path: Path
+) -> None:
     write_adapter(tmp_path / "math", writer, seed=1, rank=5)
     with pytest.raises(AdapterError, match="--max-rank is 4, and 'math' has rank 5"):
         load_service(Settings(model=str(writer_model), adapters=tmp_path, dtype="float32", max_rank=4))
 
 
-def test_without_a_store_nothing_is_prepared_for_what_cannot_come(writer: BaseModel, tmp_path: Path) -> None:
+def test_without_a_store_to_change_only_the_present_adapters_are_prepared_for(writer: BaseModel, tmp_path: Path) -> None:
     write_adapter(tmp_path / "math", writer, seed=1, rank=5, stream=3)
     entries = AdapterStore(tmp_path).current()
     registry = make_registry(entries, summarise(entries, writer.identity))
@@ -62,7 +62,7 @@ def test_without_a_store_nothing_is_prepared_for_what_cannot_come(writer: BaseMo
 
 
 @pytest.mark.slow
-def test_versions_that_no_name_means_can_be_asked_for_after_a_restart(
+def test_versions_that_no_name_refers_to_can_be_requested_after_a_restart(
     writer_model: Path, writer: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with open_office(writer_model, writer, tmp_path, max_rank=6) as office:

@@ -1,4 +1,4 @@
-"""Who uses which adapter, and until when."""
+"""Use of adapters by requests: counts, and waits for the last request."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ def run(test: Coroutine[object, object, None]) -> None:
 
 
 async def settle() -> None:
-    """Lets every task run that can."""
+    """Let every task run that can."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -30,7 +30,7 @@ def counts(uses: AdapterUses, term: AdapterTerm) -> tuple[int, int]:
     return use.num_using, use.num_requests
 
 
-def test_what_was_never_used_counts_nothing() -> None:
+def test_an_adapter_that_was_never_used_has_no_counts() -> None:
     uses = AdapterUses()
     assert counts(uses, MATH) == (0, 0)
     assert uses.get("math", ONE).last_used is None
@@ -49,7 +49,7 @@ def test_requests_are_counted_by_name_and_content() -> None:
     run(test())
 
 
-def test_a_request_of_no_adapter_counts_nowhere() -> None:
+def test_a_request_without_adapters_is_not_counted() -> None:
     async def test() -> None:
         with AdapterUses().counted([]):
             pass
@@ -70,7 +70,7 @@ def test_the_last_use_is_when_a_request_began_or_ended(monkeypatch: pytest.Monke
     run(test())
 
 
-def test_a_request_that_fails_uses_it_no_more() -> None:
+def test_a_request_that_fails_no_longer_uses_its_adapter() -> None:
     async def test() -> None:
         uses = AdapterUses()
         with pytest.raises(ValueError, match="out of luck"), uses.counted([MATH]):
@@ -80,7 +80,7 @@ def test_a_request_that_fails_uses_it_no_more() -> None:
     run(test())
 
 
-def test_what_nobody_uses_is_not_waited_for() -> None:
+def test_an_unused_adapter_is_not_waited_for() -> None:
     async def test() -> None:
         uses = AdapterUses()
         await uses.unused("math", ONE)
@@ -91,7 +91,7 @@ def test_what_nobody_uses_is_not_waited_for() -> None:
     run(test())
 
 
-def test_it_is_waited_for_until_the_last_request_has_ended() -> None:
+def test_a_wait_lasts_until_the_last_request_has_ended() -> None:
     async def test() -> None:
         uses = AdapterUses()
         first, second = ExitStack(), ExitStack()
@@ -108,7 +108,7 @@ def test_it_is_waited_for_until_the_last_request_has_ended() -> None:
     run(test())
 
 
-def test_a_request_that_comes_before_the_waiting_one_looks_is_waited_for_too() -> None:
+def test_a_request_that_begins_before_the_waiter_runs_is_waited_for_too() -> None:
     async def test() -> None:
         uses = AdapterUses()
         first, second = ExitStack(), ExitStack()
@@ -125,7 +125,7 @@ def test_a_request_that_comes_before_the_waiting_one_looks_is_waited_for_too() -
     run(test())
 
 
-def test_what_is_forgotten_begins_anew() -> None:
+def test_a_forgotten_adapter_is_counted_anew() -> None:
     async def test() -> None:
         uses = AdapterUses()
         with uses.counted([MATH]), pytest.raises(AssertionError):

@@ -1,5 +1,4 @@
-"""Adapters are replaced, unloaded and deleted while many ask for them: each answer is that of the version it names, and nobody
-hears a 5xx."""
+"""Adapters replaced, unloaded and deleted under load: each answer is that of the named version, and no client gets a 5xx."""
 
 import random
 import threading
@@ -26,36 +25,36 @@ from tests.server.office import ADMIN, Office, open_office
 from tests.server.rig import fold, greedy
 
 NUM_CLIENTS = 8
-PROMPTS = [f"The quick brown fox jumps over the lazy dog, {what}" for what in ("twice. ", "and sleeps. ")]
-"""They begin alike, and longer than a block: what is cached of one version must not be found for another."""
+PROMPTS = [f"The quick brown fox jumps over the lazy dog, {end}" for end in ("twice. ", "and sleeps. ")]
+"""Prompts with a common prefix longer than a block: blocks cached for one version must not be reused for another."""
 MAX_TOKENS = 16
 Answer = dict[str, Any]
 
 
 @pytest.fixture
 def office(writer_model: Path, writer: BaseModel, tmp_path: Path) -> Iterator[Office]:
-    """A server that forgets what it has read, and has few slots and places: adapters wait, make room and are read again."""
+    """Yield a server without a cache of read adapters, with few slots and places, so that adapters wait and are read again."""
     settings = {"loaded_gib": 0, "max_resident": 4, "max_batch": 3, "max_step_tokens": 80, "max_rank": 4}
-    with open_office(writer_model, writer, tmp_path, **settings) as found:
-        yield found
+    with open_office(writer_model, writer, tmp_path, **settings) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
-def tell(writer_model: Path) -> Callable[[Sequence[tuple[Adapter, float]], str], str]:
-    """What transformers says with the deltas of adapters in the base model's weights."""
+def expected_text(writer_model: Path) -> Callable[[Sequence[tuple[Adapter, float]], str], str]:
+    """Return a function for the text of transformers with the deltas of adapters in the base model's weights."""
 
     def text(terms: Sequence[tuple[Adapter, float]], prompt: str) -> str:
         base = load_base_model(str(writer_model), torch.float32)
         ids = encode(base.tokenizer, prompt).ids
-        said = base.tokenizer.decode(greedy(fold(base.model, terms), ids, MAX_TOKENS))
-        assert isinstance(said, str)
-        return said
+        decoded = base.tokenizer.decode(greedy(fold(base.model, terms), ids, MAX_TOKENS))
+        assert isinstance(decoded, str)
+        return decoded
 
     return text
 
 
 class Crowd:
-    """Clients that ask for adapters until they are told to stop, and check each answer."""
+    """Clients that request adapters until they are stopped, and check each answer."""
 
     def __init__(self, office: Office, asked: Sequence[Any], expected: dict[tuple[tuple[str, ...], str], str]) -> None:
         self.statuses: Counter[int] = Counter()
@@ -65,7 +64,7 @@ class Crowd:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Asks until the block ends."""
+        """Send requests until the block ends."""
         with ThreadPoolExecutor(NUM_CLIENTS) as pool:
             clients = [pool.submit(self._ask_on, number) for number in range(NUM_CLIENTS)]
             try:
@@ -76,7 +75,7 @@ class Crowd:
                     client.result(LIMIT_S)
 
     def wait_for(self, num_answers: int) -> None:
-        """Waits for so many more answers."""
+        """Wait for `num_answers` more answers."""
         until = self.statuses.total() + num_answers
         wait_until(lambda: self.statuses.total() >= until or self._has_ended.is_set(), "answers")
 
@@ -108,7 +107,7 @@ class Crowd:
         self.statuses[reply.status_code] += 1
 
     def _check(self, adapter: Any, prompt: str, answer: Answer) -> None:
-        used = tuple(of["version"] for of in answer["adapter"])
+        used = tuple(term["version"] for term in answer["adapter"])
         if isinstance(adapter, str) and "@" in adapter:
             assert used == (adapter.partition("@")[2],)
         assert answer["text"] == self._expected[used, prompt]
@@ -116,7 +115,7 @@ class Crowd:
 
 
 def check_nothing_is_left(office: Office) -> None:
-    """No request, no slot, no memory: everything was freed."""
+    """Check that all requests, slots and memory were freed."""
     office.wait_until_idle()
     wait_until(lambda: not office.service.engine.tier_usage(), "all slots and memory to be free")
     families = text_string_to_metric_families(office.client.get("/metrics").text)
@@ -135,14 +134,14 @@ def check_nothing_is_left(office: Office) -> None:
 
 
 @pytest.mark.slow
-def test_replacing_under_load_gives_no_wrong_answer(office: Office, tell: Callable[..., str]) -> None:
+def test_replacing_under_load_gives_no_wrong_answer(office: Office, expected_text: Callable[..., str]) -> None:
     folders = [office.draft("x", seed) for seed in (1, 2)]
     old, new = map(load_adapter, folders)
     for folder in folders:
         office.upload("x", folder).raise_for_status()
     other = office.have("y", 3)
-    expected = {((v.version,), p): tell([(v, 1.0)], p) for v in (old, new) for p in PROMPTS}
-    expected |= {((v.version, other.version), p): tell([(v, 0.5), (other, 0.5)], p) for v in (old, new) for p in PROMPTS}
+    expected = {((v.version,), p): expected_text([(v, 1.0)], p) for v in (old, new) for p in PROMPTS}
+    expected |= {((v.version, other.version), p): expected_text([(v, 0.5), (other, 0.5)], p) for v in (old, new) for p in PROMPTS}
     assert len({*expected.values()}) == len(expected)
     crowd = Crowd(office, ["x", "x", f"x@{old.version}", f"x@{new.version}", ["x", "y"]], expected)
     with crowd.asking():
@@ -155,28 +154,28 @@ def test_replacing_under_load_gives_no_wrong_answer(office: Office, tell: Callab
                 assert reply.status_code == 200, reply.text
             crowd.wait_for(5)
     assert set(crowd.statuses) == {200}
-    assert set(crowd.versions) == {used for used, _ in expected}, "all were asked for"
+    assert set(crowd.versions) == {used for used, _ in expected}, "every version was requested"
     for name in "xy":
         assert office.client.delete(f"/adapters/{name}").status_code == 200
     check_nothing_is_left(office)
 
 
 @pytest.mark.slow
-def test_deleting_under_load_is_heard_as_404_alone(office: Office, tell: Callable[..., str]) -> None:
+def test_deleting_under_load_gives_404_and_no_other_error(office: Office, expected_text: Callable[..., str]) -> None:
     folders = [office.draft("x", seed) for seed in (4, 5)]
     others = {name: office.have(name, seed) for seed, name in enumerate(("a", "b", "c", "d"), start=10)}
     served = [*map(load_adapter, folders), *others.values()]
-    expected = {((v.version,), p): tell([(v, 1.0)], p) for v in served for p in PROMPTS}
+    expected = {((v.version,), p): expected_text([(v, 1.0)], p) for v in served for p in PROMPTS}
     statuses: Counter[int] = Counter()
     crowd = Crowd(office, ["x", "x", *others], expected)
     with crowd.asking():
-        for turn in range(30):
-            assert office.upload("x", folders[turn % 2]).status_code == 201
+        for repetition in range(30):
+            assert office.upload("x", folders[repetition % 2]).status_code == 201
             crowd.wait_for(8)
             statuses[(gone := office.client.delete("/adapters/x")).status_code] += 1
             assert gone.status_code in (200, 202), gone.text
             assert (gone.json()["num_using"] > 0) == (gone.status_code == 202)
-            if turn % 3:
+            if repetition % 3:
                 crowd.wait_for(8)
     assert set(crowd.statuses) == {200, 404}
     assert statuses[202], "some were in use"
@@ -188,7 +187,7 @@ def test_deleting_under_load_is_heard_as_404_alone(office: Office, tell: Callabl
 
 
 class SlowAdmission:
-    """Admits, and then takes its time."""
+    """An admission that waits, after it has admitted a request, until it may go on."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -204,7 +203,7 @@ class SlowAdmission:
         return getattr(self._admission, name)
 
 
-def test_what_is_withdrawn_while_a_request_is_admitted_is_not_served_to_it(office: Office) -> None:
+def test_an_adapter_withdrawn_while_a_request_is_admitted_is_not_served_to_it(office: Office) -> None:
     office.have("x", 1)
     slow = SlowAdmission(office.service.admission)
     office.service.admission = cast(Admission, slow)
@@ -218,9 +217,9 @@ def test_what_is_withdrawn_while_a_request_is_admitted_is_not_served_to_it(offic
 
 
 @pytest.mark.slow
-def test_unloading_under_load_is_heard_as_404_alone(office: Office, tell: Callable[..., str]) -> None:
+def test_unloading_under_load_gives_404_and_no_other_error(office: Office, expected_text: Callable[..., str]) -> None:
     adapter = office.have("x", 6)
-    expected = {((adapter.version,), p): tell([(adapter, 1.0)], p) for p in PROMPTS}
+    expected = {((adapter.version,), p): expected_text([(adapter, 1.0)], p) for p in PROMPTS}
     crowd = Crowd(office, ["x", f"x@{adapter.version}"], expected)
     with crowd.asking():
         for _ in range(30):
@@ -234,19 +233,19 @@ def test_unloading_under_load_is_heard_as_404_alone(office: Office, tell: Callab
 
 
 @pytest.mark.slow
-def test_admins_who_change_one_name_at_once_leave_a_sound_server(office: Office, tell: Callable[..., str]) -> None:
-    """Whatever is asked in whatever order: each change is done whole or refused, and what is left can be deleted."""
+def test_admins_who_change_one_name_at_once_leave_a_sound_server(office: Office, expected_text: Callable[..., str]) -> None:
+    """Make changes of every kind in any order. Each is made whole or refused, and the remaining adapters can be deleted."""
     folders = [office.draft("x", seed) for seed in (7, 8)]
     versions = [load_adapter(folder) for folder in folders]
-    expected = {((v.version,), p): tell([(v, 1.0)], p) for v in versions for p in PROMPTS}
+    expected = {((v.version,), p): expected_text([(v, 1.0)], p) for v in versions for p in PROMPTS}
     office.upload("x", folders[0]).raise_for_status()
     allowed = {200, 201, 202, 404, 409, 429}
 
     def change(number: int) -> Counter[int]:
-        draw, heard = random.Random(number), Counter[int]()
+        draw, statuses = random.Random(number), Counter[int]()
         with httpx.Client(base_url=office.client.base_url, timeout=LIMIT_S, headers=ADMIN) as client:
             own = Office(client, office.service, office.store, office.base, office.drafts)
-            version = [of.version for of in versions]
+            version = [adapter.version for adapter in versions]
             changes: list[Callable[[], httpx.Response]] = [
                 lambda: own.upload("x", draw.choice(folders)),
                 lambda: client.delete("/adapters/x"),
@@ -267,13 +266,13 @@ def test_admins_who_change_one_name_at_once_leave_a_sound_server(office: Office,
             for _ in range(60):
                 reply = draw.choice(changes)()
                 assert reply.status_code in allowed, reply.text
-                heard[reply.status_code] += 1
-        return heard
+                statuses[reply.status_code] += 1
+        return statuses
 
     crowd = Crowd(office, ["x", "prod", "moving"], expected)
     with crowd.asking(), ThreadPoolExecutor(4) as pool:
-        heard = sum(pool.map(change, range(4)), Counter[int]())
-    assert {200, 201, 404, 409} <= set(heard), "it was not all refused, nor all done"
+        statuses = sum(pool.map(change, range(4)), Counter[int]())
+    assert {200, 201, 404, 409} <= set(statuses), "some changes were made, and some refused"
     assert set(crowd.statuses) <= {200, 404}
     for request in (
         "POST /adapters/x/unpin",

@@ -1,4 +1,4 @@
-"""What a server did not hear of is made good; what cannot be is said, and stops nothing."""
+"""Catching up on changes that a server missed. One that cannot be made is logged, and stops no other."""
 
 import logging
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ def anyio_backend() -> str:
 
 
 class FakeAdmin:
-    """Notes what it is told; refuses what is done to `odd`, and finds no store for `down`."""
+    """An admin that records its calls. It refuses changes of `odd`, and finds no store for `down`."""
 
     def __init__(self) -> None:
         self.pins = {"kept": "digest"}
-        self.told: list[tuple[str, str]] = []
+        self.calls: list[tuple[str, str]] = []
 
-    async def _do(self, what: str, name: str) -> None:
+    async def _do(self, action: str, name: str) -> None:
         if name == "odd":
             raise ConflictError(f"{name} is odd")
         if name == "down":
             raise StoreError("the adapters' folder failed: gone")
-        self.told.append((what, name))
+        self.calls.append((action, name))
 
     async def load(self, name: str) -> None:
         await self._do("load", name)
@@ -54,25 +54,25 @@ def fakes(changed: Sequence[str], gone: Sequence[str], error: Exception | None =
     return FakeAdmin(), cast(AdapterFiles, SimpleNamespace(changes=changes))
 
 
-async def test_what_changed_is_read_and_pinned(caplog: pytest.LogCaptureFixture) -> None:
+async def test_missed_changes_are_loaded_and_pinned(caplog: pytest.LogCaptureFixture) -> None:
     admin, files = fakes(["new", "odd", "other"], ["old"])
     with caplog.at_level(logging.WARNING):
         await catch_up(cast(AdapterAdmin, admin), files, Registry([]), ["new", "kept"])
-    assert admin.told == [("unload", "old"), ("load", "new"), ("load", "other"), ("pin", "new")]
+    assert admin.calls == [("unload", "old"), ("load", "new"), ("load", "other"), ("pin", "new")]
     assert caplog.messages == ["'odd' is not as on the other replicas: odd is odd"]
 
 
 @pytest.mark.parametrize("changed", [["down"], []])
-async def test_a_store_that_fails_is_to_be_asked_again(changed: list[str]) -> None:
+async def test_an_error_of_the_store_is_raised(changed: list[str]) -> None:
     admin, files = fakes(changed, [], None if changed else StoreError("the adapters' folder failed: gone"))
     with pytest.raises(StoreError, match="gone"):
         await catch_up(cast(AdapterAdmin, admin), files, Registry([]), ["math"])
-    assert admin.told == []
+    assert admin.calls == []
 
 
-async def test_a_store_whose_names_cannot_be_read_is_said_and_pins_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_store_with_unreadable_names_is_logged_and_pins_are_applied(caplog: pytest.LogCaptureFixture) -> None:
     admin, files = fakes([], [], AdapterFormatError("aliases.json", ["not JSON"]))
     with caplog.at_level(logging.WARNING):
         await catch_up(cast(AdapterAdmin, admin), files, Registry([]), ["math"])
-    assert admin.told == [("pin", "math")]
+    assert admin.calls == [("pin", "math")]
     assert caplog.messages == ["what was changed meanwhile is not known here: aliases.json is not a sound adapter: not JSON"]

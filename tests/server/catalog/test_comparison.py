@@ -1,4 +1,4 @@
-"""GET /adapters/compare, and what is remembered behind it."""
+"""GET /adapters/compare, and the pairs that it caches."""
 
 import shutil
 import threading
@@ -36,7 +36,7 @@ NAMES = ("math", "safety", "intent")
 
 @pytest.fixture
 def store(adapters: Path, tmp_path: Path) -> Path:
-    """A copy of the adapters, to be changed."""
+    """Return a copy of the adapters, which may be changed."""
     return shutil.copytree(adapters, tmp_path / "adapters")
 
 
@@ -53,17 +53,17 @@ def ask(live: Live, *names: str) -> dict[str, Any]:
     return answer
 
 
-def test_the_matrices_hold_what_lori_compares(live: Live, adapters: Path) -> None:
+def test_the_matrices_hold_the_values_of_lori_compare(live: Live, adapters: Path) -> None:
     reply = ask(live, *NAMES)
     assert set(reply) == {"names", "cosine", "overlap", "sign_conflict", "chance_overlap"}
     assert reply["names"] == list(NAMES)
-    found = [AdapterStore(adapters).find(name).load() for name in NAMES]
-    for i, a in enumerate(found):
-        for j, b in enumerate(found):
+    loaded = [AdapterStore(adapters).find(name).load() for name in NAMES]
+    for i, a in enumerate(loaded):
+        for j, b in enumerate(loaded):
             total = compare(a, b).total
             for key in ("cosine", "overlap", "sign_conflict", "chance_overlap"):
-                told, expected = reply[key][i][j], getattr(total, key)
-                assert told == (None if expected is None else pytest.approx(expected, abs=1e-9)), (key, a.name, b.name)
+                value, expected = reply[key][i][j], getattr(total, key)
+                assert value == (None if expected is None else pytest.approx(expected, abs=1e-9)), (key, a.name, b.name)
     assert reply["overlap"][0][2] is None, "intent is on another basis"
     assert [reply["overlap"][i][i] for i in range(3)] == [1.0] * 3
 
@@ -79,7 +79,7 @@ def test_one_adapter_is_compared_with_itself(live: Live) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "status", "said"),
+    ("names", "status", "message"),
     [
         ("", 400, "has 0 names, expected 1 to 16"),
         (",".join(["math"] * 17), 400, "has 17 names, expected 1 to 16"),
@@ -89,17 +89,17 @@ def test_one_adapter_is_compared_with_itself(live: Live) -> None:
         ("../math", 404, "there is no adapter '../math'"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(live: Live, names: str, status: int, said: str) -> None:
+def test_names_that_cannot_be_compared_are_refused(live: Live, names: str, status: int, message: str) -> None:
     error = refusal(live.client.get("/adapters/compare", params={"names": names}), status)
-    assert said in error["message"]
+    assert message in error["message"]
     assert error["param"] == "names"
 
 
-def test_without_names_it_says_what_is_expected(live: Live) -> None:
+def test_a_request_without_names_is_refused_by_its_parameter(live: Live) -> None:
     assert refusal(live.client.get("/adapters/compare"), 400)["param"] == "names"
 
 
-def test_a_comparison_is_described(live: Live) -> None:
+def test_a_comparison_is_in_the_description(live: Live) -> None:
     route = live.client.get("/openapi.json").json()["paths"]["/adapters/compare"]["get"]
     assert route["parameters"][0]["name"] == "names"
 
@@ -111,7 +111,7 @@ def test_a_pair_is_compared_once(store: Path, writer: BaseModel) -> None:
     first = comparer.compare([math, safety])
     num_rests = len(rests)
     assert num_rests
-    # Nothing is left to read, so nothing is read.
+    # The files are gone, so a read would fail.
     shutil.rmtree(store)
     assert comparer.compare([safety, math])[1][0] == first[0][1]
     assert len(rests) == num_rests
@@ -128,12 +128,14 @@ def test_a_new_adapter_is_compared_with_those_that_are_known(store: Path, writer
         assert [pair.overlap for pair in row] == [pair.overlap for pair in expected]
 
 
-def test_the_pairs_asked_for_longest_ago_are_forgotten(store: Path, writer: BaseModel) -> None:
+def test_the_least_recently_requested_pairs_are_forgotten(store: Path, writer: BaseModel) -> None:
     rests: list[float] = []
     comparer = Comparer(max_pairs=3, rest=rests.append)
     math, safety, intent = registered(store, writer)
     table = comparer.compare([math, safety, intent])
-    assert all(isinstance(pair, ModuleComparison) for row in table for pair in row), "more than it remembers, and all there"
+    assert all(isinstance(pair, ModuleComparison) for row in table for pair in row), (
+        "the table is whole though it has more pairs than are cached"
+    )
     comparer.compare([math, safety])
     rests.clear()
     comparer.compare([math, safety])
@@ -148,7 +150,7 @@ def test_names_of_one_content_are_one_adapter(store: Path, writer: BaseModel) ->
     assert [[pair.overlap for pair in row] for row in table] == [[1.0, 1.0], [1.0, 1.0]]
 
 
-def test_it_rests_as_long_as_it_worked(store: Path, writer: BaseModel) -> None:
+def test_the_comparer_rests_as_long_as_it_worked(store: Path, writer: BaseModel) -> None:
     now = 0.0
     rests: list[float] = []
 
@@ -170,7 +172,7 @@ def test_an_adapter_that_was_changed_on_disk_is_not_compared(store: Path, writer
 
 
 class SlowComparer(Comparer):
-    """Compares nothing until it may go on."""
+    """A comparer that waits until it may go on."""
 
     may_go_on = threading.Event()
     num_begun = 0
@@ -191,7 +193,7 @@ def test_one_comparison_runs_at_a_time_and_few_wait(
     service = Service(Settings(), "fake", registry, Admission(tokenizer, registry, 100), engine, Metrics("fake"))
     with serve_here(service) as client, ThreadPoolExecutor(4) as pool:
         url = "/adapters/compare?names=math,safety"
-        # Those that are refused are not among those that wait, so asking until one is refused fills the queue.
+        # A refused request does not wait, so the queue is full once one was refused.
         asked = [pool.submit(client.get, url)]
         wait_until(lambda: SlowComparer.num_begun == 1, "the first")
         asked += [pool.submit(client.get, url) for _ in range(3)]
@@ -202,7 +204,7 @@ def test_one_comparison_runs_at_a_time_and_few_wait(
         assert sorted(reply.result().status_code for reply in asked) == [200, 200, 200, 429]
 
 
-def test_one_tenant_s_comparisons_have_no_other_s_refused(
+def test_one_tenant_s_comparisons_do_not_cause_a_refusal_of_another_s(
     monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, store: Path, writer: BaseModel, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("server.app.Comparer", SlowComparer)
@@ -223,7 +225,7 @@ def test_one_tenant_s_comparisons_have_no_other_s_refused(
         assert sorted(one.result() for one in flood) == [200, 200, 200, 429, 429]
 
 
-def test_an_adapter_that_cannot_be_read_is_told_without_its_place(
+def test_an_adapter_that_cannot_be_read_is_reported_without_its_path(
     tokenizer: PreTrainedTokenizerFast, store: Path, writer: BaseModel
 ) -> None:
     registry = Registry(registered(store, writer))

@@ -1,4 +1,4 @@
-"""What was withdrawn goes when its last request has ended, unless it comes back before."""
+"""Withdrawn adapters: freed when their last request has ended, unless they are registered again before."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -13,14 +13,14 @@ from server.engine.adapters.registry import Registered, Registry
 from server.engine.request import AdapterTerm
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import StoreError
-from tests.server.engine.adapters.test_registry import of
+from tests.server.engine.adapters.test_registry import adapter as registered
 
-OLD, NEW = of("math", "1"), of("math", "2")
-ALIAS = of("prod", "1", f"math@{OLD.summary.version}")
+OLD, NEW = registered("math", "1"), registered("math", "2")
+ALIAS = registered("prod", "1", f"math@{OLD.summary.version}")
 
 
 class FakeEngine:
-    """Hears what is dropped."""
+    """An engine that records the dropped adapters."""
 
     def __init__(self) -> None:
         self.dropped: list[str] = []
@@ -40,7 +40,7 @@ class FakeEngine:
 
 
 class Desk:
-    """Departures, and all that they touch. What is removed is written down."""
+    """Departures, and everything that they touch. Records the withdrawn and the removed references."""
 
     def __init__(self, *adapters: Registered, grace_s: float = 0) -> None:
         self.registry, self.uses, self.engine, self.locks = Registry(adapters), AdapterUses(), FakeEngine(), NameLocks()
@@ -64,7 +64,7 @@ class Desk:
         self.removed += references
 
     def use(self, request: str, adapter: Registered) -> None:
-        """Lets a request begin that uses an adapter."""
+        """Begin a request that uses an adapter."""
         held = self.requests[request] = ExitStack()
         held.enter_context(self.uses.counted([AdapterTerm(adapter.summary.name, adapter.summary.digest, 1.0)]))
 
@@ -86,7 +86,7 @@ def run(test: Callable[[], Any]) -> None:
     anyio.run(limited)
 
 
-def test_what_nobody_uses_is_free_at_once() -> None:
+def test_an_unused_adapter_is_freed_at_once() -> None:
     async def test() -> None:
         async with Desk(OLD).open() as desk:
             await desk.departures.begin(desk.registry.withdraw("math"))
@@ -96,7 +96,7 @@ def test_what_nobody_uses_is_free_at_once() -> None:
     run(test)
 
 
-def test_what_is_used_is_free_with_its_last_request() -> None:
+def test_a_used_adapter_is_freed_with_its_last_request() -> None:
     async def test() -> None:
         async with Desk(OLD).open() as desk:
             desk.use("one", OLD)
@@ -105,7 +105,7 @@ def test_what_is_used_is_free_with_its_last_request() -> None:
             assert desk.departures.num_using("math") == 2
             await desk.end("one")
             assert desk.engine.dropped == []
-            assert desk.registry.find(OLD.summary.digest, ()) == [OLD], "who runs can still read it"
+            assert desk.registry.find(OLD.summary.digest, ()) == [OLD], "running requests can still read it"
             await desk.end("other")
             assert desk.engine.dropped == ["1"]
             assert desk.departures.num_using("math") == 0
@@ -113,7 +113,7 @@ def test_what_is_used_is_free_with_its_last_request() -> None:
     run(test)
 
 
-def test_what_comes_back_stays() -> None:
+def test_an_adapter_that_is_registered_again_stays() -> None:
     async def test() -> None:
         async with Desk(OLD).open() as desk:
             desk.use("one", OLD)
@@ -126,7 +126,7 @@ def test_what_comes_back_stays() -> None:
             desk.use("two", OLD)
             await desk.departures.begin(desk.registry.withdraw("math"))
             await desk.end("two")
-            assert desk.engine.dropped == ["1"], "and goes again"
+            assert desk.engine.dropped == ["1"], "it is freed when it is withdrawn again"
 
     run(test)
 
@@ -148,7 +148,7 @@ def test_content_that_has_another_name_stays_in_memory(is_used: bool) -> None:
     run(test)
 
 
-def test_files_go_at_once_where_nobody_uses_them() -> None:
+def test_files_that_nobody_uses_are_removed_at_once() -> None:
     async def test() -> None:
         async with Desk(NEW).open() as desk:
             await desk.departures.begin(desk.registry.withdraw("math"))
@@ -160,13 +160,13 @@ def test_files_go_at_once_where_nobody_uses_them() -> None:
     run(test)
 
 
-def test_files_stay_for_the_requests_of_others_though_nobody_finds_them() -> None:
+def test_withdrawn_files_stay_for_the_requests_of_other_servers() -> None:
     async def test() -> None:
         async with Desk(OLD, grace_s=3600).open() as desk:
             desk.use("one", OLD)
             await desk.departures.begin(desk.registry.withdraw("math"))
             await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
-            assert desk.withdrawn == ["math"], "while a request reads it"
+            assert desk.withdrawn == ["math"], "withdrawn though a request still reads it"
             await desk.end("one")
             assert desk.engine.dropped == ["1"]
             assert desk.removed == []
@@ -176,7 +176,7 @@ def test_files_stay_for_the_requests_of_others_though_nobody_finds_them() -> Non
     run(test)
 
 
-def test_files_go_when_the_others_have_had_their_time() -> None:
+def test_files_are_removed_after_the_grace_time() -> None:
     async def test() -> None:
         async with Desk(OLD, grace_s=0.01).open() as desk:
             await desk.departures.begin(desk.registry.withdraw("math"))
@@ -188,7 +188,7 @@ def test_files_go_when_the_others_have_had_their_time() -> None:
     run(test)
 
 
-def test_what_comes_back_in_that_time_keeps_its_files() -> None:
+def test_an_adapter_that_is_registered_again_in_the_grace_time_keeps_its_files() -> None:
     async def test() -> None:
         async with Desk(OLD, grace_s=3600).open() as desk:
             await desk.departures.begin(desk.registry.withdraw("math"))
@@ -199,7 +199,7 @@ def test_what_comes_back_in_that_time_keeps_its_files() -> None:
     run(test)
 
 
-def test_what_cannot_be_withdrawn_is_not_about_to_go() -> None:
+def test_an_adapter_that_cannot_be_withdrawn_is_not_being_deleted() -> None:
     async def test() -> None:
         async with Desk(OLD, grace_s=3600).open() as desk:
             desk.fault, desk.can_withdraw = StoreError("no answer"), False
@@ -211,7 +211,7 @@ def test_what_cannot_be_withdrawn_is_not_about_to_go() -> None:
     run(test)
 
 
-def test_files_are_there_as_long_as_a_request_reads_them() -> None:
+def test_files_stay_as_long_as_a_request_reads_them() -> None:
     async def test() -> None:
         async with Desk(OLD).open() as desk:
             desk.use("one", OLD)
@@ -229,7 +229,7 @@ def test_files_are_there_as_long_as_a_request_reads_them() -> None:
     run(test)
 
 
-def test_who_asked_for_an_alias_reads_the_files_of_what_it_means() -> None:
+def test_a_request_for_an_alias_reads_the_files_of_its_target() -> None:
     async def test() -> None:
         async with Desk(OLD, ALIAS).open() as desk:
             desk.use("one", ALIAS)
@@ -245,7 +245,7 @@ def test_who_asked_for_an_alias_reads_the_files_of_what_it_means() -> None:
     run(test)
 
 
-def test_what_is_published_meanwhile_stays() -> None:
+def test_a_version_that_is_published_meanwhile_stays() -> None:
     async def test() -> None:
         async with Desk(OLD).open() as desk:
             desk.use("one", OLD)
@@ -256,12 +256,12 @@ def test_what_is_published_meanwhile_stays() -> None:
             desk.requests.pop("one").close()
             while not desk.removed:
                 await anyio.sleep(0.001)
-            assert desk.removed == [f"math@{OLD.summary.version}"], "not the name, which means something again"
+            assert desk.removed == [f"math@{OLD.summary.version}"], "not the name, which has another version again"
 
     run(test)
 
 
-def test_the_same_that_is_published_meanwhile_stays() -> None:
+def test_the_same_version_that_is_published_meanwhile_stays() -> None:
     async def test() -> None:
         async with Desk(OLD).open() as desk:
             desk.use("one", OLD)
@@ -276,7 +276,7 @@ def test_the_same_that_is_published_meanwhile_stays() -> None:
     run(test)
 
 
-def test_what_was_to_be_deleted_is_when_the_server_ends() -> None:
+def test_pending_deletions_are_made_when_the_server_ends() -> None:
     async def test() -> None:
         desk = Desk(OLD)
         async with desk.open():
@@ -288,7 +288,7 @@ def test_what_was_to_be_deleted_is_when_the_server_ends() -> None:
     run(test)
 
 
-def test_what_was_to_be_deleted_is_where_the_server_is_cancelled() -> None:
+def test_pending_deletions_are_made_when_the_server_is_cancelled() -> None:
     async def test() -> None:
         desk = Desk(OLD)
         with anyio.CancelScope() as scope:
@@ -312,7 +312,7 @@ def test_a_dead_engine_has_nothing_to_free() -> None:
     run(test)
 
 
-def test_what_cannot_be_deleted_later_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_later_deletion_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with Desk(OLD).open() as desk:
             desk.use("one", OLD)

@@ -1,4 +1,4 @@
-"""Damaged adapters in a store: the sound ones are served, and whoever asks for another one is told what is wrong with it."""
+"""Damaged adapters in a store: the sound ones are served, and a request for a damaged one is answered with its faults."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ FAULTS = {
 
 
 def write_store(place: Path, base: BaseModel) -> Path:
-    """Writes four sound adapters and five that are damaged, each in its own way."""
+    """Write four sound adapters and five that are damaged, each in its own way."""
     place.mkdir()
     for seed, name in enumerate([*sorted(SOUND), *FAULTS]):
         write_adapter(place / name, base, seed=seed, templates=("plain",))
@@ -65,7 +65,7 @@ def damage(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def served(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A real server with that store. Acme may use some of it, other one damaged adapter alone."""
+    """Yield a real server with that store. Tenant acme may use some of its adapters, tenant other only a damaged one."""
     place = tmp_path_factory.mktemp("damaged")
     keys = write_keys(place, 'adapters = ["calm", "cut", "t*"]', 'adapters = ["peft"]')
     flags = ["--model", str(writer_model), "--adapters", str(write_store(place / "store", writer)), "--keys", str(keys)]
@@ -81,8 +81,8 @@ def ask(served: Live, path: str, key: str = ADMIN, **body: Any) -> tuple[int, di
 
 
 @pytest.mark.slow
-def test_the_server_starts_serves_four_and_says_five_things(served: Live) -> None:
-    """It did not start at all, whichever of the five there was."""
+def test_the_server_starts_serves_four_adapters_and_logs_five_faults(served: Live) -> None:
+    """Regression: the server did not start at all, whichever of the five faults there was."""
     lines = [line for line in served.log.read_text().splitlines() if "NOT SERVED" in line]
     assert len(lines) == len(FAULTS)
     for line, (name, fault) in zip(sorted(lines), sorted(FAULTS.items()), strict=True):
@@ -116,7 +116,9 @@ def test_the_server_starts_serves_four_and_says_five_things(served: Live) -> Non
     ],
 )
 @pytest.mark.parametrize("name", FAULTS)
-def test_who_asks_for_a_damaged_one_is_told_its_faults(served: Live, path: str, param: str, body: Any, name: str) -> None:
+def test_a_request_for_a_damaged_adapter_is_answered_with_its_faults(
+    served: Live, path: str, param: str, body: Any, name: str
+) -> None:
     body = json.loads(json.dumps(body).replace("NAME", name))
     status, document = ask(served, path.replace("NAME", name), **body)
     error = document["error"]
@@ -127,7 +129,7 @@ def test_who_asks_for_a_damaged_one_is_told_its_faults(served: Live, path: str, 
     assert str(served.log.parent) not in json.dumps(document)
 
 
-def test_a_damaged_one_is_told_to_those_alone_who_may_use_its_name(served: Live) -> None:
+def test_a_damaged_adapter_is_shown_only_to_tenants_that_may_use_its_name(served: Live) -> None:
     assert [row["name"] for row in ask(served, "/adapters", ACME)[1]["faulty"]] == ["cut", "torn"]
     assert ask(served, "/generate", ACME, prompt="x", adapter="cut")[0] == 500
     assert ask(served, "/adapters/torn", ACME)[0] == 500
@@ -139,7 +141,7 @@ def test_a_damaged_one_is_told_to_those_alone_who_may_use_its_name(served: Live)
     assert [row["name"] for row in ask(served, "/adapters", OTHER)[1]["faulty"]] == ["peft"]
 
 
-def test_pages_have_each_damaged_one_once(served: Live) -> None:
+def test_pages_have_each_damaged_adapter_once(served: Live) -> None:
     names, after = list[str](), ""
     while True:
         _, document = ask(served, f"/adapters?limit=1&after={after}")
@@ -151,12 +153,9 @@ def test_pages_have_each_damaged_one_once(served: Live) -> None:
     assert [row["name"] for row in ask(served, "/adapters?prefix=t")[1]["faulty"]] == ["torn"]
 
 
-# --- how it is mended
-
-
 @pytest.fixture
 def office(writer_model: Path, writer: BaseModel, tmp_path: Path) -> Iterator[Office]:
-    """A server with that store in this process, whose client is an admin."""
+    """Yield a server with that store in this process, whose client is an admin."""
     write_store(tmp_path / "store", writer)
     with open_office(writer_model, writer, tmp_path) as office:
         yield office
@@ -177,7 +176,7 @@ def test_a_folder_that_is_mended_on_disk_is_served_when_it_is_loaded(office: Off
 
 
 def test_a_card_that_becomes_a_link_while_the_server_runs_is_not_shown(office: Office) -> None:
-    """A client read the key file by it."""
+    """Regression: a client could read the key file by such a link."""
     assert office.client.get("/adapters/calm").status_code == 200
     (office.store.root / "calm" / CARD_FILE).symlink_to(office.store.root.parent / "secret")
     for name in ("calm", "dry"):
@@ -188,7 +187,7 @@ def test_a_card_that_becomes_a_link_while_the_server_runs_is_not_shown(office: O
     assert message == f"adapter 'calm' cannot be read: {CARD_FILE} cannot be read: it is a link, and a store follows none"
 
 
-def test_one_that_is_damaged_still_says_how_it_is_damaged_now(office: Office) -> None:
+def test_an_adapter_that_is_still_damaged_is_reported_with_its_new_fault(office: Office) -> None:
     shutil.copy(office.store.root / "calm" / CONFIG_FILE, office.store.root / "cut" / CONFIG_FILE)
     reply = office.post("/adapters/cut/load")
     assert reply.status_code == 400
@@ -198,8 +197,8 @@ def test_one_that_is_damaged_still_says_how_it_is_damaged_now(office: Office) ->
     assert fault in office.ask("cut").json()["error"]["message"]
 
 
-def test_one_that_is_deleted_can_be_uploaded_anew(office: Office) -> None:
-    assert office.upload("torn", office.draft("torn", 9)).status_code == 409, "what a maker left is not overwritten"
+def test_a_damaged_adapter_that_is_deleted_can_be_uploaded_anew(office: Office) -> None:
+    assert office.upload("torn", office.draft("torn", 9)).status_code == 409, "an author's folder is not overwritten"
     for name in ("torn", "linked"):
         assert office.client.delete(f"/adapters/{name}").status_code == 200
         assert name not in faulty(office)
@@ -210,7 +209,7 @@ def test_one_that_is_deleted_can_be_uploaded_anew(office: Office) -> None:
 
 
 @pytest.mark.slow
-def test_an_upload_mends_a_version_and_the_aliases_that_mean_it(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
+def test_an_upload_mends_a_version_and_its_aliases(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     with open_office(writer_model, writer, tmp_path) as office:
         version = office.have("math", 1).version
         draft = office.draft("math", 1)
@@ -240,39 +239,36 @@ def test_another_version_takes_the_place_of_a_damaged_one(writer_model: Path, wr
         assert "math" not in faulty(office)
 
 
-# --- what is said at start
-
-
 def inventory(own: Path | None, demo: Path | None, base: BaseModel, *, is_strict: bool = False) -> Any:
     own_store, demo_store = (AdapterStore(place) if place else None for place in (own, demo))
     return take_inventory(own_store, demo_store, base.identity, is_strict=is_strict)
 
 
-@pytest.mark.parametrize("what", ["config", "no config", "link", "alias"])
+@pytest.mark.parametrize("damage", ["config", "no config", "link", "alias"])
 def test_a_damaged_own_adapter_is_not_replaced_by_the_demo_s(
-    writer: BaseModel, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+    writer: BaseModel, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for place in ("own", "demo"):
         (tmp_path / place).mkdir()
         write_adapter(tmp_path / place / "math", writer, seed=1)
     write_adapter(tmp_path / "demo" / "law", writer, seed=2)
     folder = tmp_path / "own" / "math"
-    if what == "config":
+    if damage == "config":
         (folder / CONFIG_FILE).write_text("")
-    elif what == "no config":
+    elif damage == "no config":
         (folder / CONFIG_FILE).unlink()
-    elif what == "link":
+    elif damage == "link":
         folder.rename(tmp_path / "elsewhere")
         folder.symlink_to(tmp_path / "nowhere")
     else:
         AdapterStore(tmp_path / "own").publish(folder, "math")
         (tmp_path / "own" / ALIASES_FOLDER / "math").write_text("nothing")
     with caplog.at_level(logging.INFO):
-        found = inventory(tmp_path / "own", tmp_path / "demo", writer)
-    assert [*found.summaries] == ["law"]
-    assert [one.name for one in found.faulty] == ["math"]
+        result = inventory(tmp_path / "own", tmp_path / "demo", writer)
+    assert [*result.summaries] == ["law"]
+    assert [one.name for one in result.faulty] == ["math"]
     assert "the demo adapter 'math' is not served: --adapters has one of this name" in caplog.text
-    assert not any(str(tmp_path) in fault for one in found.faulty for fault in one.faults)
+    assert not any(str(tmp_path) in fault for one in result.faulty for fault in one.faults)
 
 
 def test_strict_ends_the_start_with_all_faults(writer: BaseModel, tmp_path: Path) -> None:
@@ -287,8 +283,8 @@ def test_strict_ends_the_start_with_all_faults(writer: BaseModel, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_tenant_reads_of_an_alias_no_other_adapter_s_name(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
-    """It was told what the alias meant, or what was in its file; the log has it whole."""
+def test_a_damaged_alias_shows_a_tenant_no_other_adapter_s_name(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
+    """Regression: the tenant was shown the alias's target or the content of its file. The log has these in full."""
     store, keys = write_store(tmp_path / "store", writer), write_keys(tmp_path, 'adapters = ["pub*"]')
     held = {"pub-broken": "hidden adapter", "pub-gone": "hidden@aaaaaaaaaaaa", "pub-linked": "hidden@bbbbbbbbbbbb"}
     (store / ALIASES_FOLDER).mkdir()
@@ -316,7 +312,7 @@ def test_a_tenant_reads_of_an_alias_no_other_adapter_s_name(writer_model: Path, 
 
 @pytest.mark.slow
 def test_a_missing_basis_is_a_fault_of_its_adapters_alone(writer: BaseModel, tmp_path: Path, writer_model: Path) -> None:
-    """It ended the start, after the configs were found sound."""
+    """Regression: a missing basis ended the start, after the configs were found sound."""
     write_adapter(tmp_path / "store" / "calm", writer, seed=1)
     calm = load_adapter(tmp_path / "store" / "calm")
     a = {name: calm.basis.draw(name, b.shape[1], writer.identity.shapes[name][1]) for name, b in calm.modules.items()}
@@ -344,14 +340,14 @@ def test_a_policy_that_names_a_damaged_adapter_stops_the_start_and_a_reload(
     assert isinstance(service.keys, KeyRing)
     write_keys(tmp_path, "policy = { torn = 0.25 }")
     service.keys.poll()
-    service.keys.poll()  # the second finds the same, and takes it
+    service.keys.poll()  # the second poll finds the same content, and accepts it
     assert "THE KEYS FROM BEFORE STAY" in caplog.text
     assert dict(service.keys.keys.tenants["acme"].policy) == {"calm": 0.5}
 
 
-def test_of_many_long_faults_some_are_told_and_none_forges_a_line() -> None:
-    told = Faulty.from_faults("a\nb", "", [f"{number}\n\x1b[2J{'x' * 999}" for number in range(99)])
-    assert told.reference == r"a\nb"
-    assert len(told.faults) == MAX_SHOWN + 1
-    assert told.faults[-1] == f"and {99 - MAX_SHOWN} more"
-    assert all(fault.isprintable() and len(fault) <= MAX_CHARACTERS for fault in told.faults)
+def test_many_long_faults_are_shortened_and_none_forges_a_line() -> None:
+    adapter = Faulty.from_faults("a\nb", "", [f"{number}\n\x1b[2J{'x' * 999}" for number in range(99)])
+    assert adapter.reference == r"a\nb"
+    assert len(adapter.faults) == MAX_SHOWN + 1
+    assert adapter.faults[-1] == f"and {99 - MAX_SHOWN} more"
+    assert all(fault.isprintable() and len(fault) <= MAX_CHARACTERS for fault in adapter.faults)

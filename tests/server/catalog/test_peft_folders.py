@@ -1,4 +1,4 @@
-"""PEFT's folders where an adapter of ours is expected: each is one line that says what to type."""
+"""PEFT folders in place of adapters of ours: each is reported in one line with the command to type."""
 
 import json
 import re
@@ -24,21 +24,21 @@ from training.fit import main as fit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "said"), ADAPTERS.items())
-def test_a_wrong_folder_among_the_adapters_is_one_line_that_says_what_to_type(
-    served: Live, store: Path, name: str, said: str
+@pytest.mark.parametrize(("name", "advice"), ADAPTERS.items())
+def test_a_wrong_folder_among_the_adapters_is_one_line_with_the_command_to_type(
+    served: Live, store: Path, name: str, advice: str
 ) -> None:
-    """It was a line of 40 faults, of which the last but nine named a command without its arguments."""
+    """Regression: the line had 40 faults, of which the last but nine named a command without its arguments."""
     [line] = [line for line in served.log.read_text().splitlines() if f"the adapter {name!r} is damaged" in line]
-    assert said.replace(FOLDER, str(store / name)) in line
+    assert advice.replace(FOLDER, str(store / name)) in line
     assert "Extra inputs" not in line
     [row] = [row for row in served.client.get("/adapters").json()["faulty"] if row["name"] == name]
-    assert said in "; ".join(row["faults"])
+    assert advice in "; ".join(row["faults"])
     assert len(row["faults"]) == 1
     reply = served.client.post("/generate", json={"prompt": "x", "adapter": name})
     assert reply.status_code == 500
-    assert said in reply.json()["error"]["message"]
-    assert str(store.parent) not in reply.text + json.dumps(row), "a client is told no path of the machine"
+    assert advice in reply.json()["error"]["message"]
+    assert str(store.parent) not in reply.text + json.dumps(row), "a client sees no path of the machine"
     assert served.generate(prompt="x", max_tokens=2, adapter="calm")["text"]
 
 
@@ -49,7 +49,7 @@ def test_an_adapter_of_another_base_names_both_bases_and_the_flag(served: Live) 
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect", "export", "pack", "merge", "compare", "list", "verify store"])
-def test_each_command_says_how_a_peft_lora_is_imported(run: Run, store: Path, tmp_path: Path, command: str) -> None:
+def test_each_command_names_the_import_of_a_peft_lora(run: Run, store: Path, tmp_path: Path, command: str) -> None:
     shutil.copytree(store / "lora", tmp_path / "kept" / "lora")
     lora = tmp_path / "kept" / "lora"
     arguments = {
@@ -75,7 +75,7 @@ def test_a_list_of_a_store_names_the_command(run: Run, store: Path) -> None:
     assert all(ADAPTERS[name].replace(FOLDER, str(store / name)) in faults[name] for name in ADAPTERS if name != "foreign")
 
 
-def test_training_and_evaluation_say_how_a_peft_lora_is_imported(
+def test_training_and_evaluation_name_the_import_of_a_peft_lora(
     run: Run, writer_model: Path, store: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -91,7 +91,7 @@ def test_training_and_evaluation_say_how_a_peft_lora_is_imported(
         assert f"`python -m lori import {store / 'lora'} STORE --model own/llama`" in text
 
 
-def test_the_command_that_is_told_makes_an_adapter_that_is_served(
+def test_the_named_command_makes_an_adapter_that_is_served(
     run: Run, writer: BaseModel, writer_model: Path, store: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterFormatError) as caught:
@@ -103,10 +103,10 @@ def test_the_command_that_is_told_makes_an_adapter_that_is_served(
     assert AdapterStore(tmp_path / "new").find("lora").load(writer.identity).modules
 
 
-def test_an_import_into_the_folder_that_the_lora_lies_in_does_not_ask_to_remove_it(
+def test_an_import_into_the_lora_s_own_folder_does_not_ask_to_remove_it(
     run: Run, writer: BaseModel, writer_model: Path, tmp_path: Path
 ) -> None:
-    """It said: `remove it`, of what was to be imported."""
+    """Regression: the error said `remove it` about the folder that was to be imported."""
     lora = write_lora(tmp_path / "store" / "lora", writer)
     code, text = run(lori, "import", lora, tmp_path / "store", "--model", writer_model)
     assert code == 2
@@ -131,17 +131,17 @@ def test_a_name_with_spaces_is_quoted_for_the_shell(writer: BaseModel, tmp_path:
 
 
 @pytest.mark.parametrize("base", ["own/llama; rm -rf ~", "-x/y", "a/$(b)", "own/llama\n", None, "../x", "x" * 999 + "/y"])
-def test_nothing_of_a_config_that_a_shell_would_run_is_in_the_command(base: object) -> None:
+def test_the_command_has_no_part_of_a_config_that_a_shell_would_run(base: object) -> None:
     fault = peft_fault(json.dumps(CONFIG | {"base_model_name_or_path": base}).encode())
     assert fault
     assert f"`python -m lori import {FOLDER} STORE --model BASE`" in fault
 
 
 @pytest.mark.parametrize("change", [*({"peft_type": kind} for kind in ("LORI", "a b", 1, None)), {"lori": {}}])
-def test_what_is_no_config_of_peft_keeps_its_own_faults(change: dict[str, Any]) -> None:
+def test_a_config_that_is_not_peft_s_keeps_its_own_faults(change: dict[str, Any]) -> None:
     assert peft_fault(json.dumps(CONFIG | change).encode()) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"LORA"', b"\xff", b"[" * 100_000])
-def test_what_is_no_object_is_no_config_of_peft(content: bytes) -> None:
+def test_content_that_is_no_json_object_is_no_peft_config(content: bytes) -> None:
     assert peft_fault(content) is None

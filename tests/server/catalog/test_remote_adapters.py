@@ -1,4 +1,4 @@
-"""Servers whose adapters lie at one address, each with a cache of its own: what one changes all serve; faults stay alone."""
+"""Servers whose adapters lie at one address, each with its own cache: all serve the changes of one, and faults stay apart."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +16,12 @@ from tests.lori.remotes import LIMIT_S, Broken, Gate, WatchedFileSystem, let
 from tests.server.forked import start_forked
 from tests.server.office import Office, open_office
 
-NOTHING_KEPT = {"adapter_cache_gib": 0, "loaded_gib": 0}
+NO_CACHES = {"adapter_cache_gib": 0, "loaded_gib": 0}
 
 
 @contextmanager
 def offices(number: int, model: Path, base: BaseModel, place: Path, url: str, **settings: Any) -> Iterator[list[Office]]:
-    """Runs servers whose adapters lie at `url`."""
+    """Run `number` servers whose adapters lie at `url`."""
     with ExitStack() as stack:
         opened = []
         for one in range(number):
@@ -34,7 +34,7 @@ def offices(number: int, model: Path, base: BaseModel, place: Path, url: str, **
 
 @pytest.fixture
 def watched() -> str:
-    """The address of an empty store."""
+    """Return the address of an empty store."""
     WatchedFileSystem.reset()
     fsspec.filesystem("watched").makedirs("/store")
     return "watched:///store"
@@ -56,8 +56,8 @@ def upload(office: Office, name: str, seed: int) -> str:
     return str(reply.json()["version"])
 
 
-def fail(office: Office, adapter: str) -> str:
-    """Returns what is said of an adapter that cannot be served."""
+def failure(office: Office, adapter: str) -> str:
+    """Return the error message for an adapter that cannot be served."""
     reply = office.ask(adapter)
     assert reply.status_code == 500, reply.text
     assert reply.json()["error"]["type"] == "AdapterError"
@@ -65,7 +65,9 @@ def fail(office: Office, adapter: str) -> str:
 
 
 @pytest.mark.slow
-def test_what_one_server_publishes_the_others_serve(writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path) -> None:
+def test_an_adapter_published_by_one_server_is_served_by_the_others(
+    writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path
+) -> None:
     with offices(2, writer_model, writer, tmp_path, f"file://{shared}") as (ours, theirs):
         first = upload(ours, "mine", 1)
         assert theirs.ask("mine").status_code == 404
@@ -88,7 +90,7 @@ def test_what_one_server_publishes_the_others_serve(writer_model: Path, writer: 
 
 
 @pytest.mark.slow
-def test_a_change_that_all_servers_hear_is_made_once(writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path) -> None:
+def test_a_change_that_all_servers_get_is_made_once(writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path) -> None:
     with offices(3, writer_model, writer, tmp_path, f"file://{shared}") as all_of_them, ThreadPoolExecutor(3) as pool:
         draft = all_of_them[0].draft("mine", 1)
         replies = [*pool.map(lambda office: office.upload("mine", draft), all_of_them)]
@@ -108,44 +110,44 @@ def test_a_change_that_all_servers_hear_is_made_once(writer_model: Path, writer:
 
 
 @pytest.mark.slow
-def test_who_has_not_read_what_another_server_deletes_can_do_so_for_a_while(
+def test_files_deleted_by_one_server_can_be_read_by_others_for_a_while(
     writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path
 ) -> None:
     url = f"file://{shared}"
-    with offices(2, writer_model, writer, tmp_path, url, delete_grace_s=3600, **NOTHING_KEPT) as (ours, theirs):
+    with offices(2, writer_model, writer, tmp_path, url, delete_grace_s=3600, **NO_CACHES) as (ours, theirs):
         upload(ours, "mine", 1)
         expected = ours.generate("mine")["text"]
         theirs.post("/adapters/mine/load")
         theirs.drop(theirs.entry_of("mine").load())
         assert ours.client.delete("/adapters/mine").status_code == 200
-        assert [Path(file).name for file in files(shared)] == [WEIGHTS_FILE], "nobody finds it"
+        assert [Path(file).name for file in files(shared)] == [WEIGHTS_FILE], "the weights stay, but no name leads to them"
         assert ours.post("/adapters/mine/load").status_code == 404
         assert theirs.generate("mine")["text"] == expected
         assert theirs.client.delete("/adapters/mine").status_code == 200
         upload(ours, "mine", 1)
-    assert [Path(file).name for file in files(shared)] == ["mine", CONFIG_FILE, WEIGHTS_FILE], "it came back"
+    assert [Path(file).name for file in files(shared)] == ["mine", CONFIG_FILE, WEIGHTS_FILE], "the upload restored the adapter"
 
 
 @pytest.mark.slow
-def test_a_deleted_adapter_that_is_not_here_fails_by_name(
+def test_a_deleted_adapter_without_a_local_copy_fails_by_name(
     writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path
 ) -> None:
-    with offices(2, writer_model, writer, tmp_path, f"file://{shared}", **NOTHING_KEPT) as (ours, theirs):
+    with offices(2, writer_model, writer, tmp_path, f"file://{shared}", **NO_CACHES) as (ours, theirs):
         upload(ours, "mine", 1)
         theirs.post("/adapters/mine/load")
         theirs.drop(theirs.entry_of("mine").load())
         assert ours.client.delete("/adapters/mine").status_code == 200
-        assert fail(theirs, "mine") == (
+        assert failure(theirs, "mine") == (
             "adapter 'mine' cannot be served: its files are in the store no more: it was deleted there"
         )
         assert theirs.generate(None)["text"]
 
 
 @pytest.mark.slow
-def test_an_adapter_that_does_not_come_delays_and_fails_nobody_else(
+def test_an_adapter_that_does_not_arrive_delays_and_fails_no_other_request(
     writer_model: Path, writer: BaseModel, tmp_path: Path, watched: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with offices(1, writer_model, writer, tmp_path, watched, **NOTHING_KEPT) as (office,), ThreadPoolExecutor(1) as pool:
+    with offices(1, writer_model, writer, tmp_path, watched, **NO_CACHES) as (office,), ThreadPoolExecutor(1) as pool:
         slow, quick = office.have("slow", 1), office.have("quick", 2)
         folder = f"slow@{slow.version}"
         expected = office.generate("slow")["text"]
@@ -160,8 +162,8 @@ def test_an_adapter_that_does_not_come_delays_and_fails_nobody_else(
         assert asked.result(LIMIT_S)["text"] == expected
         office.drop(slow)
         WatchedFileSystem.before = Broken("fetch", f"{folder}/{WEIGHTS_FILE}")
-        said = "fetching failed in the store of the adapters: ConnectionResetError"
-        assert fail(office, "slow") == f"adapter 'slow' cannot be served: {said}"
+        message = "fetching failed in the store of the adapters: ConnectionResetError"
+        assert failure(office, "slow") == f"adapter 'slow' cannot be served: {message}"
         assert office.generate("quick")["text"]
         assert "secret" not in caplog.text
         WatchedFileSystem.before = staticmethod(let)
@@ -169,7 +171,7 @@ def test_an_adapter_that_does_not_come_delays_and_fails_nobody_else(
 
 
 @pytest.mark.slow
-def test_a_store_that_does_not_answer_is_said_to_admins(
+def test_a_store_that_does_not_answer_is_reported_to_admins(
     writer_model: Path, writer: BaseModel, tmp_path: Path, watched: str
 ) -> None:
     with offices(1, writer_model, writer, tmp_path, watched, adapter_timeout_s=LIMIT_S) as (office,):
@@ -183,13 +185,13 @@ def test_a_store_that_does_not_answer_is_said_to_admins(
         ]
         assert [reply.status_code for reply in replies] == [503] * 4
         assert all("listing failed in the store of the adapters" in reply.text for reply in replies)
-        assert office.generate("mine")["text"], "what is here is served, and was not withdrawn"
+        assert office.generate("mine")["text"], "the local copy is served, and was not withdrawn"
         WatchedFileSystem.before = staticmethod(let)
         assert office.client.delete("/adapters/mine").status_code == 200
 
 
 @pytest.mark.slow
-def test_a_card_comes_when_it_is_asked_for(writer_model: Path, writer: BaseModel, tmp_path: Path, watched: str) -> None:
+def test_a_card_is_fetched_on_request(writer_model: Path, writer: BaseModel, tmp_path: Path, watched: str) -> None:
     with offices(1, writer_model, writer, tmp_path, watched) as (office,):
         folder = office.draft("mine", 1)
         (folder / CARD_FILE).write_text("# Mine")
@@ -198,7 +200,7 @@ def test_a_card_comes_when_it_is_asked_for(writer_model: Path, writer: BaseModel
 
 
 @pytest.mark.slow
-def test_a_real_server_serves_what_lies_at_an_address(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
+def test_a_real_server_serves_the_adapters_at_an_address(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--adapters", f"file://{adapters}", "--adapter-cache", str(tmp_path / "cache")]
     with start_forked(tmp_path / "log", *flags, "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02") as server:
         names = [row["name"] for row in server.client.get("/adapters").json()["adapters"]]

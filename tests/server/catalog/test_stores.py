@@ -1,4 +1,4 @@
-"""The server's own store, a folder or an address: what is said where it cannot be looked at."""
+"""The server's own store, a folder or an address, and the error if it cannot be read."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.lori.remotes import Broken, Gate, WatchedFileSystem, let
 
 @pytest.fixture(autouse=True)
 def _watched() -> None:
-    """An empty store at watched:///store."""
+    """Make an empty store at watched:///store."""
     WatchedFileSystem.reset()
     fsspec.filesystem("watched").makedirs("/store")
 
@@ -26,7 +26,7 @@ def opened(place: object, tmp_path: Path, **settings: object) -> AdapterStore | 
 
 
 @pytest.mark.parametrize("as_path", [str, Path])
-def test_a_folder_is_a_folder(as_path: type, tmp_path: Path) -> None:
+def test_a_folder_is_opened_as_a_local_store(as_path: type, tmp_path: Path) -> None:
     store = opened(as_path(tmp_path), tmp_path)
     assert type(store) is AdapterStore
     assert store.root == tmp_path
@@ -50,7 +50,7 @@ def test_each_address_has_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "message"),
     [
         ("nope://user:secret@host/adapters?key=secret", "--adapters nope://…@host/adapters?…: Protocol not known: nope"),
         ("file:///no/such/place", "--adapters file:///no/such/place: there is no such folder"),
@@ -61,17 +61,19 @@ def test_each_address_has_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest
         ("absent://x", "--adapters absent://x: Install no_such_package to go there"),
     ],
 )
-def test_what_cannot_be_looked_at_is_one_line(place: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_cannot_be_read_is_reported_in_one_line(
+    place: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fsspec.register_implementation("absent", "no_such_package.X", errtxt="Install no_such_package to go there", clobber=True)
     WatchedFileSystem.before = Broken("list")
     with caplog.at_level(logging.DEBUG), pytest.raises(AdapterError) as caught:
         opened(place, tmp_path)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value) + caplog.text
 
 
-def test_what_does_not_answer_is_said_in_time(tmp_path: Path) -> None:
+def test_a_store_that_does_not_answer_is_reported_in_time(tmp_path: Path) -> None:
     WatchedFileSystem.before = gate = Gate("list")
     with pytest.raises(AdapterError, match=r"^--adapters watched:///store: listing took longer than 0.05 s"):
         opened("watched:///store", tmp_path, adapter_timeout_s=0.05)

@@ -20,7 +20,7 @@ def office(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempP
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "said"),
+    ("name", "status", "advice"),
     [
         ("lora", 409, "put it there (`python -m lori import` does), and start the server again"),
         ("dora", 400, "use_dora is True"),
@@ -29,10 +29,10 @@ def office(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempP
         ("foreign", 400, ADAPTERS["foreign"]),
     ],
 )
-def test_an_upload_says_what_to_do_instead(office: Office, store: Path, name: str, status: int, said: str) -> None:
+def test_a_refused_upload_is_answered_with_advice(office: Office, store: Path, name: str, status: int, advice: str) -> None:
     reply = office.upload(name, store / name)
     assert reply.status_code == status, reply.text
-    assert said in reply.json()["error"]["message"]
+    assert advice in reply.json()["error"]["message"]
     assert office.ask(name).status_code == 404
 
 
@@ -42,7 +42,7 @@ def test_an_upload_for_another_base_is_one_line_with_the_flag(office: Office, ot
     assert error["faults"] == ["it was trained on the base own/llama, and does not fit tiny-writer: pass --model own/llama"]
 
 
-def test_a_pickle_that_is_sent_as_safetensors_is_called_one(office: Office, store: Path) -> None:
+def test_a_pickle_that_is_sent_as_safetensors_is_called_a_pickle(office: Office, store: Path) -> None:
     content = (store / "pickled" / PICKLE_FILE).read_bytes()
     for folder in (store / "lora", store / "calm"):
         error = office.upload("pickled", folder, weights=content).json()["error"]
@@ -58,7 +58,7 @@ def test_a_pickle_that_is_sent_as_safetensors_is_called_one(office: Office, stor
         ("POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "calm"}),
     ],
 )
-def test_who_would_change_adapters_without_keys_is_told_how_to_make_one(
+def test_a_change_of_adapters_without_keys_is_answered_with_the_way_to_make_one(
     served: Live, method: str, path: str, body: object
 ) -> None:
     reply = served.client.request(method, path, json=body)

@@ -1,4 +1,4 @@
-"""Both clients at a real server: every method, its types, and that leaving early ends the work."""
+"""Both clients with a real server: every method and its types, and the end of the work when a client leaves early."""
 
 import inspect
 import subprocess
@@ -48,12 +48,12 @@ def client(request: pytest.FixtureRequest, live: Live) -> Iterator[Client]:
 
 
 def lasting(reply: GenerateReply | DoneData) -> dict[str, Any]:
-    """What two replies to one request have in common."""
-    found = reply.model_dump(exclude={"id", "timings", "index", "text", "logprobs", "choices"})
-    return found | {"usage": {**found["usage"], "cached_tokens": None}}
+    """Return the fields that two replies to one request have in common."""
+    fields = reply.model_dump(exclude={"id", "timings", "index", "text", "logprobs", "choices"})
+    return fields | {"usage": {**fields["usage"], "cached_tokens": None}}
 
 
-def test_an_answer_is_what_the_server_says(client: Client, live: Live) -> None:
+def test_an_answer_is_that_of_the_server(client: Client, live: Live) -> None:
     reply = client.generate(prompt=FOX, adapter=["math", "safety"], weights=[1, 0.5], max_tokens=12, logprobs=1)
     own = live.generate(prompt=FOX, adapter=["math", "safety"], weights=[1, 0.5], max_tokens=12, logprobs=1)
     assert lasting(reply) == lasting(GenerateReply.model_validate(own | {"seed": reply.seed}))
@@ -75,7 +75,7 @@ def test_an_answer_is_what_the_server_says(client: Client, live: Live) -> None:
         EVERY_NUMBER,
     ],
 )
-def test_every_field_streams_what_it_answers_whole(client: Client, fields: GenerateFields) -> None:
+def test_every_field_gives_the_same_answer_streamed_and_whole(client: Client, fields: GenerateFields) -> None:
     asked: GenerateFields = {"seed": 1, **fields}
     whole = client.generate(**asked)
     choices = [choice.text for choice in whole.choices] if whole.choices else [whole.text]
@@ -92,7 +92,7 @@ def test_every_field_streams_what_it_answers_whole(client: Client, fields: Gener
 
 
 def shapes(hint: Any) -> frozenset[Any]:
-    """What a type may look like on the wire, whatever its bounds are; a list is of one kind."""
+    """Return the forms of a type on the wire, without its bounds. All elements of a list have one form."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return shapes(parts[0])
@@ -101,7 +101,7 @@ def shapes(hint: Any) -> frozenset[Any]:
     if origin in (Union, types.UnionType):
         return frozenset().union(*(shapes(part) for part in parts if part is not type(None)))
     if origin in (list, Sequence):
-        return frozenset(("list", of) for of in shapes(parts[0]))
+        return frozenset(("list", element) for element in shapes(parts[0]))
     if origin in (dict, Mapping):
         return frozenset([("map", *map(shapes, parts))])
     if is_typeddict(hint) or issubclass(hint, BaseModel):
@@ -110,13 +110,13 @@ def shapes(hint: Any) -> frozenset[Any]:
 
 
 def fields_of(kind: Any) -> dict[str, frozenset[Any]]:
-    """The shapes of the fields of a model or a `TypedDict`."""
+    """Return the shapes of the fields of a model or a `TypedDict`."""
     hints = get_type_hints(kind)
     names = dict.fromkeys(hints) if is_typeddict(kind) else {name: field.alias for name, field in kind.model_fields.items()}
     return {alias or name: shapes(hints[name]) for name, alias in names.items()}
 
 
-def test_the_fields_are_the_servers() -> None:
+def test_the_client_s_fields_are_those_of_the_server() -> None:
     body = fields_of(GenerateBody)
     assert body.pop("stream") == {bool}
     assert fields_of(GenerateFields) == body
@@ -136,7 +136,7 @@ def test_the_clients_have_the_same_methods() -> None:
     assert sides[0] == sides[1]
 
 
-def test_what_is_refused_is_said_with_its_field(client: Client) -> None:
+def test_a_refusal_names_its_field(client: Client) -> None:
     with pytest.raises(NotFoundError, match=r"404 NotFoundError: there is no adapter 'maths'.* 'math'") as missing:
         client.generate(prompt=FOX, adapter="maths")
     assert missing.value.param == "adapter"
@@ -144,31 +144,31 @@ def test_what_is_refused_is_said_with_its_field(client: Client) -> None:
         next(client.stream(prompt=FOX, max_tokens=-1))
     assert refused.value.param == "max_tokens"
     with pytest.raises(BadRequestError, match="max_token: unknown field"):
-        client.generate(prompt=FOX, max_token=1)  # type: ignore[call-arg]  # mypy would have said so
+        client.generate(prompt=FOX, max_token=1)  # type: ignore[call-arg]  # mypy reports it
     with pytest.raises(BadRequestError, match="'prompt' or 'messages'"):
         client.generate()
 
 
 def test_adapters_are_listed(client: Client, live: Live) -> None:
-    found = client.adapters()
-    assert found.base_model == "tiny-writer"
-    assert [adapter.model_dump(mode="json") for adapter in found.adapters] == live.client.get("/adapters").json()["adapters"]
+    listing = client.adapters()
+    assert listing.base_model == "tiny-writer"
+    assert [adapter.model_dump(mode="json") for adapter in listing.adapters] == live.client.get("/adapters").json()["adapters"]
 
 
 def test_adapters_are_compared(client: Client) -> None:
-    found = client.compare(["math", "safety", "intent"])
-    assert found.names == ["math", "safety", "intent"]
-    assert [row[place] for place, row in enumerate(found.cosine)] == pytest.approx([1, 1, 1], abs=1e-5)
-    assert found.overlap[0][2] is None, "they are on two bases"
+    comparison = client.compare(["math", "safety", "intent"])
+    assert comparison.names == ["math", "safety", "intent"]
+    assert [row[place] for place, row in enumerate(comparison.cosine)] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert comparison.overlap[0][2] is None, "math and intent are on two bases"
     with pytest.raises(NotFoundError, match="no adapter 'maths'"):
         client.compare(["maths", "math"])
 
 
 def test_tokens_and_back(client: Client) -> None:
-    found = client.tokenize(FOX, return_token_strs=True)
-    assert found.count == len(found.tokens) == len(FOX)
-    assert found.token_strs == [*FOX]
-    assert client.detokenize(found.tokens).prompt == FOX
+    reply = client.tokenize(FOX, return_token_strs=True)
+    assert reply.count == len(reply.tokens) == len(FOX)
+    assert reply.token_strs == [*FOX]
+    assert client.detokenize(reply.tokens).prompt == FOX
     chat = client.tokenize([{"role": "user", "content": "Hi"}])
     assert client.detokenize(chat.tokens).prompt == "<|user|>Hi<|end|><|assistant|>"
 
@@ -208,8 +208,8 @@ def test_cancelling_ends_the_request(live: Live, is_stream: bool) -> None:
 
 
 @pytest.mark.slow
-def test_a_client_is_light() -> None:
-    """Of the engine it knows the words of a request and of an adapter's place, which are plain values."""
+def test_a_client_imports_no_heavy_packages() -> None:
+    """Allow of the engine only the modules of a request and of an adapter's tier, which define plain values."""
     names = ("", ".request", ".grammar", ".adapters", ".adapters.residents")
     words = {f"server.engine{name}" for name in names}
     program = "import sys, server.client; print(*sys.modules)"

@@ -1,4 +1,4 @@
-"""Both clients change the adapters of a real server while it runs, with an admin's key."""
+"""Changes of the adapters of a running server, by both clients with an admin's key."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +25,9 @@ ADMIN_KEY, GUEST_KEY = "lori_admin-key", "lori_guest-key"
 
 @pytest.fixture(scope="module")
 def office(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
-    """A server that was started with an empty store."""
-    with open_office(writer_model, writer, tmp_path_factory.mktemp("office")) as found:
-        yield found
+    """Yield a server that was started with an empty store."""
+    with open_office(writer_model, writer, tmp_path_factory.mktemp("office")) as opened:
+        yield opened
 
 
 @pytest.fixture(params=KINDS)
@@ -38,14 +38,14 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 
 @pytest.fixture
 def client(office: Office, connect: Connect) -> Iterator[Client]:
-    """A client with an admin's key; the store is empty when the test ends."""
+    """Yield a client with an admin's key. Empties the store when the test ends."""
     client = connect(str(office.client.base_url), api_key=ADMIN_KEY)
     yield client
     for adapter in client.adapters().adapters:
         client.delete(adapter.name)
 
 
-def test_the_files_are_called_as_in_a_folder() -> None:
+def test_the_client_s_names_of_files_are_those_in_a_folder() -> None:
     assert (adapter_calls.CONFIG_FILE, adapter_calls.WEIGHTS_FILE, adapter_calls.CARD_FILE) == (
         CONFIG_FILE,
         WEIGHTS_FILE,

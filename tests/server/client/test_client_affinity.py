@@ -21,7 +21,7 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 
 
 def sent(connect: Connect, fields: GenerateFields, **options: Any) -> list[bytes]:
-    """Returns the header's value of a whole answer's request and of a stream's, where it is there."""
+    """Return the header's values, if sent, in the request for a whole answer and in that for a stream."""
     with scripted(b"", b"") as server:
         client = connect(server.url, num_retries=0, **options)
         with pytest.raises(ConnectionFailedError):
@@ -39,16 +39,16 @@ def sent(connect: Connect, fields: GenerateFields, **options: Any) -> list[bytes
         (GenerateFields(prompt="x", adapter=({"name": "safety", "weight": 1}, {"name": "math", "weight": 1})), b"math+safety"),
     ],
 )
-def test_requests_say_whose_adapters_they_name(connect: Connect, fields: GenerateFields, value: bytes) -> None:
+def test_the_header_names_the_adapters_of_a_request(connect: Connect, fields: GenerateFields, value: bytes) -> None:
     assert sent(connect, fields, affinity_header="X-Session-ID") == [value, value]
 
 
-def test_what_names_none_may_go_anywhere(connect: Connect) -> None:
+def test_a_request_without_adapters_has_no_header(connect: Connect) -> None:
     assert sent(connect, GenerateFields(prompt="x"), affinity_header="X-Session-ID") == []
     assert sent(connect, GenerateFields(prompt="x", adapter=[]), affinity_header="X-Session-ID") == []
-    # Nothing can be called so.
+    # No adapter can have this name.
     assert sent(connect, GenerateFields(prompt="x", adapter="m\u00e4th\r\nx: y"), affinity_header="X-Session-ID") == []
 
 
-def test_nothing_is_said_unasked(connect: Connect) -> None:
+def test_no_header_is_sent_by_default(connect: Connect) -> None:
     assert sent(connect, GenerateFields(prompt="x", adapter="math")) == []

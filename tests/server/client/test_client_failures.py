@@ -1,4 +1,4 @@
-"""Both clients at a server that fails in every way: what they try again, when, and what they raise."""
+"""Both clients against a server that fails in every way: their retries, waits and errors."""
 
 import json
 import pickle
@@ -53,7 +53,7 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the clients would have waited: they do not."""
+    """Return a list of the clients' waits in seconds, which are recorded instead of slept."""
     waits: list[float] = []
 
     async def awaited(seconds: float) -> None:
@@ -77,7 +77,7 @@ def token(text: str) -> bytes:
 
 
 @pytest.mark.parametrize("end", [UNREAD, RESET, b"", BAD_HEAD, CUT_BODY])
-def test_what_was_not_answered_is_asked_again(connect: Connect, waits: list[float], end: bytes | str) -> None:
+def test_an_unanswered_request_is_retried(connect: Connect, waits: list[float], end: bytes | str) -> None:
     with scripted(end, end, NOBODY) as server:
         assert connect(server.url).adapters().base_model == "fake"
     first, second = waits
@@ -86,7 +86,7 @@ def test_what_was_not_answered_is_asked_again(connect: Connect, waits: list[floa
 
 
 @pytest.mark.parametrize("num_retries", [0, 1, 5])
-def test_it_is_asked_as_often_as_said(connect: Connect, waits: list[float], num_retries: int) -> None:
+def test_a_request_is_retried_as_often_as_configured(connect: Connect, waits: list[float], num_retries: int) -> None:
     with scripted(*[b""] * 7) as server, pytest.raises(ConnectionFailedError):
         connect(server.url, num_retries=num_retries).adapters()
     assert len(server.requests) == num_retries + 1 == len(waits) + 1
@@ -108,7 +108,7 @@ def test_waits_grow_up_to_a_limit_and_differ(connect: Connect, waits: list[float
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_server_is_asked_again_when_it_said(connect: Connect, waits: list[float], status: int) -> None:
+def test_a_busy_server_is_asked_again_after_its_retry_after(connect: Connect, waits: list[float], status: int) -> None:
     with scripted(refusal(status, "retry-after: 7\r\n"), refusal(status, "Retry-After: 0\r\n"), NOBODY) as server:
         connect(server.url).adapters()
     first, second = waits
@@ -146,14 +146,14 @@ def test_a_gateway_whose_server_did_not_answer_is_asked_again(connect: Connect, 
     assert 3.25 <= second <= 3.5
 
 
-def test_a_gateway_is_not_asked_again_to_do_what_may_have_been_done(connect: Connect, waits: list[float]) -> None:
+def test_a_change_that_may_have_been_made_behind_a_gateway_is_not_retried(connect: Connect, waits: list[float]) -> None:
     with scripted(reply("nobody is there", "502 Bad Gateway")) as server, pytest.raises(ServerError, match="nobody is there"):
         connect(server.url).upload("mine", AdapterFiles(b"{}", b""))
     assert waits == []
 
 
-def test_what_one_replica_may_have_done_is_not_asked_for_again(connect: Connect, waits: list[float]) -> None:
-    """Repeated after another one's 503, a deletion that had worked was not found."""
+def test_a_change_that_one_replica_may_have_made_is_not_retried(connect: Connect, waits: list[float]) -> None:
+    """Regression: a deletion that one replica had made was repeated after another's 503, and then answered with a 404."""
     with scripted(refusal(503, "retry-after: 1\r\n")) as server, pytest.raises(UnavailableError):
         connect(server.url).delete("mine")
     assert waits == []
@@ -170,7 +170,7 @@ def test_the_last_refusal_is_raised(connect: Connect, waits: list[float]) -> Non
     assert len(waits) == 2
 
 
-def test_what_began_to_be_answered_is_not_asked_again(connect: Connect, waits: list[float]) -> None:
+def test_a_request_whose_answer_has_begun_is_not_retried(connect: Connect, waits: list[float]) -> None:
     with scripted(CUT_BODY) as server, pytest.raises(ConnectionFailedError):
         connect(server.url).upload("mine", AdapterFiles(b"{}", b""))
     with scripted(chunks(token("a"), is_whole=False)) as server:
@@ -181,7 +181,7 @@ def test_what_began_to_be_answered_is_not_asked_again(connect: Connect, waits: l
     assert waits == []
 
 
-def test_a_stream_that_did_not_begin_is_asked_for_again(connect: Connect, waits: list[float]) -> None:
+def test_a_stream_that_did_not_begin_is_retried(connect: Connect, waits: list[float]) -> None:
     whole = chunks(token("a"), sse("done", DONE.model_dump_json()))
     with scripted(UNREAD, refusal(429, "retry-after: 1\r\n"), whole) as server:
         assert [*connect(server.url).stream(prompt="x")] == [TokenData(text="a"), DONE]
@@ -193,10 +193,8 @@ def test_a_stream_that_did_not_begin_is_asked_for_again(connect: Connect, waits:
     "begun",
     [chunks(is_whole=False), chunks(), chunks(b": still waiting\n\n", is_whole=False), chunks(b"event: tok", is_whole=False)],
 )
-def test_a_stream_that_breaks_off_before_its_first_event_is_asked_for_again(
-    connect: Connect, waits: list[float], begun: bytes
-) -> None:
-    """A server that was killed while a request waited for its turn had sent the head, and the request was lost."""
+def test_a_stream_that_breaks_off_before_its_first_event_is_retried(connect: Connect, waits: list[float], begun: bytes) -> None:
+    """Regression: a server that was killed while a request waited in the queue had sent the headers, and the request was lost."""
     whole = chunks(token("a"), sse("done", DONE.model_dump_json()))
     with scripted(begun, RESET, whole) as server:
         assert [*connect(server.url).stream(prompt="x")] == [TokenData(text="a"), DONE]
@@ -206,7 +204,7 @@ def test_a_stream_that_breaks_off_before_its_first_event_is_asked_for_again(
 
 
 @pytest.mark.parametrize("num_retries", [0, 2])
-def test_a_stream_is_asked_for_as_often_as_said(connect: Connect, waits: list[float], num_retries: int) -> None:
+def test_a_stream_is_retried_as_often_as_configured(connect: Connect, waits: list[float], num_retries: int) -> None:
     with scripted(*[chunks(is_whole=False)] * 3) as server, pytest.raises(ConnectionFailedError) as caught:
         next(connect(server.url, num_retries=num_retries).stream(prompt="x"))
     assert type(caught.value) is ConnectionFailedError
@@ -224,7 +222,7 @@ def test_a_stream_that_ends_before_its_answers_is_broken(connect: Connect, ends:
             next(events)
 
 
-def test_a_failure_in_a_stream_is_the_error_that_a_reply_would_be(connect: Connect, waits: list[float]) -> None:
+def test_a_failure_in_a_stream_is_raised_like_one_in_a_reply(connect: Connect, waits: list[float]) -> None:
     failure = json.dumps(error_reply(503, "ServiceUnavailableError", "the server stops", None))
     with scripted(chunks(token("a"), sse("error", failure))) as server:
         events = connect(server.url).stream(prompt="x")
@@ -235,7 +233,7 @@ def test_a_failure_in_a_stream_is_the_error_that_a_reply_would_be(connect: Conne
 
 
 def test_a_stream_is_read_wherever_it_is_cut(connect: Connect) -> None:
-    """Line ends of Python that are none of a stream; comments; events of a newer server; lines that end in two bytes."""
+    """Read line ends of Python that are none in a stream, comments, events of a newer server, and lines that end in two bytes."""
     text = "a\u2028b\x85c é€😀\r\n\x0b\x1d"
     done = sse("done", DONE.model_dump_json()).replace(b"\n", b"\r\n")
     stream = b": keep-alive\n\n:\n\nevent: later\ndata: {}\n\nevent: token\n\n" + token(text) + done
@@ -244,21 +242,21 @@ def test_a_stream_is_read_wherever_it_is_cut(connect: Connect) -> None:
             assert [*connect(server.url).stream(prompt="x")] == [TokenData(text=text), DONE]
 
 
-def test_a_silent_server_is_not_waited_for_for_ever(connect: Connect, waits: list[float]) -> None:
+def test_a_silent_server_is_waited_for_for_a_limited_time(connect: Connect, waits: list[float]) -> None:
     with scripted(SILENT) as server, pytest.raises(SilenceError) as caught:
         connect(server.url, timeout_s=0.2).adapters()
     assert isinstance(caught.value, TimeoutError)
     assert waits == []
 
 
-def test_what_is_not_this_server_is_said(connect: Connect) -> None:
+def test_a_reply_of_another_kind_of_server_is_reported(connect: Connect) -> None:
     page = "<html>Bad Gateway</html>"
     with scripted(reply(page), reply(page, "418 Teapot"), reply("", "404 Not Found"), reply("{}", "301 Moved")) as server:
         client = connect(server.url)
         with pytest.raises(UnexpectedReplyError, match="expected AdapterList"):
             client.adapters()
-        for status, said in ((418, page), (404, "an empty reply"), (301, "{}")):
-            with pytest.raises(ApiError, match=f"{status} UnknownError: {said}"):
+        for status, text in ((418, page), (404, "an empty reply"), (301, "{}")):
+            with pytest.raises(ApiError, match=f"{status} UnknownError: {text}"):
                 client.adapters()
 
 
@@ -269,8 +267,8 @@ def test_the_status_is_the_replys_own(connect: Connect) -> None:
     assert caught.value.status == caught.value.args[0].code == 502
 
 
-def test_many_ask_at_once() -> None:
-    """More than httpx's usual 100 connections."""
+def test_many_requests_run_at_once() -> None:
+    """Open more than httpx's default of 100 connections."""
 
     async def test() -> None:
         async with AsyncClient(server.url) as client, anyio.create_task_group() as group:
@@ -299,7 +297,7 @@ def test_errors_can_be_sent_between_processes() -> None:
     assert type(again) is RateLimitError
 
 
-def test_an_address_without_a_scheme_is_said() -> None:
+def test_an_address_without_a_scheme_is_reported() -> None:
     with (
         Client("localhost:8000") as client,
         pytest.raises(ConnectionFailedError, match="unsupported protocol"),

@@ -1,4 +1,4 @@
-"""Both clients at a server that asks for keys and limits its tenants."""
+"""Both clients with a server that needs keys and limits its tenants."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,20 +13,20 @@ from tests.server.keyed import ACME, MONITOR, make_service, served, write_keys
 
 @pytest.fixture
 def url(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Iterator[str]:
-    """The address of a server with keys."""
+    """Yield the address of a server with keys."""
     with served(make_service(tokenizer, write_keys(tmp_path, "requests_per_minute = 1"))) as http:
         yield str(http.base_url)
 
 
 @pytest.fixture(params=KINDS)
 def connect(request: pytest.FixtureRequest, url: str) -> Iterator[Connect]:
-    """Connections that are closed before the server ends, which would wait for them."""
+    """Yield a function that makes clients. They are closed before the server ends, which would wait for them."""
     assert url
     with connecting(request.param) as connect:
         yield connect
 
 
-def test_a_key_is_needed_and_its_limit_is_told(url: str, connect: Connect) -> None:
+def test_a_key_is_needed_and_its_limit_is_reported(url: str, connect: Connect) -> None:
     for key in (None, "lori_wrong-key"):
         with pytest.raises(UnauthenticatedError):
             connect(url, api_key=key).generate(prompt="x")

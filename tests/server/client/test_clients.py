@@ -1,4 +1,4 @@
-"""Clients that others wrote, as they are: OpenAI's asynchronous one, and LangChain's. (`test_openai` has the synchronous one.)"""
+"""Unmodified clients by others: OpenAI's asynchronous one, and LangChain's. (`test_openai` has OpenAI's synchronous one.)"""
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -30,11 +30,11 @@ async def asking(live: Live) -> AsyncIterator[openai.AsyncOpenAI]:
         yield client
 
 
-async def is_so(live: Live, running: int) -> None:
+async def wait_for_running(live: Live, running: int) -> None:
     await anyio.to_thread.run_sync(partial(live.wait_for, running=running, waiting=0))
 
 
-def test_openais_async_client_hears_many_streams_at_once(live: Live) -> None:
+def test_openais_async_client_reads_many_streams_at_once(live: Live) -> None:
     async def answer(client: openai.AsyncOpenAI, question: str, texts: dict[str, str]) -> None:
         chunks = await client.chat.completions.create(
             model="math:0.7+safety:0.3", messages=messages(question), max_tokens=20, temperature=0, stream=True
@@ -50,14 +50,14 @@ def test_openais_async_client_hears_many_streams_at_once(live: Live) -> None:
         return texts
 
     adapter = [{"name": "math", "weight": 0.7}, {"name": "safety", "weight": 0.3}]
-    own = {of: live.generate(messages=messages(of), adapter=adapter, max_tokens=20)["text"] for of in QUESTIONS}
+    own = {one: live.generate(messages=messages(one), adapter=adapter, max_tokens=20)["text"] for one in QUESTIONS}
     assert anyio.run(test) == own
 
 
 @pytest.mark.parametrize("route", ["completions", "chat"])
 @pytest.mark.parametrize("end", ["close", "cancel"])
 def test_an_openai_stream_that_is_left_frees_its_place(live: Live, route: str, end: str) -> None:
-    async def hear(client: openai.AsyncOpenAI, heard: anyio.Event) -> None:
+    async def read(client: openai.AsyncOpenAI, has_begun: anyio.Event) -> None:
         asked: dict[str, Any] = {"model": "math", "max_tokens": FOR_EVER, "temperature": 0, "stream": True}
         create: Callable[..., Coroutine[Any, Any, Any]] = client.completions.create
         if route == "chat":
@@ -66,21 +66,21 @@ def test_an_openai_stream_that_is_left_frees_its_place(live: Live, route: str, e
             asked["prompt"] = FOX
         async with await create(**asked) as stream:
             async for _ in stream:
-                if not heard.is_set():
-                    await is_so(live, running=1)
-                    heard.set()
+                if not has_begun.is_set():
+                    await wait_for_running(live, running=1)
+                    has_begun.set()
                     if end == "close":
                         return
 
     async def test() -> None:
-        heard = anyio.Event()
+        has_begun = anyio.Event()
         async with asking(live) as client:
             async with anyio.create_task_group() as group:
-                group.start_soon(hear, client, heard)
-                await heard.wait()
+                group.start_soon(read, client, has_begun)
+                await has_begun.wait()
                 if end == "cancel":
                     group.cancel_scope.cancel()
-            await is_so(live, running=0)
+            await wait_for_running(live, running=0)
 
     live.wait_for(running=0, waiting=0)
     anyio.run(test)

@@ -1,4 +1,4 @@
-"""The LM Evaluation Harness at this server, as it is: `local-completions` with the names of adapters as models."""
+"""The unmodified LM Evaluation Harness with this server: `local-completions`, with names of adapters as models."""
 
 import copy
 import json
@@ -50,12 +50,12 @@ for arguments in json.loads(sys.argv[1]):
     sys.argv = ["lm_eval", *arguments]
     cli_evaluate()
 """
-"""A program that is `lm_eval` with each of several lists of arguments, one after the other: its imports take seconds."""
+"""A program that runs `lm_eval` with each of several lists of arguments in turn, because its imports take seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What the harness asks for, and how."""
+    """A run of the harness: its model and its arguments."""
 
     model: str
     weights: Mapping[str, float]
@@ -63,7 +63,7 @@ class Case:
     arguments: Mapping[str, object]
 
     def flags(self, folder: Path, live: Live, tokenizer: Path) -> list[str]:
-        """Returns the harness's arguments for the tasks in `folder`."""
+        """Return the harness's arguments for the tasks in `folder`."""
         own = {"base_url": f"{live.url}/v1/completions", "max_length": 4096, "model": self.model, "tokenizer": tokenizer}
         given = ",".join(f"{key}={value}" for key, value in (own | self.arguments).items())
         flags = ["--model", "local-completions", "--model_args", given, "--tasks", "choice,text", "--include_path", str(folder)]
@@ -84,9 +84,9 @@ def run_harness(folder: Path, runs: Sequence[Sequence[str]]) -> None:
 
 
 def read_results(folder: Path) -> tuple[dict[str, float], dict[str, list[Any]]]:
-    """Returns the metrics of the tasks in `folder`, and what was answered in each document of each."""
+    """Return the metrics of the tasks in `folder`, and the answers for each document of each task."""
     [results] = folder.glob("out/*/results_*.json")
-    metrics = {name: found for of in json.loads(results.read_text())["results"].values() for name, found in of.items()}
+    metrics = {name: value for task in json.loads(results.read_text())["results"].values() for name, value in task.items()}
     answers = {}
     for name in ("choice", "text"):
         [samples] = folder.glob(f"out/*/samples_{name}_*.jsonl")
@@ -96,7 +96,7 @@ def read_results(folder: Path) -> tuple[dict[str, float], dict[str, list[Any]]]:
 
 
 class Truth:
-    """What transformers says, with the adapters folded into the weights, in fp32."""
+    """The reference: transformers in fp32, with the adapters folded into the weights."""
 
     def __init__(self, base: BaseModel, adapters: Path, weights: Mapping[str, float]) -> None:
         terms = [(load_adapter(adapters / name), weight) for name, weight in weights.items()]
@@ -104,16 +104,16 @@ class Truth:
         self._tokenizer = base.tokenizer
 
     def likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """Log-likelihood of a continuation, and whether it is what greedy decoding says."""
+        """Return the log-likelihood of a continuation, and whether greedy decoding gives the same."""
         ids = encode(self._tokenizer, context + continuation).ids
         first = len(encode(self._tokenizer, context).ids)
         with torch.inference_mode():
             scores = self._model(torch.tensor([ids])).logits[0, first - 1 : -1].log_softmax(-1)
-        said = torch.tensor(ids[first:])
-        return scores.gather(1, said[:, None]).sum().item(), bool((scores.argmax(-1) == said).all())
+        target = torch.tensor(ids[first:])
+        return scores.gather(1, target[:, None]).sum().item(), bool((scores.argmax(-1) == target).all())
 
     def text(self, prompt: str) -> str:
-        """The greedy continuation."""
+        """Return the greedy continuation."""
         text = self._tokenizer.decode(greedy(self._model, encode(self._tokenizer, prompt).ids, NUM_TOKENS))
         assert isinstance(text, str)
         return text
@@ -121,21 +121,21 @@ class Truth:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What transformers computes of the documents of both tasks."""
+    """The values that transformers computes for the documents of both tasks."""
 
     choices: list[list[tuple[float, bool]]]
     texts: list[str]
 
 
 def write_tasks(folder: Path, truth: Truth) -> Expected:
-    """Writes two tasks. Two answers of one and an answer of the other shall be wrong."""
+    """Write two tasks, with two wrong answers in one and one in the other. Return the expected values."""
     folder.mkdir()
     texts = [truth.text(question) for question in QUESTIONS]
     choices = [[" blue", text[:4], " é", text[:7] + "#"] for text in texts]
-    expected = [[truth.likelihood(q, choice) for choice in of] for q, of in zip(QUESTIONS, choices, strict=True)]
-    best = [max(range(4), key=[value for value, _ in of].__getitem__) for of in expected]
+    expected = [[truth.likelihood(q, choice) for choice in options] for q, options in zip(QUESTIONS, choices, strict=True)]
+    best = [max(range(4), key=[value for value, _ in likelihoods].__getitem__) for likelihoods in expected]
     right = [*best[:-2], *((i + 1) % 4 for i in best[-2:])]
-    docs = [{"question": q, "choices": of, "answer": i} for q, of, i in zip(QUESTIONS, choices, right, strict=True)]
+    docs = [{"question": q, "choices": options, "answer": i} for q, options, i in zip(QUESTIONS, choices, right, strict=True)]
     write_task(folder, "choice", "multiple_choice", "acc", docs, 'doc_to_choice: "{{choices}}"\n')
     stopped = [text.partition(STOP)[0] for text in texts]
     docs = [{"question": q, "answer": text} for q, text in zip(QUESTIONS, [*stopped[:-1], "never said"], strict=True)]
@@ -145,7 +145,7 @@ def write_tasks(folder: Path, truth: Truth) -> Expected:
 
 
 @pytest.mark.slow
-def test_the_harness_measures_what_transformers_computes(
+def test_the_harness_measures_the_values_that_transformers_computes(
     live: Live, writer: BaseModel, writer_model: Path, adapters: Path, tmp_path: Path
 ) -> None:
     folders = [tmp_path / str(number) for number, _ in enumerate(CASES)]
@@ -153,10 +153,10 @@ def test_the_harness_measures_what_transformers_computes(
     run_harness(tmp_path, [case.flags(folder, live, writer_model) for folder, case in zip(folders, CASES, strict=True)])
     for folder, expected in zip(folders, truths, strict=True):
         metrics, answers = read_results(folder)
-        for found, of in zip(answers["choice"], expected.choices, strict=True):
-            assert [float(value) for value, _ in found] == pytest.approx([value for value, _ in of], abs=1e-3)
-            assert [is_greedy == "True" for _, is_greedy in found] == [is_greedy for _, is_greedy in of]
-        assert any(is_greedy for of in expected.choices for _, is_greedy in of)
+        for answer, likelihoods in zip(answers["choice"], expected.choices, strict=True):
+            assert [float(value) for value, _ in answer] == pytest.approx([value for value, _ in likelihoods], abs=1e-3)
+            assert [is_greedy == "True" for _, is_greedy in answer] == [is_greedy for _, is_greedy in likelihoods]
+        assert any(is_greedy for likelihoods in expected.choices for _, is_greedy in likelihoods)
         assert [text for [text] in answers["text"]] == expected.texts
         assert metrics["acc,none"] == pytest.approx(4 / 6)
         assert metrics["exact_match,none"] == pytest.approx(5 / 6)

@@ -17,16 +17,16 @@ class FakeCall:
 
 
 class FakeResult:
-    """What one replica says, or raises, once it may; or it says nothing."""
+    """One replica's result: `reply`, raised if it is an error, once `may_answer` is set. None ever comes if `is_silent`."""
 
-    def __init__(self, found: Any, is_silent: bool = False, may_answer: anyio.Event | None = None) -> None:
-        self._found, self._is_silent, self._may_answer = found, is_silent, may_answer
+    def __init__(self, reply: Any, is_silent: bool = False, may_answer: anyio.Event | None = None) -> None:
+        self._reply, self._is_silent, self._may_answer = reply, is_silent, may_answer
 
     async def get_async(self) -> Any:
         if self._is_silent:
             await anyio.sleep_forever()
         if self._may_answer:
             await self._may_answer.wait()
-        if isinstance(self._found, BaseException):
-            raise self._found
-        return self._found
+        if isinstance(self._reply, BaseException):
+            raise self._reply
+        return self._reply

@@ -1,4 +1,4 @@
-"""Machines for tests that can be cut off: Linux's network namespaces, joined by a cable. They want root."""
+"""Machines that tests can cut off: Linux network namespaces, joined by a virtual cable. They need root."""
 
 import ctypes
 import os
@@ -24,19 +24,19 @@ class Machine:
 
     @property
     def within(self) -> Sequence[str]:
-        """The command that runs another in it."""
+        """Return the prefix of a command that runs in the machine."""
         return ("ip", "netns", "exec", self.name)
 
     def threads(self, number: int) -> ThreadPoolExecutor:
-        """Returns threads of this process that see the machine's network, and no other."""
+        """Return threads of this process that see the machine's network, and no other."""
         return ThreadPoolExecutor(number, initializer=self._enter)
 
     def plug(self, state: str) -> None:
-        """Takes its cable out (`down`), or puts it in again (`up`)."""
+        """Unplug the machine's cable (`down`), or plug it in again (`up`)."""
         _ip("-n", self.name, "link", "set", CABLE, state)
 
     def kill(self) -> None:
-        """Kills all processes that run in it."""
+        """Kill all processes that run in the machine."""
         for number in _ip("netns", "pids", self.name).split():
             try:
                 os.kill(int(number), 9)
@@ -50,7 +50,7 @@ class Machine:
 
 
 def why_not() -> str | None:
-    """Returns why there can be no such machines here; None where there can."""
+    """Return the reason why there can be no such machines here, or None."""
     if os.geteuid() != 0:
         return "only root may make network namespaces"
     if shutil.which("ip") is None:
@@ -64,7 +64,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def two_machines(name: str) -> Iterator[tuple[Machine, Machine]]:
-    """Yields two that reach each other alone; ends all that runs in them, and them."""
+    """Yield two machines that reach only each other. Removes them and their processes when the block ends."""
     machines = [Machine(f"lori-{name}-{os.getpid()}-{number}", f"10.77.0.{number}") for number in (1, 2)]
     first, second = machines
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Runs `python -m server.cluster` for tests, beside whatever else runs on this machine."""
+"""Clusters (`python -m server.cluster`) for tests, beside whatever else runs on this machine."""
 
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ ENDING_S = 120
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A cluster that answers, and what an admin sees of it."""
+    """A cluster that answers, with the view of an admin."""
 
     url: str
     process: Popen[bytes]
@@ -32,36 +32,36 @@ class Cluster:
     http: httpx.Client
 
     def by_replica(self, name: str, **labels: str) -> dict[str, float]:
-        """Returns the sum of a metric's samples that have `labels`, by replica."""
-        found: dict[str, float] = {}
+        """Return the sum of a metric's samples that have `labels`, by replica."""
+        sums: dict[str, float] = {}
         for family in text_string_to_metric_families(self.http.get("/metrics").raise_for_status().text):
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     replica = sample.labels["replica"]
-                    found[replica] = found.get(replica, 0) + sample.value
-        return found
+                    sums[replica] = sums.get(replica, 0) + sample.value
+        return sums
 
     def names(self) -> set[str]:
-        """Returns the replicas' names."""
+        """Return the replicas' names."""
         return set(self.by_replica("lori:adapters_registered"))
 
     def replicas(self) -> list[psutil.Process]:
-        """Returns the replicas' processes."""
+        """Return the replicas' processes."""
         return processes_of(self.process.pid, REPLICA)
 
     def ingresses(self) -> list[psutil.Process]:
-        """Returns the ingresses' processes."""
+        """Return the ingresses' processes."""
         return processes_of(self.process.pid, INGRESS)
 
 
 def processes_of(cluster: int, title: str) -> list[psutil.Process]:
-    """Returns the processes of `title`, `REPLICA` or `INGRESS`, of the cluster whose program has this number."""
+    """Return the processes of `title`, `REPLICA` or `INGRESS`, of the cluster whose program has this number."""
     children = psutil.Process(cluster).children(recursive=True)
     return [child for child in children if child.is_running() and title in " ".join(child.cmdline())]
 
 
 def adapters_of_each(replicas: set[str]) -> Mapping[str, Sequence[str]]:
-    """Returns adapters, one or two, whose requests go to each of `replicas` first."""
+    """Return, for each of `replicas`, one or two adapters whose requests go to it first."""
     pairs = [[one, other] for one in NAMES for other in NAMES if one <= other]
     first = {ranked(key_of(pair), replicas)[0]: sorted(set(pair)) for pair in pairs}
     assert first.keys() == replicas
@@ -70,7 +70,7 @@ def adapters_of_each(replicas: set[str]) -> Mapping[str, Sequence[str]]:
 
 @contextmanager
 def running(log: Path, *flags: str, headers: Mapping[str, str] | None = None, within: Sequence[str] = ()) -> Iterator[Cluster]:
-    """Runs a cluster until the block ends; checks that it ends well, and leaves no process behind. `within` as for `run_main`."""
+    """Run a cluster until the block ends. Checks that it exits with 0 and leaves no process. `within` is as for `run_main`."""
     port = free_port()
     flags = ("--port", str(port), "--kv-cache-gib", "0.2", *flags)
     process = run_main(log, *flags, module="server.cluster", within=within)

@@ -1,4 +1,4 @@
-"""Replicas that come with the load and go after it: nothing that is asked meanwhile is lost."""
+"""Replicas that are added under load and removed after it, without the loss of a request."""
 
 import time
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ PROMPT = "Question: What is 2 + 3?\nAnswer:"
 FLAGS = ["--replicas", "1", "--max-replicas", "2", "--target-requests", "4", "--threads", "1"]
 FLAGS += ["--upscale-delay-s", "1", "--downscale-delay-s", "3", "--drain-s", "240"]
 LONG = 300
-"""Tokens of a stream: it ends some seconds after its replica is told to go."""
+"""Tokens of a stream. It ends some seconds after its replica is asked to end."""
 
 
 def _ask_until(client: Client, is_over: Event, place: int) -> int:
@@ -42,7 +42,7 @@ def _read_until(client: Client, is_over: Event, adapters: Sequence[str]) -> int:
 
 
 def test_replicas_come_and_go_with_the_load(tmp_path: Path) -> None:
-    """One more comes under load; after it one goes, once what it streams has ended."""
+    """Expect a second replica under load; after the load, one ends once its streams have ended."""
     with running(tmp_path / "log", *FLAGS) as cluster, ExitStack() as stack:
         client = stack.enter_context(Client(cluster.url, timeout_s=240))
         pool = stack.enter_context(ThreadPoolExecutor(12))

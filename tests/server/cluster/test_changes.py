@@ -1,4 +1,4 @@
-"""Changes run one after the other, and a replica joins between them."""
+"""Order of changes: one after the other, with joins of replicas between them."""
 
 import logging
 
@@ -18,22 +18,22 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-async def test_who_joins_waits_for_changes_and_keeps_others_from_beginning() -> None:
-    changes, said = Changes(), list[str]()
+async def test_a_join_waits_for_running_changes_and_lets_no_other_begin() -> None:
+    changes, events = Changes(), list[str]()
     may_end = {name: anyio.Event() for name in ("first", "second", "join")}
 
     async def change(name: str) -> None:
         async with changes.running():
-            said.append(f"{name} begins")
+            events.append(f"{name} begins")
             if name in may_end:
                 await may_end[name].wait()
-            said.append(f"{name} ends")
+            events.append(f"{name} ends")
 
     async def join() -> None:
         async with changes.paused(LIMIT_S):
-            said.append("join begins")
+            events.append("join begins")
             await may_end["join"].wait()
-            said.append("join ends")
+            events.append("join ends")
 
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as group:
@@ -46,12 +46,12 @@ async def test_who_joins_waits_for_changes_and_keeps_others_from_beginning() -> 
             for name in ("second", "first", "join"):
                 await anyio.wait_all_tasks_blocked()
                 may_end[name].set()
-    assert said == [
+    assert events == [
         "first begins", "first ends", "join begins", "join ends", "second begins", "second ends", "third begins", "third ends"
     ]  # fmt: skip
 
 
-async def test_a_change_that_fails_is_over() -> None:
+async def test_a_failed_change_blocks_no_join() -> None:
     changes = Changes()
     with anyio.fail_after(LIMIT_S):
         with pytest.raises(ValueError, match="no"):
@@ -61,32 +61,32 @@ async def test_a_change_that_fails_is_over() -> None:
             pass
 
 
-async def test_all_replicas_hear_changes_in_the_same_order() -> None:
-    """One replica heard a publication and then a deletion, another one the other way round, and they differed for good."""
-    changes, heard = Changes(), {"near": list[str](), "far": list[str]()}
+async def test_all_replicas_get_changes_in_the_same_order() -> None:
+    """Regression: one replica got a publication before a deletion and another after it, so they differed for good."""
+    changes, received = Changes(), {"near": list[str](), "far": list[str]()}
 
     async def change(name: str, num_steps: dict[str, int]) -> None:
-        async def tell(replica: str) -> None:
+        async def send(replica: str) -> None:
             for _ in range(num_steps[replica]):
                 await anyio.lowlevel.checkpoint()
-            heard[replica].append(name)
+            received[replica].append(name)
 
-        async def tell_all() -> None:
+        async def send_to_all() -> None:
             async with anyio.create_task_group() as group:
-                for replica in heard:
-                    group.start_soon(tell, replica)
+                for replica in received:
+                    group.start_soon(send, replica)
 
-        await changes.make(tell_all)
+        await changes.make(send_to_all)
 
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as group:
             group.start_soon(change, "publish", {"near": 1, "far": 20})
             group.start_soon(change, "delete", {"near": 20, "far": 1})
-    assert heard["near"] == heard["far"]
-    assert len(heard["near"]) == 2
+    assert received["near"] == received["far"]
+    assert len(received["near"]) == 2
 
 
-async def test_a_change_that_hangs_keeps_others_waiting_no_longer_than_is_said(
+async def test_a_change_that_hangs_delays_others_for_a_limited_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(changes_module, "MAX_WAIT_S", 0.01)
@@ -109,7 +109,7 @@ async def test_a_change_that_hangs_keeps_others_waiting_no_longer_than_is_said(
 
 
 async def test_a_change_that_hangs_keeps_no_other_from_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who was to join waited for it, and all other changes for who was to join."""
+    """Regression: a replica that was to join waited for the change that hung, and all other changes waited for the replica."""
     monkeypatch.setattr(changes_module, "MAX_WAIT_S", 0.01)
     changes, may_end = Changes(), anyio.Event()
 

@@ -1,4 +1,4 @@
-"""What an ingress reads of a request."""
+"""The fields of a request that an ingress reads."""
 
 import json
 import tracemalloc
@@ -30,7 +30,7 @@ def key_of_body(body: bytes) -> str:
         ({"model": BASE}, ANY),
         ({"model": BASE, "adapters": ["intent"]}, "intent"),
         ({"model": "org/Some-Model"}, ANY),
-        ({"adapter": "\ud800"}, ANY),  # half a character, which nothing can be encoded with: its request was never sent on
+        ({"adapter": "\ud800"}, ANY),  # a lone surrogate, which cannot be encoded: its request was never sent on
         ({"adapter": ["math", "a" * 10_000, "a\nb"]}, "math"),
         ({"adapter": ["math", "a" * MAX_NAMING_BYTES]}, ANY),
         ({"prompt": [1] * 300_000, "adapter": "math", "n": None}, "math"),
@@ -38,20 +38,20 @@ def key_of_body(body: bytes) -> str:
         ([1, 2], ANY),
     ],
 )
-def test_the_key_is_of_the_adapters_that_are_named(body: object, key: str) -> None:
+def test_the_affinity_key_has_the_named_adapters(body: object, key: str) -> None:
     assert key_of_body(json.dumps(body).encode()) == key
 
 
 @pytest.mark.parametrize("num_named", [MAX_ADAPTERS, MAX_ADAPTERS + 1])
 @pytest.mark.parametrize("form", ["model", "adapter", "adapters"])
-def test_what_names_more_than_a_replica_takes_is_not_read(form: str, num_named: int) -> None:
-    """A mebibyte of `a+a+a+…` held up every other request for a sixth of a second."""
+def test_more_names_than_a_replica_accepts_are_not_read(form: str, num_named: int) -> None:
+    """Regression: a mebibyte of `a+a+a+…` held up every other request for a sixth of a second."""
     names = [f"a{number}" for number in range(num_named)]
     body = {form: "+".join(names) if form == "model" else names}
     assert key_of_body(json.dumps(body).encode()) == (key_of(names) if num_named == MAX_ADAPTERS else ANY)
 
 
-def test_the_longest_names_that_a_replica_takes_are_read() -> None:
+def test_the_longest_names_that_a_replica_accepts_are_read() -> None:
     names = [f"{number:02}" + "a" * 62 for number in range(MAX_ADAPTERS)]
     named = [{"name": f"{name}@{'f' * 12}", "weight": -MAX_WEIGHT + 0.1234567890123456} for name in names]
     assert key_of_body(json.dumps({"adapter": named}, indent=8).encode()) == key_of(names)
@@ -79,7 +79,7 @@ def test_fields_are_read_as_a_replica_reads_them() -> None:
         b'{"adapter": "math", "x": NaN}',
     ],
 )
-def test_what_is_no_json_names_none(body: bytes) -> None:
+def test_a_body_that_is_no_json_names_no_adapter(body: bytes) -> None:
     assert key_of_body(body) == ANY
 
 
@@ -106,8 +106,8 @@ def test_the_prompts_of_a_batch_are_counted(prompt: object, number: int) -> None
     assert num_prompts(read_fields(b"{}")) == num_prompts(read_fields(b'{"prompt": ["a", "b"]')) == 1
 
 
-def built_of(body: bytes) -> int:
-    """Returns how many bytes Python takes for what is built of a body."""
+def peak_bytes(body: bytes) -> int:
+    """Return the peak bytes that Python allocates to read a body."""
     read_fields(b'{"prompt": ["a"]}')
     tracemalloc.start()
     try:
@@ -123,18 +123,18 @@ def built_of(body: bytes) -> int:
     "unit", [b"1,", b"[],", b"{},", b'"",', b'"a",', b"[[[[[[[[[[1]]]]]]]]]],", b'{"a":1},', b'"\\n",', b"1.5e3,"]
 )
 @pytest.mark.parametrize("field", [b"prompt", b"adapter", b"model", b"x"])
-def test_nothing_is_built_of_a_long_body(field: bytes, unit: bytes) -> None:
-    """A mebibyte of lists held up every other request for a fifth of a second while its values were built."""
+def test_no_values_are_built_from_a_long_body(field: bytes, unit: bytes) -> None:
+    """Regression: a mebibyte of lists held up every other request for a fifth of a second while its values were built."""
     content = b'{"%s":[%s1],"adapters":"math"}' % (field, unit * (MEBIBYTE // len(unit)))
     assert key_of_body(content) == "math"
-    assert built_of(content) < 64 * 1024
+    assert peak_bytes(content) < 64 * 1024
 
 
 @pytest.mark.parametrize("member", [b'"prompt":["a","b"]', b'"adapter":["a"]', b'"x":1', b'"model":"a"'])
-def test_nothing_is_built_of_a_field_that_comes_again_and_again(member: bytes) -> None:
+def test_no_values_are_built_from_a_repeated_field(member: bytes) -> None:
     content = b"{" + (member + b",") * (MEBIBYTE // len(member)) + b'"adapters":"math"}'
     assert "math" in key_of_body(content)
-    assert built_of(content) < 64 * 1024
+    assert peak_bytes(content) < 64 * 1024
 
 
 @pytest.mark.parametrize(
@@ -155,5 +155,5 @@ def test_nothing_is_built_of_a_field_that_comes_again_and_again(member: bytes) -
         ("POST", "/v1/chat/completions", False),
     ],
 )
-def test_what_changes_adapters_or_shows_them_is_for_all(method: str, path: str, expected: bool) -> None:
+def test_requests_that_change_or_show_adapters_are_for_all_replicas(method: str, path: str, expected: bool) -> None:
     assert is_for_all_replicas(method, path) is expected

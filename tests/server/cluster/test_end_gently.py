@@ -1,4 +1,4 @@
-"""A cluster that is told to end lets what runs end first. Fakes stand for Ray Serve."""
+"""The end of a cluster, which lets running requests end first. Fakes stand for Ray Serve."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -26,11 +26,11 @@ def anyio_backend() -> str:
 
 
 class FakeServe:
-    """Ray Serve with one application, whose replicas answer one after the other of `turns` when they are closed."""
+    """Ray Serve with one application. Its replicas answer the n-th call of `close` with the n-th of `rounds`."""
 
-    def __init__(self, turns: Sequence[Sequence[FakeResult]]) -> None:
-        self._turns, self.is_deleted = list(turns), False
-        self.said: list[str] = []
+    def __init__(self, rounds: Sequence[Sequence[FakeResult]]) -> None:
+        self._rounds, self.is_deleted = list(rounds), False
+        self.calls: list[str] = []
 
     def get_deployment_handle(self, deployment: str, application: str) -> "FakeServe":
         assert (deployment, application) == (REPLICA, APPLICATION)
@@ -39,64 +39,64 @@ class FakeServe:
         return self
 
     def broadcast(self, method: str) -> FakeCall:
-        self.said.append(method)
+        self.calls.append(method)
         if method == "retire":
             return FakeCall([FakeResult(None)])
-        if not self._turns:
+        if not self._rounds:
             raise DeploymentUnavailableError("none")
-        return FakeCall(self._turns.pop(0))
+        return FakeCall(self._rounds.pop(0))
 
     def delete(self, application: str, _blocking: bool) -> None:
         assert application == APPLICATION
         assert not _blocking
-        self.said.append("delete")
+        self.calls.append("delete")
 
     def status(self) -> SimpleNamespace:
         return SimpleNamespace(applications={})
 
     async def shutdown_async(self) -> None:
-        self.said.append("shutdown")
+        self.calls.append("shutdown")
 
 
 @pytest.mark.parametrize(
-    ("turns", "num_turns"),
+    ("rounds", "num_rounds"),
     [
         ([[FakeResult(2), SILENT], [FakeResult(1), SILENT], [FakeResult(0), FakeResult(0)]], 3),
         ([[SILENT, FakeResult(0)], [BROKEN], [FakeResult(0), DEAD], [FakeResult(1)]], 3),
-        ([[FakeResult(1)]], 2),  # then there is none
+        ([[FakeResult(1)]], 2),  # then no replica is left
     ],
 )
-async def test_it_ends_when_each_replica_says_that_nothing_is_under_way(
-    turns: Sequence[Sequence[FakeResult]], num_turns: int, monkeypatch: pytest.MonkeyPatch
+async def test_a_cluster_ends_when_each_replica_has_nothing_under_way(
+    rounds: Sequence[Sequence[FakeResult]], num_rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that did not answer made it seem that none had anything, and what ran was broken off."""
-    fake = FakeServe(turns)
+    """Regression: one replica that did not answer made all seem idle, and running requests were broken off."""
+    fake = FakeServe(rounds)
     monkeypatch.setattr(serving, "serve", fake)
     monkeypatch.setattr(serving, "ANSWER_S", 0.01)
     monkeypatch.setattr(serving, "POLL_S", 0)
     with anyio.fail_after(LIMIT_S):
         await serving.end_gently(None, 600)
-    assert fake.said == [*["close"] * num_turns, "delete", "shutdown"]
+    assert fake.calls == [*["close"] * num_rounds, "delete", "shutdown"]
 
 
-async def test_what_somebody_has_deleted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_deleted_application_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeServe([])
     fake.is_deleted = True
     monkeypatch.setattr(serving, "serve", fake)
     with anyio.fail_after(LIMIT_S):
         await serving.end_gently(None, 600)
-    assert fake.said == ["delete", "shutdown"]
+    assert fake.calls == ["delete", "shutdown"]
 
 
-async def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_that_take_too_long_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeServe([[FakeResult(1)]] * 1000)
     monkeypatch.setattr(serving, "serve", fake)
     with anyio.fail_after(LIMIT_S):
         await serving.end_gently(None, 0)
-    assert fake.said == ["close", "delete", "shutdown"]
+    assert fake.calls == ["close", "delete", "shutdown"]
 
 
-async def test_a_notice_is_given_again_to_those_that_come_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_notice_is_repeated_for_replicas_that_come_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeServe([])
     monkeypatch.setattr(serving, "serve", fake)
     monkeypatch.setattr(serving, "NOTICE_S", 0)
@@ -107,7 +107,7 @@ async def test_a_notice_is_given_again_to_those_that_come_meanwhile(monkeypatch:
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as group:
             group.start_soon(end)
-            while len(fake.said) < 3:
+            while len(fake.calls) < 3:
                 await anyio.sleep(0)
             group.cancel_scope.cancel()
-    assert set(fake.said) == {"retire"}
+    assert set(fake.calls) == {"retire"}

@@ -1,4 +1,4 @@
-"""The program that becomes Ray's HAProxy: what it changes of Ray's configuration."""
+"""The program that becomes Ray's HAProxy: its changes to Ray's configuration."""
 
 from pathlib import Path
 
@@ -28,12 +28,12 @@ def test_upgrades_are_dropped_and_no_two_clients_share_a_connection() -> None:
 
 
 def test_rays_own_template_has_the_frontend_that_is_changed() -> None:
-    """With another Ray the program must not start HAProxy as it was."""
+    """Check the installed Ray, since with another one the program must not start HAProxy unchanged."""
     assert "frontend http_frontend\n    bind " in HAPROXY_CONFIG_TEMPLATE
     assert RULES in hardened(HAPROXY_CONFIG_TEMPLATE)
 
 
-def test_a_configuration_is_changed_once(tmp_path: Path) -> None:
+def test_a_configuration_is_changed_only_once(tmp_path: Path) -> None:
     path = tmp_path / "haproxy.cfg"
     path.write_text(CONFIGURATION)
     harden(["-db", "-f", str(path), "-dR"])
@@ -47,7 +47,7 @@ def test_a_configuration_without_the_frontend_is_refused() -> None:
         hardened("frontend other\n    bind :80\n")
 
 
-def test_there_need_be_no_application_yet() -> None:
+def test_a_configuration_without_an_application_is_changed() -> None:
     start, _, _ = CONFIGURATION.partition("backend lori-server")
     assert RULES in hardened(start)
 

@@ -1,4 +1,4 @@
-"""What an ingress does with requests: fakes stand for the replicas."""
+"""Routing, retries, merged replies and refusals of an ingress. Fakes stand for the replicas."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from tests.server.live import LIMIT_S
 pytestmark = pytest.mark.anyio
 BASE = "base"
 NAMED: dict[str, Any] = {"allow_host": ["ingress"]}
-"""As clients of these tests call it."""
+"""The host name by which clients of these tests call the ingress."""
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def anyio_backend() -> str:
 
 
 class FakeStream:
-    """Answers with what it was asked; dies before the answer, or within it."""
+    """An answer that repeats the request. It dies before the answer, within it, or oddly, as `dies` has it."""
 
     def __init__(self, asked: dict[str, Any], dies: str | None) -> None:
         self._asked, self._dies = asked, dies
@@ -50,21 +50,21 @@ class FakeStream:
             (b"x-request-id", b"twice"),
             (b"access-control-allow-origin", b"https://of.replica"),
         ]
-        said = json.dumps(self._asked).encode()
+        content = json.dumps(self._asked).encode()
         yield [
             {"type": "http.response.start", "status": 200, "headers": headers},
-            {"type": "http.response.body", "body": said[:1], "more_body": True},
+            {"type": "http.response.body", "body": content[:1], "more_body": True},
         ]
         if self._dies == "within":
             raise ReplicaLostError("the replica was lost")
-        yield [{"type": "http.response.body", "body": said[1:]}]
+        yield [{"type": "http.response.body", "body": content[1:]}]
 
     def cancel(self) -> None:
         raise NotImplementedError
 
 
 class FakeReplicas:
-    """Notes what it is asked."""
+    """Fake replicas that record their requests."""
 
     def __init__(
         self,
@@ -83,8 +83,8 @@ class FakeReplicas:
             self.asked.append((key, scope["path"], body))
             raise NoReplicaError
         self.asked.append((key, scope["path"], body))
-        found = {"key": key, "authorization": [v.decode() for k, v in scope["headers"] if k == b"authorization"]}
-        return FakeStream(found, self.deaths.pop(0) if self.deaths else None)
+        echo = {"key": key, "authorization": [v.decode() for k, v in scope["headers"] if k == b"authorization"]}
+        return FakeStream(echo, self.deaths.pop(0) if self.deaths else None)
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:  # noqa: ARG002
         self.bodies_of_all.append(body)
@@ -109,14 +109,14 @@ class FakeReplicas:
 
 
 def client(replicas: FakeReplicas, admin: Path | None = None, **settings: Any) -> httpx.AsyncClient:
-    """Returns a client; an admin's, where there are keys in the folder `admin`."""
+    """Return a client of an ingress. With a folder `admin`, keys are written there, and the client is an admin's."""
     keys = KeyRing(write_keys(admin)) if admin else None
     app = Ingress(replicas, keys, Settings(**NAMED | settings), BASE)
     headers = bearer(ADMIN) if admin else {}
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress", headers=headers)
 
 
-async def test_replicas_are_watched_as_long_as_it_lives() -> None:
+async def test_replicas_are_watched_as_long_as_the_ingress_lives() -> None:
     replicas, sent = FakeReplicas(), list[str]()
 
     async def receive() -> Message:
@@ -134,7 +134,7 @@ async def test_replicas_are_watched_as_long_as_it_lives() -> None:
     assert replicas.was_watched.is_set()
 
 
-async def test_a_request_goes_where_its_adapters_are() -> None:
+async def test_a_request_is_routed_by_its_adapters() -> None:
     replicas = FakeReplicas()
     async with client(replicas) as http:
         reply = await http.post("/generate", json={"adapter": ["safety", "math"]})
@@ -150,7 +150,7 @@ async def test_a_replica_that_dies_before_it_answers_is_replaced_by_another() ->
     assert replicas.asked == [("math", "/generate", b'{"adapter":"math"}')] * MAX_TRIES
 
 
-async def test_where_all_die_the_client_is_told_to_come_again() -> None:
+async def test_a_client_is_asked_to_retry_if_all_replicas_die() -> None:
     async with client(FakeReplicas(["before"] * MAX_TRIES)) as http:
         reply = await http.post("/generate", json={"adapter": "math"})
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
@@ -158,14 +158,14 @@ async def test_where_all_die_the_client_is_told_to_come_again() -> None:
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/adapters", "/adapters/math"])
-async def test_what_none_could_show_is_to_be_asked_for_again(path: str) -> None:
+async def test_a_client_is_asked_to_retry_a_view_that_no_replica_could_show(path: str) -> None:
     async with client(FakeReplicas(statuses={})) as http:
         reply = await http.get(path)
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
 
 
 @pytest.mark.parametrize("path", ["/generate", "/ready"])
-async def test_where_no_replica_is_there_it_is_asked_for_once(path: str) -> None:
+async def test_a_request_is_tried_once_if_there_is_no_replica(path: str) -> None:
     replicas = FakeReplicas(statuses={})
     async with client(replicas) as http:
         reply = await http.post(path, json={})
@@ -175,7 +175,7 @@ async def test_where_no_replica_is_there_it_is_asked_for_once(path: str) -> None
 
 
 @pytest.mark.parametrize("path", ["/generate", "/adapters/math/load"])
-async def test_what_nobody_expected_is_told_in_our_words_and_logged(
+async def test_an_unexpected_error_is_answered_in_our_words_and_logged(
     path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with client(FakeReplicas(["oddly"]), tmp_path) as http:
@@ -184,7 +184,7 @@ async def test_what_nobody_expected_is_told_in_our_words_and_logged(
     assert "nobody knows it" in caplog.text
 
 
-async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
+async def test_an_answer_that_has_begun_is_not_retried() -> None:
     replicas = FakeReplicas(["within"])
     async with client(replicas) as http:
         with pytest.raises(ReplicaLostError):
@@ -193,20 +193,20 @@ async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
 
 
 @pytest.mark.parametrize("statuses", [{"a": 200, "b": 409}, {"a": 409, "b": 200}])
-async def test_one_replica_that_refuses_a_change_is_heard(statuses: dict[str, int], tmp_path: Path) -> None:
+async def test_the_refusal_of_one_replica_is_the_answer_to_a_change(statuses: dict[str, int], tmp_path: Path) -> None:
     async with client(FakeReplicas(statuses=statuses), tmp_path) as http:
         reply = await http.post("/adapters/math/load")
     assert reply.status_code == 409
 
 
-async def test_a_change_that_nobody_may_have_heard_is_not_asked_for_again(tmp_path: Path) -> None:
+async def test_a_change_that_found_no_replica_is_not_to_be_retried(tmp_path: Path) -> None:
     async with client(FakeReplicas(statuses={}), tmp_path) as http:
         reply = await http.post("/adapters/math/load")
     assert reply.status_code == 503
     assert "retry-after" not in reply.headers
 
 
-async def test_metrics_are_those_of_all() -> None:
+async def test_metrics_are_those_of_all_replicas() -> None:
     replicas = FakeReplicas()
     async with client(replicas) as http:
         text = (await http.get("/metrics")).text
@@ -215,7 +215,7 @@ async def test_metrics_are_those_of_all() -> None:
     assert 'up{of="b",replica="b"} 200.0' in text
 
 
-async def test_adapters_are_shown_as_all_have_them() -> None:
+async def test_adapters_are_shown_with_the_figures_of_all_replicas() -> None:
     row = {
         "name": "math", "version": "1", "tier": "disk", "is_pinned": False, "bytes_loaded": 0, "bytes_resident": 0,
         "num_using": 0, "num_requests": 2, "last_used": 1.0,
@@ -229,7 +229,7 @@ async def test_adapters_are_shown_as_all_have_them() -> None:
         assert (await http.get("/adapters/math")).status_code == 404
 
 
-async def test_a_body_that_is_too_long_goes_nowhere() -> None:
+async def test_a_body_that_is_too_long_reaches_no_replica() -> None:
     replicas = FakeReplicas()
 
     async def parts() -> AsyncIterator[bytes]:
@@ -237,13 +237,13 @@ async def test_a_body_that_is_too_long_goes_nowhere() -> None:
             yield b"x" * 1024
 
     async with client(replicas, max_body_bytes=2048) as http:
-        told, streamed = await http.post("/generate", content=b"x" * 3072), await http.post("/generate", content=parts())
-    assert (told.status_code, streamed.status_code) == (413, 413)
+        declared, streamed = await http.post("/generate", content=b"x" * 3072), await http.post("/generate", content=parts())
+    assert (declared.status_code, streamed.status_code) == (413, 413)
     assert replicas.asked == []
 
 
 async def never() -> AsyncIterator[bytes]:
-    """A body that nobody reads."""
+    """Raise an error if the body is read."""
     raise AssertionError("the body was read")
     yield b""
 
@@ -259,10 +259,10 @@ async def never() -> AsyncIterator[bytes]:
         ("/generate", f"Bearer {MONITOR}", True, 403),
     ],
 )
-async def test_who_may_not_is_refused_without_a_replica_and_his_body_is_not_read(
+async def test_a_forbidden_request_is_refused_without_a_replica_and_its_body_is_not_read(
     path: str, sent: str | None, has_keys: bool, status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A replica was to refuse him: while none was there his body came into memory, and he waited for ever."""
+    """Regression: only a replica refused such requests; without one, the body came into memory and the client waited for ever."""
     replicas = FakeReplicas()
     app = Ingress(replicas, KeyRing(write_keys(tmp_path)) if has_keys else None, Settings(**NAMED), BASE)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
@@ -275,7 +275,7 @@ async def test_who_may_not_is_refused_without_a_replica_and_his_body_is_not_read
 
 
 @pytest.mark.parametrize("ring", ["acme", None])
-async def test_who_is_no_admin_is_told_so_in_the_words_of_one_server(
+async def test_a_client_that_is_no_admin_is_refused_in_the_words_of_one_server(
     ring: str | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     keys = write_keys(tmp_path) if ring else None
@@ -291,7 +291,7 @@ async def test_who_is_no_admin_is_told_so_in_the_words_of_one_server(
 
 
 @pytest.mark.parametrize("is_open", [True, False])
-async def test_metrics_are_open_where_they_are_by_one_server(is_open: bool, tmp_path: Path) -> None:
+async def test_metrics_are_open_under_the_same_setting_as_on_one_server(is_open: bool, tmp_path: Path) -> None:
     app = Ingress(FakeReplicas(), KeyRing(write_keys(tmp_path)), Settings(open_metrics=is_open), BASE)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
         assert (await http.get("/metrics")).status_code == (200 if is_open else 401)
@@ -335,14 +335,14 @@ async def test_no_more_adapters_are_received_at_once_than_by_one_server(tmp_path
     assert replicas.bodies_of_all == [b"", *[b"files"] * (MAX_RECEIVED + 1)]
 
 
-async def test_a_body_too_long_does_not_come_before_the_refusal_of_who_sends_it(tmp_path: Path) -> None:
+async def test_an_unknown_key_is_refused_before_a_body_that_is_too_long(tmp_path: Path) -> None:
     app = Ingress(FakeReplicas(), KeyRing(write_keys(tmp_path)), Settings(max_body_bytes=1024), BASE)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
         reply = await http.post("/generate", content=b"x" * 2048, headers=bearer("guessed"))
     assert reply.status_code == 401
 
 
-async def test_who_wants_a_websocket_is_refused_as_by_one_server() -> None:
+async def test_a_websocket_is_refused_as_by_one_server() -> None:
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -360,10 +360,10 @@ async def test_who_wants_a_websocket_is_refused_as_by_one_server() -> None:
     ("method", "path", "status"),
     [("GET", "/adapters", 200), ("POST", "/generate", 413), ("POST", "/adapters/math/load", 503), ("GET", "/v1/models", 200)],
 )
-async def test_a_page_of_another_origin_sees_what_the_ingress_itself_answers(
+async def test_a_page_of_another_origin_sees_the_ingress_s_own_answers(
     method: str, path: str, status: int, tmp_path: Path
 ) -> None:
-    """A browser kept the page from it: only what a replica answered as it is said who may see it."""
+    """Regression: a browser hid such answers from the page, because only answers of replicas had CORS headers."""
     origin, is_lost = "https://chat.example", status == 503
     replicas = FakeReplicas(statuses={} if is_lost else {"a": 200}, bodies={"a": b'{"adapters":[]}'})
     async with client(replicas, tmp_path, cors_origins=[origin], max_body_bytes=1024) as http:
@@ -379,14 +379,14 @@ async def test_a_page_of_another_origin_sees_what_the_ingress_itself_answers(
     assert "DELETE" in asked.headers["access-control-allow-methods"]
 
 
-async def test_without_origins_the_ingress_says_nothing_of_them() -> None:
+async def test_without_origins_the_ingress_sends_no_cors_headers() -> None:
     async with client(FakeReplicas(statuses={})) as http:
         reply = await http.get("/adapters", headers={"Origin": "https://chat.example"})
     assert "access-control-allow-origin" not in reply.headers
 
 
 @pytest.mark.parametrize("name", ["page.example", "page.example:8000"])
-async def test_a_name_that_is_not_its_own_is_refused_as_one_server_does(name: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_another_host_name_is_refused_as_by_one_server(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     replicas = FakeReplicas()
     async with client(replicas) as http:
@@ -400,6 +400,6 @@ async def test_a_name_that_is_not_its_own_is_refused_as_one_server_does(name: st
     assert [record.getMessage() for record in caplog.records][:1] == ["POST /generate 421"]
 
 
-async def test_with_keys_an_ingress_takes_any_name(tmp_path: Path) -> None:
+async def test_with_keys_an_ingress_accepts_any_host_name(tmp_path: Path) -> None:
     async with client(FakeReplicas(), admin=tmp_path) as http:
         assert (await http.get("/generate", headers={"Host": "page.example"})).status_code == 200

@@ -1,4 +1,4 @@
-"""The rate of a tenant's requests, counted by an ingress, on a clock that stands. The replicas have a fake for their engine."""
+"""The rate of a tenant's requests, counted by an ingress, on a clock that stands still. The replicas have fake engines."""
 
 import asyncio
 import json
@@ -48,24 +48,24 @@ class Answer:
 
 
 class Replicas:
-    """Applications, each asked in its turn; notes how many requests each was asked."""
+    """Applications that are asked in rotation. Records the number of requests to each."""
 
     def __init__(self, apps: Sequence[tuple[FastAPI, Mapping[str, Any]]]) -> None:
         self._apps = apps
         self.asked = [0] * len(apps)
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> Answer:  # noqa: ARG002
-        turn = sum(self.asked) % len(self._apps)
-        self.asked[turn] += 1
-        app, state = self._apps[turn]
+        place = sum(self.asked) % len(self._apps)
+        self.asked[place] += 1
+        app, state = self._apps[place]
         return Answer(answer(app, {**scope, "state": dict(state)}, body))
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
-        found = {}
+        replies = {}
         for number, (app, state) in enumerate(self._apps):
             self.asked[number] += 1
-            found[str(number)] = [m async for some in answer(app, {**scope, "state": dict(state)}, body) for m in some]
-        return found
+            replies[str(number)] = [m async for some in answer(app, {**scope, "state": dict(state)}, body) for m in some]
+        return replies
 
     async def watch(self) -> None:
         await asyncio.Event().wait()
@@ -75,7 +75,7 @@ class Replicas:
 async def served(
     tokenizer: PreTrainedTokenizerFast, place: Path, limits: str, num_ingresses: int = 1
 ) -> AsyncIterator[tuple[Replicas, list[httpx.AsyncClient]]]:
-    """Serves by two replicas and so many ingresses until the block ends; gives the replicas, and a client of each ingress."""
+    """Serve by two replicas and some ingresses until the block ends. Yields the replicas, and a client of each ingress."""
     keys = write_keys(place, limits)
     async with AsyncExitStack() as held:
         apps = []
@@ -92,13 +92,13 @@ async def served(
 
 
 async def never() -> AsyncIterator[bytes]:
-    """A body that nobody reads."""
+    """Raise an error if the body is read."""
     raise AssertionError("the body was read")
     yield b""
 
 
 async def test_replicas_together_answer_as_many_as_one_server(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Each counted for itself: two of them answered twice as many."""
+    """Regression: each replica counted for itself, so two of them answered twice as many requests."""
     async with served(tokenizer, tmp_path, "requests_per_minute = 7") as (replicas, [client]):
         statuses = [(await client.post("/generate", json=BODY)).status_code for _ in range(20)]
         assert statuses == [200] * 7 + [429] * 13
@@ -118,7 +118,7 @@ async def test_replicas_together_answer_as_many_as_one_server(tokenizer: PreTrai
         ("POST", "/adapters", b"x", 403, 0),
     ],
 )
-async def test_every_request_of_a_tenant_counts_whatever_becomes_of_it(
+async def test_every_request_of_a_tenant_counts_whatever_its_answer(
     method: str, path: str, content: bytes, status: int, num_asked: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     headers = {"Content-Type": "application/json"}
@@ -131,7 +131,7 @@ async def test_every_request_of_a_tenant_counts_whatever_becomes_of_it(
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_what_exceeds_the_rate_is_refused_by_its_head_in_the_words_of_one_server(
+async def test_a_request_over_the_rate_is_refused_by_its_headers_in_the_words_of_one_server(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with served(tokenizer, tmp_path, "requests_per_minute = 1") as (replicas, [client]):
@@ -160,19 +160,21 @@ async def test_each_prompt_of_a_batch_counts(tokenizer: PreTrainedTokenizerFast,
             return await client.post(path, json={"prompt": ["x"] * num_prompts})
 
         assert (await complete(3)).status_code == 200
-        error = refusal(await complete(7), 400)  # counts as one
+        error = refusal(await complete(7), 400)  # the refused batch counts as one request
         assert (error["param"], "expected 6 at most" in error["message"]) == ("prompt", True)
-        reply = await complete(3)  # its two others are too many, and it counts as one
+        reply = await complete(3)  # its two other prompts are too many; refused, it counts as one request
         assert (
             refusal(reply, 429)["message"] == "tenant 'acme' may send 6 requests a minute, and has sent them; try again in 60 s"
         )
         assert reply.headers["retry-after"] == "60"
-        refusal(await complete(MAX_PROMPTS + 1, "/generate"), 400)  # it takes no batch
+        refusal(await complete(MAX_PROMPTS + 1, "/generate"), 400)  # /generate takes no batch
         refusal(await complete(1), 429)
         assert sum(replicas.asked) == 3
 
 
-async def test_several_ingresses_allow_together_what_one_does(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+async def test_several_ingresses_together_allow_as_many_requests_as_one(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     async with served(tokenizer, tmp_path, "requests_per_minute = 8", num_ingresses=2) as (replicas, clients):
         error = refusal(await clients[0].post("/v1/completions", json={"prompt": ["x"] * 5}), 400)
         assert "expected 4 at most" in error["message"]

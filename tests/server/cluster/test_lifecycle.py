@@ -1,4 +1,4 @@
-"""A replica's requests wait until it knows of all changes, and are refused once it is to end; it always says how it is."""
+"""The life of a replica: requests wait until it knows of all changes, and are refused once it is to end; probes never are."""
 
 import anyio
 import httpx
@@ -42,9 +42,7 @@ async def test_a_request_waits_until_its_replica_has_joined(replica: Lifecycle) 
     assert texts == ["answered"]
 
 
-async def test_where_the_replica_cannot_join_the_client_is_told_to_come_again(
-    replica: Lifecycle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_client_is_asked_to_retry_if_the_replica_cannot_join(replica: Lifecycle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifecycle, "JOIN_S", 0.01)
     async with client(replica) as http:
         reply = await http.post("/generate")
@@ -52,8 +50,8 @@ async def test_where_the_replica_cannot_join_the_client_is_told_to_come_again(
     assert reply.json()["error"]["message"] == "the replica does not know yet which adapters were changed while it started"
 
 
-async def test_no_more_requests_wait_than_leave_room_for_who_lets_it_join(replica: Lifecycle) -> None:
-    """They had all of Ray's places, and the replica could not be told to join until the first had waited for ten seconds."""
+async def test_waiting_requests_leave_room_for_the_call_that_lets_the_replica_join(replica: Lifecycle) -> None:
+    """Regression: waiting requests took all of Ray's places, so no join could arrive until the first had waited ten seconds."""
     statuses: list[int] = []
 
     async def ask() -> None:
@@ -61,7 +59,7 @@ async def test_no_more_requests_wait_than_leave_room_for_who_lets_it_join(replic
 
     with anyio.fail_after(LIMIT_S):
         async with client(replica) as http:
-            for _ in range(2):  # those that have left are none that wait
+            for _ in range(2):  # requests that were cancelled no longer count as waiting
                 async with anyio.create_task_group() as group:
                     for _ in range(MAX_WAITING + 1):
                         group.start_soon(ask)
@@ -78,7 +76,7 @@ async def test_no_more_requests_wait_than_leave_room_for_who_lets_it_join(replic
 
 
 @pytest.mark.parametrize("has_joined", [True, False])
-async def test_one_that_is_to_end_refuses_at_once(replica: Lifecycle, has_joined: bool) -> None:
+async def test_a_replica_that_is_to_end_refuses_at_once(replica: Lifecycle, has_joined: bool) -> None:
     replica.is_closed = True
     if has_joined:
         replica.joined.set()
@@ -89,7 +87,7 @@ async def test_one_that_is_to_end_refuses_at_once(replica: Lifecycle, has_joined
 
 @pytest.mark.parametrize("path", PROBED)
 @pytest.mark.parametrize("is_closed", [True, False])
-async def test_how_it_is_is_said_at_any_time(replica: Lifecycle, path: str, is_closed: bool) -> None:
+async def test_probes_are_answered_at_any_time(replica: Lifecycle, path: str, is_closed: bool) -> None:
     replica.is_closed = is_closed
     async with client(replica) as http:
         assert (await http.get(path)).text == "answered"

@@ -1,4 +1,4 @@
-"""What is entered in one task and left in another."""
+"""Contexts that one task enters and another leaves."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,28 +17,28 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-async def test_what_anyio_runs_ends_well_though_another_task_ends_it() -> None:
-    """Ray starts and ends a replica so: its end raised, and nothing that was to follow was done."""
-    said = list[str]()
+async def test_a_context_of_anyio_can_be_ended_by_another_task() -> None:
+    """Regression: Ray starts and ends a replica in different tasks; the end raised, and the steps after it were skipped."""
+    events = list[str]()
 
     @asynccontextmanager
     async def living() -> AsyncIterator[str]:
         async with anyio.create_task_group() as group:
             group.start_soon(anyio.sleep_forever)
             yield "state"
-            said.append("ended")
+            events.append("ended")
             group.cancel_scope.cancel()
-        said.append("left")
+        events.append("left")
 
     lifespan = Lifespan(living())
     assert await asyncio.create_task(lifespan.start()) == "state"
-    assert said == []
+    assert events == []
     await asyncio.create_task(lifespan.end())
-    assert said == ["ended", "left"]
+    assert events == ["ended", "left"]
 
 
 @pytest.mark.parametrize("has_started", [False, True])
-async def test_what_is_raised_is_heard(has_started: bool) -> None:
+async def test_an_error_at_the_start_or_the_end_is_raised(has_started: bool) -> None:
     @asynccontextmanager
     async def failing() -> AsyncIterator[None]:
         if has_started:
@@ -52,8 +52,8 @@ async def test_what_is_raised_is_heard(has_started: bool) -> None:
         await (lifespan.end if has_started else lifespan.start)()
 
 
-async def test_what_is_raised_while_it_runs_is_seen_by_a_check() -> None:
-    """A replica went on for ever without the task that watches the key file."""
+async def test_an_error_of_a_running_context_is_raised_by_a_check() -> None:
+    """Regression: a replica went on for ever without the task that watches the key file."""
     may_fail = anyio.Event()
 
     async def fail() -> None:

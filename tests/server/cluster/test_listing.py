@@ -1,4 +1,4 @@
-"""Adapters as all replicas have them."""
+"""Documents of adapters, merged from those of all replicas."""
 
 import json
 from typing import Any
@@ -8,8 +8,8 @@ from server.engine.adapters.residents import Tier
 
 
 def row(name: str, tier: str, uses: int | None = 0, last: float | None = None, **changes: Any) -> dict[str, Any]:
-    told = {"tier": tier, "bytes_loaded": 0, "bytes_resident": 9 * (tier == "resident"), "is_pinned": False}
-    return {"name": name, "version": "1", "num_using": uses, "num_requests": uses, "last_used": last} | told | changes
+    defaults = {"tier": tier, "bytes_loaded": 0, "bytes_resident": 9 * (tier == "resident"), "is_pinned": False}
+    return {"name": name, "version": "1", "num_using": uses, "num_requests": uses, "last_used": last} | defaults | changes
 
 
 def merged(*documents: object) -> Any:
@@ -20,11 +20,11 @@ def test_all_tiers_are_known() -> None:
     assert set(TIERS) == set(Tier.__args__)  # type: ignore[attr-defined]  # of a Literal
 
 
-def test_a_list_has_the_figures_of_all() -> None:
+def test_a_list_merges_the_figures_of_all_replicas() -> None:
     first = {"base_model": "base", "next": "b", "adapters": [row("a", "disk", 2, 5.0), row("ä", "resident", 1, 3.0)]}
     second = {"adapters": [row("ä", "loaded", 4, 9.0, bytes_loaded=7, is_pinned=True), row("c", "resident")]}
-    found = merged(first, second, {"adapters": []})
-    assert found == {
+    listing = merged(first, second, {"adapters": []})
+    assert listing == {
         "base_model": "base",
         "next": "b",
         "adapters": [row("a", "disk", 2, 5.0), row("ä", "resident", 5, 9.0, bytes_loaded=7, is_pinned=True)],
@@ -37,12 +37,12 @@ def test_another_version_is_another_adapter() -> None:
     ]
 
 
-def test_one_adapter_is_merged_likewise_and_keeps_the_rest() -> None:
-    found = merged(row("a", "disk", None, card="# a"), row("a", "loaded", None, bytes_loaded=3, card="# a"))
-    assert found == row("a", "loaded", None, bytes_loaded=3, card="# a")
+def test_one_adapter_is_merged_likewise_and_keeps_its_other_fields() -> None:
+    document = merged(row("a", "disk", None, card="# a"), row("a", "loaded", None, bytes_loaded=3, card="# a"))
+    assert document == row("a", "loaded", None, bytes_loaded=3, card="# a")
 
 
-def test_what_one_replica_finds_damaged_is_listed() -> None:
+def test_an_adapter_that_one_replica_finds_damaged_is_listed() -> None:
     first = {"adapters": [], "faulty": [{"name": "torn", "faults": ["a", "b"]}]}
     second = {"adapters": [], "faulty": [{"name": "cut", "faults": ["c"]}, {"name": "torn", "faults": ["b", "d"]}]}
     assert merged(first, second)["faulty"] == [{"name": "cut", "faults": ["c"]}, {"name": "torn", "faults": ["a", "b", "d"]}]

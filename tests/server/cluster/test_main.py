@@ -1,4 +1,4 @@
-"""What `python -m server.cluster` says before it starts anything of Ray's."""
+"""Refusals of `python -m server.cluster` before it starts anything of Ray's."""
 
 import socket
 from pathlib import Path
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 def refused(log: Path, *flags: str) -> tuple[int, str]:
-    """Returns the exit code of a cluster that does not start, and what it said."""
+    """Return the exit code and the output of a cluster that does not start."""
     process = run_main(log, *flags, module="server.cluster")
     try:
         return process.wait(LIMIT_S), log.read_text()
@@ -21,7 +21,7 @@ def refused(log: Path, *flags: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "message"),
     [
         (["--keys", "none.toml"], 1, "none.toml is not a sound key file:\n  it cannot be read: No such file or directory"),
         (["--host", "0.0.0.0"], 2, "--host: '0.0.0.0' lets other machines in, and there are no keys"),
@@ -29,15 +29,15 @@ def refused(log: Path, *flags: str) -> tuple[int, str]:
         (["--max-replicas", "1", "--replicas", "2"], 2, "--max-replicas is 1, expected --replicas, 2, or more"),
     ],
 )
-def test_what_is_wrong_is_said_at_once(flags: list[str], code: int, said: str, tmp_path: Path) -> None:
-    found, log = refused(tmp_path / "log", "--port", str(free_port()), *flags)
-    assert found == code
-    assert log.startswith(f"error: {said}")
+def test_wrong_settings_are_refused_at_once(flags: list[str], code: int, message: str, tmp_path: Path) -> None:
+    returned, log = refused(tmp_path / "log", "--port", str(free_port()), *flags)
+    assert returned == code
+    assert log.startswith(f"error: {message}")
     assert "Traceback" not in log
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        said = f"error: cannot listen on 127.0.0.1:{port}: Address already in use; pass another --port\n"
-        assert refused(tmp_path / "log", "--port", str(port)) == (1, said)
+        message = f"error: cannot listen on 127.0.0.1:{port}: Address already in use; pass another --port\n"
+        assert refused(tmp_path / "log", "--port", str(port)) == (1, message)

@@ -27,15 +27,15 @@ from tests.server.live import wait_until
 pytestmark = pytest.mark.cluster
 PROMPT = "Question: What is 2 + 3?\nAnswer:"
 PORT = 6379
-"""Each namespace has its own."""
+"""Ray's port. Each namespace has ports of its own."""
 LONG, WHOLE = 6000, 256
-"""Tokens of a stream that outlasts what happens to it, and of a request that is under way when it happens."""
+"""Tokens of a stream that outlasts the loss of a machine, and of a request that is under way during the loss."""
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """A cluster on two machines, as it is seen from the first, where requests come in."""
+    """A cluster on two machines, seen from the first one, which gets the requests."""
 
     head: Machine
     other: Machine
@@ -43,23 +43,23 @@ class Nodes:
     threads: ThreadPoolExecutor
     client: Client
     is_over: Event = field(default_factory=Event)
-    """Ends the streams that are read."""
+    """Set to end the streams that are being read."""
 
     def see(self, question: Callable[[], Result]) -> Result:
-        """Returns what `question`, asked on the first machine, is answered with."""
+        """Return the answer to `question`, asked on the first machine."""
         return self.threads.submit(question).result()
 
     def names(self) -> set[str]:
-        """Returns the names of the replicas that answer."""
+        """Return the names of the replicas that answer."""
         return self.see(self.cluster.names)
 
     def have_each(self, number: int) -> bool:
-        """Says whether two replicas have at least so many requests under way."""
+        """Return whether two replicas have at least `number` requests under way each."""
         running = self.see(lambda: self.cluster.by_replica("vllm:num_requests_running"))
         return len(running) == 2 and min(running.values()) >= number
 
     def ask(self, adapters: Sequence[str]) -> "Future[float]":
-        """Asks for an answer; the result is when it came."""
+        """Send a request. The result is the time of the answer."""
 
         def asked() -> float:
             reply = self.client.generate(prompt=PROMPT, adapter=adapters, max_tokens=WHOLE, ignore_eos=True)
@@ -69,7 +69,7 @@ class Nodes:
         return self.threads.submit(asked)
 
     def stream(self, adapters: Sequence[str], has_begun: Event) -> "Future[float | None]":
-        """Reads a stream, and says that it has begun; the result is when it broke, None where it had not when all was over."""
+        """Read a stream, and set `has_begun` when it begins. The result is the time when it broke, None if it did not."""
 
         def read() -> float | None:
             with closing(self.client.stream(prompt=PROMPT, adapter=adapters, max_tokens=LONG, ignore_eos=True)) as events:
@@ -116,50 +116,50 @@ def _nodes(place: Path, folder: Path) -> Iterator[Nodes]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """For Ray's sockets, whose paths may have 107 characters."""
+    """Yield a folder for Ray's sockets, whose paths may have 107 characters."""
     place = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     yield place
     shutil.rmtree(place, ignore_errors=True)
 
 
-def _reach_both(nodes: Nodes, of_each: Mapping[str, Sequence[str]]) -> None:
-    """Asks until each replica answers for its adapters: to one that was cut off Ray's own channel opens some seconds later."""
+def _reach_both(nodes: Nodes, by_replica: Mapping[str, Sequence[str]]) -> None:
+    """Send requests until each replica answers for its adapters. After a cut Ray's own channel opens some seconds later."""
 
     def num_answered(replica: str) -> float:
         return nodes.see(lambda: nodes.cluster.by_replica("lori:adapter_requests_total")).get(replica, 0)
 
     def answers(replica: str) -> bool:
         before = num_answered(replica)
-        nodes.see(lambda: nodes.client.generate(prompt=PROMPT, adapter=of_each[replica], max_tokens=1))
+        nodes.see(lambda: nodes.client.generate(prompt=PROMPT, adapter=by_replica[replica], max_tokens=1))
         return num_answered(replica) > before
 
-    for replica in of_each:
+    for replica in by_replica:
         wait_until(partial(answers, replica), f"{replica} to answer for its adapters")
 
 
-def _lose_the_other(nodes: Nodes, what: str, lose: Callable[[], None]) -> None:
-    """Loses a machine under load: the other answers all it was asked but a stream that had begun, and goes on with its own."""
-    of_each = adapters_of_each(nodes.names())
-    _reach_both(nodes, of_each)
+def _lose_the_other(nodes: Nodes, loss: str, lose: Callable[[], None]) -> None:
+    """Lose a machine under load. The other one answers all requests except a stream that had begun; its own stream goes on."""
+    by_replica = adapters_of_each(nodes.names())
+    _reach_both(nodes, by_replica)
     nodes.is_over.clear()
-    begun = {replica: Event() for replica in of_each}
-    streams = [nodes.stream(adapters, begun[replica]) for replica, adapters in of_each.items()]
-    asked = [nodes.ask(adapters) for adapters in of_each.values() for _ in range(3)]
-    # One that nobody has heard of yet would be answered by another replica from the start.
+    begun = {replica: Event() for replica in by_replica}
+    streams = [nodes.stream(adapters, begun[replica]) for replica, adapters in by_replica.items()]
+    asked = [nodes.ask(adapters) for adapters in by_replica.values() for _ in range(3)]
+    # A stream that has not begun yet would be answered by another replica from the start.
     wait_until(lambda: all(one.is_set() for one in begun.values()), "the streams to begin")
     wait_until(lambda: nodes.have_each(2), "a stream and a request under way on each machine")
     lose()
     lost = time.monotonic()
-    asked += [nodes.ask(adapters) for adapters in of_each.values()]
+    asked += [nodes.ask(adapters) for adapters in by_replica.values()]
     answered = max(one.result(timeout=240) for one in asked) - lost
     wait_until(lambda: any(one.done() for one in streams), "a stream to break")
     nodes.is_over.set()
     (broke,) = [end - lost for one in streams if (end := one.result()) is not None]
-    print(f"{what}: all answered after {answered:.1f} s, the stream broken after {broke:.1f} s")
+    print(f"{loss}: all answered after {answered:.1f} s, the stream broken after {broke:.1f} s")
 
 
 def _cut_off_while_nothing_is_sent(nodes: Nodes) -> None:
-    """Waits for answers alone: a connection that sends nothing would never learn that nobody is there."""
+    """Wait for whole answers alone: a connection that sends nothing would never notice by itself that the peer is gone."""
     asked = [nodes.ask(adapters) for adapters in adapters_of_each(nodes.names()).values()]
     wait_until(lambda: nodes.have_each(1), "a request under way on each machine")
     nodes.other.plug("down")
@@ -170,13 +170,13 @@ def _cut_off_while_nothing_is_sent(nodes: Nodes) -> None:
 
 @pytest.mark.needs("network-namespaces")
 def test_requests_outlive_a_machine(tmp_path: Path, folder: Path) -> None:
-    """One test of several parts: a start takes a minute."""
+    """Run several parts in one test, because a start takes a minute."""
     with _nodes(tmp_path, folder) as nodes:
         first = nodes.names()
         assert len(first) == 2
         _cut_off_while_nothing_is_sent(nodes)
         nodes.other.plug("up")
-        # As it was, so all was answered before Ray took the machine for dead, which is after 60 s.
+        # The same names, so all was answered before Ray declared the machine dead, which takes 60 s.
         wait_until(lambda: nodes.names() == first, "the machine that was cut off")
         _lose_the_other(nodes, "cut off", lambda: nodes.other.plug("down"))
         nodes.other.plug("up")

@@ -53,23 +53,23 @@ async def _echo(request: Request) -> JSONResponse:
 ECHO = Starlette(routes=[Route("/echo", _echo, methods=["POST"])])
 
 
-async def test_a_request_is_answered_from_what_was_relayed() -> None:
+async def test_a_relayed_request_is_answered() -> None:
     scope = pickle.loads(pickle.dumps(portable(SCOPE)))  # noqa: S301  # our own
     messages = [message async for some in answer(ECHO, dict(scope), b"hello") for message in some]
     assert messages[0]["status"] == 200
     assert messages[1]["body"] == b'{"body":"hello","header":"1","query":"1"}'
 
 
-async def test_an_answer_that_is_left_ends_the_application() -> None:
+async def test_closing_an_answer_ends_the_application() -> None:
     app = Streamed()
     answers = answer(app, dict(portable(SCOPE)), b"")
-    # The head alone is not sent: it would be a message more for each stream, while the first token is computed.
+    # The headers are not sent alone, while the first token is computed: that would be one more message for each stream.
     assert [message["type"] for message in await anext(answers)] == ["http.response.start", "http.response.body"]
     await answers.aclose()
     assert app.has_ended
 
 
-async def test_what_the_application_raises_is_raised() -> None:
+async def test_an_error_of_the_application_is_raised() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
         await send({"type": "http.response.start", "status": 200, "headers": []})
         raise ValueError("broken")
@@ -114,7 +114,7 @@ async def test_a_client_that_leaves_cancels() -> None:
     assert sent == [{"type": "http.response.start"}]
 
 
-async def test_what_fails_is_raised_and_cancels_nothing() -> None:
+async def test_an_error_of_a_replica_is_raised_and_cancels_nothing() -> None:
     async def failing() -> AsyncIterator[Sequence[Message]]:
         yield [{"type": "http.response.start"}]
         raise ConnectionError("gone")
@@ -125,7 +125,7 @@ async def test_what_fails_is_raised_and_cancels_nothing() -> None:
     async def send(message: Message) -> None: ...
 
     def cancel() -> None:
-        raise AssertionError("it has ended by itself")
+        raise AssertionError("the answer has ended by itself")
 
     with pytest.raises(ConnectionError, match="gone"):
         await pass_on(failing(), receive, send, cancel)

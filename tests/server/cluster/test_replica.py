@@ -1,4 +1,4 @@
-"""What Ray hears when it asks a replica, or an ingress, after its health: where it raises, Ray starts another in its place."""
+"""Health checks of replicas and ingresses. If a check raises, Ray starts another process in its place."""
 
 import asyncio
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Ray's router, as it asks for the order of replicas; fakes stand for these."""
+"""The order in which Ray's router tries replicas. Fakes stand for the replicas."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -27,20 +27,20 @@ def anyio_backend() -> str:
 
 
 class FakeReplica:
-    """A replica that says how many requests it has, or raises, or says nothing."""
+    """A replica that replies with its number of requests, raises, or does not reply."""
 
     max_ongoing_requests = 100
 
-    def __init__(self, name: str, said: int | Exception | None) -> None:
-        self.replica_id, self._said = ReplicaID(unique_id=name, deployment_id=DEPLOYMENT), said
+    def __init__(self, name: str, reply: int | Exception | None) -> None:
+        self.replica_id, self._reply = ReplicaID(unique_id=name, deployment_id=DEPLOYMENT), reply
 
     async def get_queue_len(self, *, deadline_s: float) -> int:  # noqa: ARG002
-        if self._said is None:
+        if self._reply is None:
             await anyio.sleep_forever()
-        if isinstance(self._said, Exception):
-            raise self._said
-        assert isinstance(self._said, int)
-        return self._said
+        if isinstance(self._reply, Exception):
+            raise self._reply
+        assert isinstance(self._reply, int)
+        return self._reply
 
 
 def router() -> AdapterRouter:
@@ -49,37 +49,37 @@ def router() -> AdapterRouter:
     return made
 
 
-async def order(of: AdapterRouter, replicas: Sequence[RunningReplica]) -> Sequence[str]:
+async def order(adapter_router: AdapterRouter, replicas: Sequence[RunningReplica]) -> Sequence[str]:
     request = PendingRequest(args=[], kwargs={"key": KEY}, metadata=RequestMetadata(request_id="r", internal_request_id="i"))
-    return [replica.replica_id.unique_id for [replica] in await of.choose_replicas([*replicas], request)]
+    return [replica.replica_id.unique_id for [replica] in await adapter_router.choose_replicas([*replicas], request)]
 
 
-def replicas_of(**said: Any) -> Sequence[RunningReplica]:
-    return cast("Sequence[RunningReplica]", [FakeReplica(name, said.get(name, 0)) for name in NAMES])
+def replicas_of(**replies: Any) -> Sequence[RunningReplica]:
+    return cast("Sequence[RunningReplica]", [FakeReplica(name, replies.get(name, 0)) for name in NAMES])
 
 
 async def test_a_request_tries_the_replica_of_its_adapters_first() -> None:
     assert await order(router(), replicas_of()) == [FIRST, *OTHERS]
 
 
-@pytest.mark.parametrize("said", [None, ActorUnavailableError("cut off", None)], ids=["silent", "unreachable"])
-async def test_one_that_could_not_say_what_it_has_is_tried_last_for_a_while(
-    said: Exception | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reply", [None, ActorUnavailableError("cut off", None)], ids=["silent", "unreachable"])
+async def test_a_replica_that_did_not_report_its_queue_is_tried_last_for_a_while(
+    reply: Exception | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray took it for one that has nothing to do: every request for its adapters waited for it, again and again."""
+    """Regression: Ray took such a replica for an idle one, so every request for its adapters waited for it, again and again."""
     monkeypatch.setattr(AdapterRouter, "queue_len_response_deadline_s", 0.01)
     monkeypatch.setattr(AdapterRouter, "max_queue_len_response_deadline_s", 0.01)
-    of, replicas = router(), replicas_of(**{FIRST: said})
+    adapter_router, replicas = router(), replicas_of(**{FIRST: reply})
     [first] = [replica for replica in replicas if replica.replica_id.unique_id == FIRST]
     with anyio.fail_after(LIMIT_S):
-        assert await of._select_from_candidate_replicas([first], 0) is None
-    assert await order(of, replicas) == [*OTHERS, FIRST]
+        assert await adapter_router._select_from_candidate_replicas([first], 0) is None
+    assert await order(adapter_router, replicas) == [*OTHERS, FIRST]
     monkeypatch.setattr(router_module, "AVOIDED_S", 0.0)
-    assert await order(of, replicas) == [FIRST, *OTHERS]
+    assert await order(adapter_router, replicas) == [FIRST, *OTHERS]
 
 
-async def test_one_whose_requests_failed_is_tried_last_for_a_while() -> None:
-    of, replicas = router(), replicas_of()
+async def test_a_replica_whose_requests_failed_is_tried_last_for_a_while() -> None:
+    adapter_router, replicas = router(), replicas_of()
     [first] = [replica for replica in replicas if replica.replica_id.unique_id == FIRST]
-    of.on_replica_actor_unavailable(first.replica_id)
-    assert await order(of, replicas) == [*OTHERS, FIRST]
+    adapter_router.on_replica_actor_unavailable(first.replica_id)
+    assert await order(adapter_router, replicas) == [*OTHERS, FIRST]

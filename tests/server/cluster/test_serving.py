@@ -32,20 +32,20 @@ PER_MINUTE = 6
 
 
 @pytest.fixture(scope="module")
-def heard() -> Iterator[Collector]:
-    with collector() as heard:
-        yield heard
+def traces() -> Iterator[Collector]:
+    with collector() as traces:
+        yield traces
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, heard: Collector) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, traces: Collector) -> Iterator[Cluster]:
     place = tmp_path_factory.mktemp("cluster")
     (place / "adapters").mkdir()
     flags = ["--replicas", "2", "--drain-s", "120", "--keys", str(write_keys(place, f"requests_per_minute = {PER_MINUTE}"))]
     flags += ["--adapters", f"file://{place}/adapters", "--adapter-cache", str(place / "cache"), "--delete-grace-s", "0.1"]
     flags += ["--max-body-bytes", str(5 << 20)]
     flags += ["--keep-alive-s", SILENCE_S, "--max-body-s", SILENCE_S, "--max-unread-s", SILENCE_S]
-    flags += ["--otlp-traces-endpoint", heard.url, "--drain-notice-s", "4"]
+    flags += ["--otlp-traces-endpoint", traces.url, "--drain-notice-s", "4"]
     with running(place / "log", *flags, headers=bearer(ADMIN)) as cluster:
         yield cluster
 
@@ -58,7 +58,7 @@ def _adapters_stay_with_their_replica(cluster: Cluster) -> None:
     for name in NAMES:
         asked = cluster.by_replica("lori:adapter_requests_total", adapter=name)
         assert [number for number in asked.values() if number] == [5], name
-    # Ray took lines that differ in numbers alone for one.
+    # Ray once logged lines that differ in numbers alone as one line.
     wait_until(lambda: cluster.log.read_text().count("POST /generate 200") == 20, "a line of the log for each request")
     lines = [line for line in cluster.log.read_text().splitlines() if "POST /generate" in line]
     assert {
@@ -71,7 +71,7 @@ def _a_merge_is_answered(cluster: Cluster) -> None:
     body = {"prompt": PROMPT, "adapter": ["math", "safety"], "weights": [1, 0.5], "max_tokens": 24}
     reply = cluster.http.post("/generate", json=body)
     assert "5" in reply.json()["text"]
-    assert [of["name"] for of in reply.json()["adapter"]] == ["math", "safety"]
+    assert [term["name"] for term in reply.json()["adapter"]] == ["math", "safety"]
 
 
 def _a_stream_comes_in_pieces(cluster: Cluster) -> None:
@@ -85,25 +85,25 @@ def _a_stream_comes_in_pieces(cluster: Cluster) -> None:
 def _a_client_that_leaves_frees_its_place(cluster: Cluster) -> None:
     body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 4000, "ignore_eos": True}
     with cluster.http.stream("POST", "/generate", json=body) as reply:
-        parts = reply.iter_bytes()  # which would close the connection if it were let go
+        parts = reply.iter_bytes()  # held, because dropping the iterator would close the connection
         next(parts)
         wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 1, "the request to run")
     wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 0, "the request to be cancelled")
-    # Also one that waits for a whole answer: HAProxy did not see it.
+    # Also a client that waits for a whole answer: HAProxy once did not notice that it left.
     with pytest.raises(httpx.ReadTimeout):
         cluster.http.post("/generate", json=body | {"stream": False}, timeout=2)
     wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 0, "the request to be cancelled")
 
 
-def _a_connection_that_sends_no_whole_head_is_ended(cluster: Cluster) -> None:
-    at = httpx.URL(cluster.url)
-    with socket.create_connection((at.host, at.port), LIMIT_S) as connection:
+def _a_connection_without_whole_headers_is_ended(cluster: Cluster) -> None:
+    address = httpx.URL(cluster.url)
+    with socket.create_connection((address.host, address.port), LIMIT_S) as connection:
         connection.sendall(b"GET /ready HT")
         assert connection.recv(1 << 10).startswith(b"HTTP/1.1 408 ")
 
 
 def _a_request_is_answered_once_by_proxy_and_ingress(cluster: Cluster) -> None:
-    """Behind an offer to upgrade the ingress took a body for a request, whose answer went to another of the proxy's clients."""
+    """Regression: after an offer to upgrade, the ingress took a body for a request, and its answer went to another client."""
     assert {case.name for case in CASES if b"upgrade" in case.content.lower()}
     (ingress,) = {one.laddr.port for one in cluster.ingresses()[0].net_connections() if _is_http(one)}
     for way in ("whole", "cut"):
@@ -117,7 +117,7 @@ def _is_http(connection: Any) -> bool:
     return bool(connection.status == psutil.CONN_LISTEN and connection.laddr.ip == "127.0.0.1")
 
 
-def _what_is_wrong_is_refused_as_by_one_server(cluster: Cluster) -> None:
+def _wrong_requests_are_refused_as_by_one_server(cluster: Cluster) -> None:
     reply = cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": "maths"})
     assert reply.status_code == 404
     assert reply.json()["error"]["message"] == "there is no adapter 'maths': did you mean 'math'?"
@@ -126,7 +126,7 @@ def _what_is_wrong_is_refused_as_by_one_server(cluster: Cluster) -> None:
 
 
 def _a_tenant_s_rate_is_that_of_one_server(cluster: Cluster) -> None:
-    """Each replica counted for itself: two of them allowed twice the rate."""
+    """Regression: each replica counted for itself, so two of them allowed twice the rate."""
 
     def ask(number: int) -> int:
         body = (
@@ -141,8 +141,8 @@ def _a_tenant_s_rate_is_that_of_one_server(cluster: Cluster) -> None:
     assert len(statuses) - statuses.count(429) <= num_minutes * PER_MINUTE - 1, "the batch counts twice"
 
 
-def _what_is_long_passes_both_ways(cluster: Cluster) -> None:
-    """Of more than gRPC's 4 MiB a client heard that the server failed."""
+def _long_bodies_pass_both_ways(cluster: Cluster) -> None:
+    """Regression: for more than gRPC's 4 MiB a client got an error of the server."""
     form = {"Content-Type": "multipart/form-data; boundary=none"}
     reply = cluster.http.post("/adapters", content=b"x" * (5 << 20), headers=form)
     assert reply.status_code == 400, reply.text
@@ -151,13 +151,13 @@ def _what_is_long_passes_both_ways(cluster: Cluster) -> None:
     assert len(reply.content) > 4 << 20
 
 
-def _a_request_is_one_span_of_its_client_s_trace(cluster: Cluster, heard: Collector) -> None:
+def _a_request_is_one_span_of_its_client_s_trace(cluster: Cluster, traces: Collector) -> None:
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     body = {"prompt": PROMPT, "adapter": "safety", "max_tokens": 3, "ignore_eos": True}
     reply = cluster.http.post("/generate", json=body, headers={"traceparent": f"00-{trace}-{parent}-01"})
     assert reply.status_code == 200, reply.text
-    wait_until(lambda: any(span.trace_id.hex() == trace for span in heard.spans), "its span")
-    (span,) = [span for span in heard.spans if span.trace_id.hex() == trace]
+    wait_until(lambda: any(span.trace_id.hex() == trace for span in traces.spans), "its span")
+    (span,) = [span for span in traces.spans if span.trace_id.hex() == trace]
     assert span.parent_span_id.hex() == parent
     assert attributes(span)["gen_ai.usage.output_tokens"] == 3
 
@@ -175,9 +175,9 @@ def _a_change_reaches_every_replica(cluster: Cluster) -> None:
     wait_until(lambda: not [*(cluster.log.parent / "adapters").rglob("*.safetensors")], "the files to go")
 
 
-def _adapters_are_shown_as_all_replicas_have_them(cluster: Cluster) -> None:
-    """One showed what itself knew: most adapters on disk, and never used."""
-    shown = {of["name"]: of for of in cluster.http.get("/adapters").raise_for_status().json()["adapters"]}
+def _adapters_are_shown_with_the_figures_of_all_replicas(cluster: Cluster) -> None:
+    """Regression: a replica showed only its own view: most adapters on disk, and never used."""
+    shown = {row["name"]: row for row in cluster.http.get("/adapters").raise_for_status().json()["adapters"]}
     assert all(shown[name]["num_requests"] >= 5 and shown[name]["tier"] == "resident" for name in NAMES)
     for name in NAMES:
         one = cluster.http.get(f"/adapters/{name}").raise_for_status().json()
@@ -190,8 +190,8 @@ def _upload(cluster: Cluster, name: str) -> None:
     assert reply.status_code == 201, reply.text
 
 
-def _another_program_leaves_what_serves_as_it_is(cluster: Cluster) -> None:
-    """It took over the address and, as it ended, ended what others serve on the same Ray."""
+def _another_program_leaves_the_running_cluster_alone(cluster: Cluster) -> None:
+    """Regression: the other program took over the address and, as it ended, ended the other applications on the same Ray."""
     (raylet,) = processes_of(cluster.process.pid, "raylet/raylet")
     (address,) = (flag.partition("=")[2] for flag in raylet.cmdline() if flag.startswith("--gcs-address="))
     log = cluster.log.parent / "other"
@@ -208,25 +208,26 @@ def _another_program_leaves_what_serves_as_it_is(cluster: Cluster) -> None:
 
 
 def _ask(client: Client, place: int) -> int | None:
-    """Returns the number of tokens of an answer, None for a stream that broke after it had begun."""
+    """Return the number of tokens of an answer, or None for a stream that broke after it had begun."""
     fields: GenerateFields = {"prompt": PROMPT, "adapter": NAMES[place % 4], "max_tokens": 16, "ignore_eos": True}
     if place % 2:
         return client.generate(**fields).usage.completion_tokens
-    heard: list[StreamEvent] = []
+    events: list[StreamEvent] = []
     try:
         for event in client.stream(**fields):
-            heard.append(event)  # what came before an error is wanted, too
+            events.append(event)  # one by one, to have the events before an error, too
     except BrokenStreamError:
-        assert heard, "a stream that had not begun was lost"
+        assert events, "a stream that had not begun was lost"
         return None
-    (done,) = [event for event in heard if isinstance(event, DoneData)]
+    (done,) = [event for event in events if isinstance(event, DoneData)]
     return done.usage.completion_tokens
 
 
 def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Cluster) -> None:
-    """The one in its place knows what was changed.
+    """Kill a replica, and check that the new one in its place knows of all changes.
 
-    It had no pin, and deleted what the others refused to; and answered that what was published as it started is not there.
+    Regression: the new replica had no pins, so it deleted an adapter that the others refused to delete; and it answered that
+    adapters published during its start do not exist.
     """
     _upload(cluster, "kept")
     assert cluster.http.post("/adapters/kept/pin").status_code == 200
@@ -242,10 +243,10 @@ def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Clu
             _upload(cluster, f"late-{num_late}")
             num_late += 1
             time.sleep(0.2)  # the next one wants the processor, too
-        found = [one.result(timeout=240) for one in asked]
-    assert set(found[1::2]) == {16}
-    assert set(found[::2]) <= {16, None}
-    assert found.count(None) <= 8, "no more than ran"
+        results = [one.result(timeout=240) for one in asked]
+    assert set(results[1::2]) == {16}
+    assert set(results[::2]) <= {16, None}
+    assert results.count(None) <= 8, "no more than ran"
     assert victim.pid not in [replica.pid for replica in cluster.replicas()]
     for number in range(num_late):
         reply = cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": f"late-{number}", "max_tokens": 1})
@@ -273,10 +274,10 @@ def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
     wait_until(lambda: [one.pid for one in cluster.ingresses()] not in ([], [victim.pid]), "another ingress", START_S)
 
 
-def _what_runs_ends_before_the_cluster_does(cluster: Cluster, heard: Collector) -> None:
-    """Every answer broke off once: HAProxy was ended at once. Before that it says that it ends, and takes requests yet.
+def _running_requests_end_before_the_cluster_does(cluster: Cluster, traces: Collector) -> None:
+    """End the cluster during an answer. For the time of the notice, /ready answers 503 and requests are still taken.
 
-    The spans of its last seconds were lost.
+    Regression: HAProxy was ended at once, which broke off every answer, and the spans of the last seconds were lost.
     """
     body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 1000, "ignore_eos": True}
     trace = "1af7651916cd43dd8448eb211c80319c"
@@ -298,41 +299,41 @@ def _what_runs_ends_before_the_cluster_does(cluster: Cluster, heard: Collector) 
         text += "".join(parts)
     assert re.findall(r"event: (\w+)", text)[-1] == "done"
     assert cluster.process.wait(ENDING_S) == 0
-    assert trace in {span.trace_id.hex() for span in heard.spans}
+    assert trace in {span.trace_id.hex() for span in traces.spans}
 
 
-def _it_answers_as_one_server(cluster: Cluster, heard: Collector) -> None:
+def _the_cluster_answers_as_one_server(cluster: Cluster, traces: Collector) -> None:
     _adapters_stay_with_their_replica(cluster)
     _a_merge_is_answered(cluster)
     _a_stream_comes_in_pieces(cluster)
     _a_client_that_leaves_frees_its_place(cluster)
     _a_request_is_answered_once_by_proxy_and_ingress(cluster)
-    _what_is_wrong_is_refused_as_by_one_server(cluster)
+    _wrong_requests_are_refused_as_by_one_server(cluster)
     _a_tenant_s_rate_is_that_of_one_server(cluster)
-    _what_is_long_passes_both_ways(cluster)
-    _a_request_is_one_span_of_its_client_s_trace(cluster, heard)
+    _long_bodies_pass_both_ways(cluster)
+    _a_request_is_one_span_of_its_client_s_trace(cluster, traces)
     _a_change_reaches_every_replica(cluster)
-    _adapters_are_shown_as_all_replicas_have_them(cluster)
+    _adapters_are_shown_with_the_figures_of_all_replicas(cluster)
 
 
-def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) -> None:
-    """One test of several parts: a start takes half a minute, and processes that share the tests would each have one."""
+def test_two_replicas_serve_as_one_server(cluster: Cluster, traces: Collector) -> None:
+    """Run several parts in one test: a start takes half a minute, and each process that shares the tests would need its own."""
     with ThreadPoolExecutor(1) as pool:
-        silent = pool.submit(_a_connection_that_sends_no_whole_head_is_ended, cluster)
-        _it_answers_as_one_server(cluster, heard)
+        silent = pool.submit(_a_connection_without_whole_headers_is_ended, cluster)
+        _the_cluster_answers_as_one_server(cluster, traces)
         silent.result()
-    _another_program_leaves_what_serves_as_it_is(cluster)
+    _another_program_leaves_the_running_cluster_alone(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
     _a_killed_ingress_loses_no_request_of_our_client(cluster)
-    _what_runs_ends_before_the_cluster_does(cluster, heard)
+    _running_requests_end_before_the_cluster_does(cluster, traces)
 
 
 def test_a_cluster_that_cannot_start_says_why(tmp_path: Path, writer_model: Path) -> None:
-    """It said that a deployment could not be updated, under a traceback."""
+    """Regression: the error was that a deployment could not be updated, under a traceback."""
     flags = ["--port", str(free_port()), "--kv-cache-gib", "0.01", "--adapters", f"file://{tmp_path}/none"]
     flags += ["--model", str(writer_model), "--dtype", "float32", "--threads", "1"]
     process = run_main(tmp_path / "log", *flags, module="server.cluster")
     assert process.wait(START_S) == 1
-    said = (tmp_path / "log").read_text()
-    assert f"\nerror: --adapters file://{tmp_path}/none: there is no such folder\n" in said
-    assert "Traceback" not in said
+    output = (tmp_path / "log").read_text()
+    assert f"\nerror: --adapters file://{tmp_path}/none: there is no such folder\n" in output
+    assert "Traceback" not in output

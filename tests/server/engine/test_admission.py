@@ -1,4 +1,4 @@
-"""What is accepted, with which defaults, and what every refusal says."""
+"""Admission: accepted requests, their defaults, and the message of every refusal."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ CONTEXT = 200
 
 @pytest.fixture(scope="module")
 def registry(writer_model: Path, adapters: Path) -> Registry:
-    """math (chat), safety (chat, plain) and intent (plain), which is on another basis."""
+    """Return math (chat), safety (chat, plain) and intent (plain), which is on another basis."""
     return build(writer_model, adapters).registry
 
 
@@ -40,7 +40,7 @@ def refusal(admission: Admission, ask: GenerateRequest) -> RefusedError:
 
 
 @pytest.mark.parametrize(
-    ("ask", "field", "said"),
+    ("ask", "field", "message"),
     [
         pytest.param(
             GenerateRequest(prompt="x", adapters=("math", "safety"), weights=(1.0,)),
@@ -125,12 +125,12 @@ def refusal(admission: Admission, ask: GenerateRequest) -> RefusedError:
         ),
     ],
 )
-def test_a_refusal_names_the_field_and_what_was_found_and_expected(
-    admission: Admission, ask: GenerateRequest, field: str, said: str
+def test_a_refusal_names_the_field_its_value_and_the_expected_value(
+    admission: Admission, ask: GenerateRequest, field: str, message: str
 ) -> None:
     error = refusal(admission, ask)
     assert error.field == field
-    assert said in str(error)
+    assert message in str(error)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_request_without_adapters_is_for_the_base(admission: Admission) -> Non
     assert admission.admit(GenerateRequest(prompt="x")).terms == ()
 
 
-def test_a_prompt_stands_as_it_is(admission: Admission) -> None:
+def test_a_prompt_is_taken_as_it_is(admission: Admission) -> None:
     request = admission.admit(GenerateRequest(prompt="aé€😀z", adapters=("math",), sampling=SamplingParams(echo=True)))
     assert request.prompt_text == "aé€😀z"
     assert request.prompt_offsets == (0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4)
@@ -194,11 +194,11 @@ PLAIN = "Be brief.\né?"
         ((), "plain", PLAIN),
         (("math",), None, CHAT),
         (("intent",), None, PLAIN),
-        (("safety",), None, CHAT),  # the one it prefers
-        (("safety", "intent"), None, PLAIN),  # the one they share
+        (("safety",), None, CHAT),  # the adapter's preferred template
+        (("safety", "intent"), None, PLAIN),  # the only common template
         (("intent", "safety"), None, PLAIN),
         (("math", "safety"), None, CHAT),
-        (("math", "intent"), "plain", PLAIN),  # the one that was asked for
+        (("math", "intent"), "plain", PLAIN),  # the requested template
         (("intent",), "chat", CHAT),
     ],
 )
@@ -209,10 +209,10 @@ def test_messages_are_written_with_the_template_that_the_adapters_share(
 
 
 @pytest.mark.parametrize(("old", "new", "text"), [("plain", "chat", None), ("plain", "plain", PLAIN), ("chat", "chat", CHAT)])
-def test_two_versions_of_an_adapter_count_both(
+def test_a_template_has_to_be_common_to_both_versions_of_an_adapter(
     tokenizer: PreTrainedTokenizerFast, old: Template, new: Template, text: str | None
 ) -> None:
-    """An adapter that learnt to chat is not asked so in the version that did not."""
+    """The version of an adapter that was trained without chat is not given a chat."""
     registry = Registry([registered("math", "1" * 64, templates=(new,))], [registered("math", "2" * 64, templates=(old,))])
     ask = GenerateRequest(prompt=MESSAGES, adapters=("math@1", "math@2"))
     admission = Admission(tokenizer, registry, CONTEXT, max_terms=3)
@@ -229,9 +229,7 @@ def test_the_chat_templates_special_tokens_are_one_token_each(admission: Admissi
 
 
 @pytest.mark.parametrize(("num_prompt", "expected"), [(1, DEFAULT_MAX_TOKENS), (CONTEXT - 128, 128), (CONTEXT - 3, 3)])
-def test_the_answer_is_as_long_as_the_default_or_what_the_context_has_left(
-    admission: Admission, num_prompt: int, expected: int
-) -> None:
+def test_max_tokens_is_the_default_or_the_rest_of_the_context(admission: Admission, num_prompt: int, expected: int) -> None:
     assert admission.admit(GenerateRequest(prompt="x" * num_prompt)).max_tokens == expected
 
 
@@ -253,17 +251,15 @@ def test_more_adapters_than_can_be_resident_together_are_refused(tokenizer: PreT
     assert len(few.admit(GenerateRequest(prompt="x", adapters=("math", "safety"))).terms) == 2
 
 
-def test_what_adapters_keep_is_known_before_they_are_read(writer_model: Path, adapters: Path) -> None:
+def test_the_nnz_of_adapters_is_known_before_they_are_read(writer_model: Path, adapters: Path) -> None:
     rig = build(writer_model, adapters)
-    kept = {name: sum(b.values.numel() for b in of.modules.values()) for name, of in rig.adapters.items()}
-    assert {name: of.summary.nnz for name, of in rig.registry.by_name.items()} == kept
+    nnz = {name: sum(b.values.numel() for b in adapter.modules.values()) for name, adapter in rig.adapters.items()}
+    assert {name: adapter.summary.nnz for name, adapter in rig.registry.by_name.items()} == nnz
 
 
-def test_adapters_for_which_there_is_no_memory_together_are_refused(
-    tokenizer: PreTrainedTokenizerFast, registry: Registry
-) -> None:
-    kept = {name: of.summary.nnz for name, of in registry.by_name.items()}
-    both = kept["math"] + kept["safety"]
+def test_adapters_that_do_not_fit_in_memory_together_are_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+    nnz = {name: version.summary.nnz for name, version in registry.by_name.items()}
+    both = nnz["math"] + nnz["safety"]
     exact = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=both)
     assert len(exact.admit(GenerateRequest(prompt="x", adapters=("math", "safety"))).terms) == 2
     small = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=both - 0.5)
@@ -275,7 +271,9 @@ def test_adapters_for_which_there_is_no_memory_together_are_refused(
     assert small.admit(GenerateRequest(prompt="x", adapters=("math", "safety"), merge=MergeOptions("ties"))).residents
 
 
-def test_what_is_read_to_be_merged_fits_in_memory_or_is_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+def test_adapters_of_a_merge_that_do_not_fit_in_memory_are_refused(
+    tokenizer: PreTrainedTokenizerFast, registry: Registry
+) -> None:
     both = sum(registry.by_name[name].summary.nnz for name in ("math", "safety"))
     ask = GenerateRequest(prompt="x", adapters=("math", "safety"), weights=(1.0, 0.0), merge=MergeOptions("ties"))
     assert Admission(tokenizer, registry, CONTEXT, max_merge_nnz=both).admit(ask).residents
@@ -304,7 +302,7 @@ def test_a_merge_of_adapters_on_several_bases_is_refused_but_for_a_sum(admission
     assert len(admission.admit(replace(ask, merge=MergeOptions())).residents) == 2
 
 
-def test_what_is_asked_is_what_the_request_has(admission: Admission) -> None:
+def test_options_are_passed_to_the_request_unchanged(admission: Admission) -> None:
     sampling = SamplingParams(temperature=0.5, top_k=3, logit_bias=((5, 1.0),), seed=7, stop=("a", "b"), num_choices=4)
     ask = GenerateRequest(prompt="x", sampling=sampling, priority=-1, tenant="they", timeout_s=2.5)
     request = admission.admit(ask)
@@ -314,7 +312,7 @@ def test_what_is_asked_is_what_the_request_has(admission: Admission) -> None:
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_tokens_stand_as_they_are_and_have_their_text_where_it_is_seen(admission: Admission, echo: bool) -> None:
+def test_prompt_tokens_are_taken_as_they_are_and_decoded_only_for_echo(admission: Admission, echo: bool) -> None:
     text = admission.admit(GenerateRequest(prompt="aé€😀z", sampling=SamplingParams(echo=echo)))
     request = admission.admit(GenerateRequest(prompt=TokenPrompt(text.prompt_ids), sampling=SamplingParams(echo=echo)))
     assert request.prompt_ids == text.prompt_ids
@@ -325,8 +323,10 @@ def test_tokens_stand_as_they_are_and_have_their_text_where_it_is_seen(admission
         assert request.prompt_text == text.prompt_text
 
 
-def test_what_the_model_knows_beyond_the_tokenizer_may_be_named(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
-    """Many models have rows for more tokens than there are."""
+def test_tokens_of_the_model_that_the_tokenizer_lacks_may_be_named(
+    tokenizer: PreTrainedTokenizerFast, registry: Registry
+) -> None:
+    """Many models have rows for more tokens than their tokenizers have."""
     padded = Admission(tokenizer, registry, CONTEXT, num_ids=320)
     biased = SamplingParams(logit_bias=((319, 1.0),))
     a, b = padded.admit(GenerateRequest(prompt="ab")).prompt_ids
@@ -344,7 +344,7 @@ VERSIONS = [registered("math", "ab1" + "0" * 61), registered("math", "ab2" + "0"
 
 @pytest.fixture
 def versioned(tokenizer: PreTrainedTokenizerFast) -> Admission:
-    """math in two versions, and another name of the first."""
+    """Return an admission that knows math in two versions, and another name of the current one."""
     current, old, copy = VERSIONS
     return Admission(tokenizer, Registry([current, copy], [old]), CONTEXT, max_terms=3)
 
@@ -366,12 +366,12 @@ def test_one_version_is_named_once_however_it_is_named(versioned: Admission, nam
     assert f"{names[-1]!r} twice, expected each adapter once" in str(error)
 
 
-def test_digits_that_could_be_several_are_refused(versioned: Admission) -> None:
+def test_ambiguous_version_digits_are_refused(versioned: Admission) -> None:
     with pytest.raises(AmbiguousVersionError, match="'math@ab' could be math@ab1000000000 or math@ab2000000000"):
         versioned.admit(GenerateRequest(prompt="x", adapters=("math@ab",)))
 
 
-def test_only_what_the_caller_may_use_is_there(versioned: Admission) -> None:
+def test_adapters_that_the_caller_may_not_use_are_unknown(versioned: Admission) -> None:
     ask = GenerateRequest(prompt="x", adapters=("math",), may_use=lambda name: name == "copy")
     with pytest.raises(UnknownAdapterError, match="there is no adapter 'math': known are 'copy'"):
         versioned.admit(ask)

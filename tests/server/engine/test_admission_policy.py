@@ -1,4 +1,4 @@
-"""What the operator adds to a caller's every request: it is there, it is shown, and no request takes it back."""
+"""The operator's policy, adapters added to every request of a caller: it is applied, shown, and cannot be undone."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ TIES = MergeOptions("ties")
 
 @pytest.fixture
 def registry() -> Registry:
-    """math and law, which may be named; guard in two versions, an alias of the old one, and a copy of the new one."""
+    """Return math and law, which may be named, guard in two versions, an alias of the old one, and a copy of the new one."""
     current = [
         registered("math", MATH, nnz=100, templates=("chat",)),
         registered("law", OTHER_BASIS, stream=1, nnz=100, templates=("chat",)),
@@ -46,7 +46,7 @@ def refusal(admission: Admission, ask: GenerateRequest) -> str:
     return caught.value.message
 
 
-def test_it_is_added_to_whatever_is_asked(admission: Admission) -> None:
+def test_the_policy_is_added_to_any_adapters(admission: Admission) -> None:
     for names in ((), ("math",), ("math", "law")):
         request = admission.admit(replace(GUARDED, adapters=names))
         assert [term.name for term in request.terms] == [*names]
@@ -55,8 +55,8 @@ def test_it_is_added_to_whatever_is_asked(admission: Admission) -> None:
         assert len(request.residents) == len(names) + 1
 
 
-def test_it_leaves_the_weights_of_what_is_asked_as_they_are(admission: Admission) -> None:
-    """1/n is of what the client names, and so many weights are expected."""
+def test_the_policy_does_not_change_the_weights_of_the_request(admission: Admission) -> None:
+    """Only the adapters that the client names count for the default 1/n and for the number of weights."""
     request = admission.admit(replace(GUARDED, adapters=("math", "law")))
     assert [term.weight for term in request.terms] == [0.5, 0.5]
     request = admission.admit(replace(GUARDED, adapters=("math",), weights=(2.0,)))
@@ -65,21 +65,21 @@ def test_it_leaves_the_weights_of_what_is_asked_as_they_are(admission: Admission
         admission.admit(replace(GUARDED, adapters=("math",), weights=(2.0, 0.0)))
 
 
-def test_it_is_shown_as_what_it_is(admission: Admission) -> None:
+def test_the_policy_is_shown_as_a_policy(admission: Admission) -> None:
     request = admission.admit(replace(GUARDED, adapters=("math",)))
-    assert [(of.name, of.version, of.weight, of.policy) for of in to_adapters(request)] == [
+    assert [(adapter.name, adapter.version, adapter.weight, adapter.policy) for adapter in to_adapters(request)] == [
         ("math", "1" * 12, 1.0, False),
         ("guard", "a" * 12, 0.7, True),
     ]
     alone = admission.admit(GUARDED)
-    assert [of.policy for of in to_adapters(alone)] == [True]
+    assert [adapter.policy for adapter in to_adapters(alone)] == [True]
     merge = to_merge(alone)
     assert merge is not None
     assert merge.method == "linear"
     assert to_merge(admission.admit(replace(GUARDED, policy=()))) is None
 
 
-def test_it_may_be_a_version_and_several(admission: Admission) -> None:
+def test_a_policy_may_have_versions_and_several_adapters(admission: Admission) -> None:
     request = admission.admit(replace(GUARDED, policy=(("guard@b", 0.5), ("copy", -1.0))))
     assert [(term.reference, term.weight) for term in request.policy] == [
         ("guard@bbbbbbbbbbbb", 0.5),
@@ -87,8 +87,8 @@ def test_it_may_be_a_version_and_several(admission: Admission) -> None:
     ]
 
 
-def test_it_does_not_choose_how_messages_are_written(admission: Admission) -> None:
-    """guard knows `plain` alone, math `chat` alone."""
+def test_the_policy_does_not_choose_the_template(admission: Admission) -> None:
+    """guard has only the template `plain`, math only `chat`."""
     messages = (Message(role="user", content="hello"),)
     chat = admission.admit(GenerateRequest(prompt=messages)).prompt_text
     assert admission.admit(replace(GUARDED, prompt=messages)).prompt_text == chat
@@ -109,16 +109,18 @@ def test_it_does_not_choose_how_messages_are_written(admission: Admission) -> No
         pytest.param("copy", "guard@a", id="by a version of the same content"),
     ],
 )
-def test_it_cannot_be_named_so_that_no_weight_takes_it_back(admission: Admission, policy: str, reference: str) -> None:
+def test_an_adapter_of_the_policy_cannot_be_named_so_no_weight_undoes_it(
+    admission: Admission, policy: str, reference: str
+) -> None:
     for adapters, weights in (((reference,), (-0.7,)), (("math", reference), (1.0, 0.0))):
-        said = refusal(
+        message = refusal(
             admission, GenerateRequest(prompt="x", adapters=adapters, weights=weights, policy=((policy, 0.7),), tenant="they")
         )
-        assert said == f"names {reference!r}, which the operator adds to every request of 'they'"
+        assert message == f"names {reference!r}, which the operator adds to every request of 'they'"
 
 
-def test_what_the_caller_may_not_use_may_be_added(admission: Admission) -> None:
-    """That the operator adds it is no secret: replies show it. What is like it is."""
+def test_a_policy_may_have_adapters_that_the_caller_may_not_use(admission: Admission) -> None:
+    """The policy itself is no secret, as replies show it. Adapters that resemble it are."""
     ask = replace(GUARDED, may_use=lambda name: name == "math")
     assert [term.name for term in admission.admit(replace(ask, adapters=("math",))).policy] == ["guard"]
     for name in ("guard", "guard@a", "guard@f"):
@@ -131,10 +133,10 @@ def test_what_the_caller_may_not_use_may_be_added(admission: Admission) -> None:
 
 @pytest.mark.parametrize("reference", ["nobody", "guard@f", "gaurd", "guard@", "", "several@c"])
 @pytest.mark.parametrize("names", [(), ("math",), ("nobody",)])
-def test_nothing_is_answered_without_it(
+def test_no_request_is_answered_without_its_policy(
     admission: Admission, registry: Registry, names: tuple[str, ...], reference: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log has what is missing; the client is told no name, which could be one that it may not know."""
+    """The log names the missing adapter. The error does not, as the client may not be allowed to know that name."""
     registry.put(registered("several", "c1" * 32), [registered("several", "c2" * 32)])
     with pytest.raises(PolicyError) as caught:
         admission.admit(GenerateRequest(prompt="x", adapters=names, policy=(("copy", 1.0), (reference, 1.0)), tenant="they"))
@@ -142,31 +144,33 @@ def test_nothing_is_answered_without_it(
     assert f"requests of tenant 'they' fail: its policy names {reference}, which is not there" in caplog.text
 
 
-def test_it_takes_places_among_the_adapters_that_can_be_resident(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+def test_the_policy_takes_places_among_the_adapters_that_can_be_resident(
+    tokenizer: PreTrainedTokenizerFast, registry: Registry
+) -> None:
     two = Admission(tokenizer, registry, CONTEXT, max_terms=2)
     ask = replace(GUARDED, adapters=("math", "law"))
     assert len(two.admit(replace(ask, policy=())).residents) == 2
     assert refusal(two, ask) == "names 2 adapters beside 1 of the operator's, expected at most 2"
     assert len(two.admit(replace(ask, adapters=("math",))).residents) == 2
     same_basis = replace(ask, adapters=("law", "copy"), policy=(("math", 1.0),), merge=TIES)
-    assert len(two.admit(same_basis).residents) == 2, "a merge is one"
+    assert len(two.admit(same_basis).residents) == 2, "a merge takes one place"
     assert refusal(two, replace(same_basis, policy=(("math", 1.0), ("shield", 1.0)))).startswith("names 2 adapters beside 2 of")
 
 
-def test_it_takes_memory_for_adapters(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+def test_the_policy_takes_memory_for_adapters(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
     small = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=149)
     ask = replace(GUARDED, adapters=("math",))
-    said = refusal(small, ask)
-    assert "names 'math', 'guard', which keep 150 entries of B, expected at most 149" in said
+    message = refusal(small, ask)
+    assert "names 'math', 'guard', which keep 150 entries of B, expected at most 149" in message
     assert small.admit(replace(ask, policy=())).residents
     assert small.admit(replace(ask, weights=(0.0,))).residents == ((GUARD, 0.7),)
-    assert len(small.admit(replace(ask, merge=TIES)).residents) == 2, "how many a merge keeps is not known before"
+    assert len(small.admit(replace(ask, merge=TIES)).residents) == 2, "the nnz of a merge is not known before it is built"
     tiny = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=49)
     assert "names 'guard', which keeps 50 entries" in refusal(tiny, replace(ask, merge=TIES))
 
 
-def test_it_stands_beside_a_merge_and_on_any_basis(admission: Admission) -> None:
-    """guard is on another basis than math: it is added to what the merge gives, not merged."""
+def test_the_policy_is_added_beside_a_merge_and_on_any_basis(admission: Admission) -> None:
+    """guard is on another basis than math: it is added to the result of the merge, not merged."""
     ask = replace(GUARDED, adapters=("math",), merge=TIES)
     guarded, bare = admission.admit(ask), admission.admit(replace(ask, policy=()))
     assert guarded.merged_digest == bare.merged_digest
@@ -176,7 +180,7 @@ def test_it_stands_beside_a_merge_and_on_any_basis(admission: Admission) -> None
         admission.admit(replace(ask, adapters=("math", "law")))
 
 
-def test_where_all_that_is_asked_weighs_nothing_it_alone_is_there(admission: Admission) -> None:
+def test_only_the_policy_is_resident_where_all_weights_are_0(admission: Admission) -> None:
     request = admission.admit(replace(GUARDED, adapters=("math",), weights=(0.0,), merge=TIES))
     assert request.merged_digest is None
     assert request.residents == ((GUARD, 0.7),)

@@ -1,4 +1,4 @@
-"""What an operator lets one request cost: of all, and of a tenant less."""
+"""The operator's caps on the cost of a request: for all requests, and lower ones for a tenant."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ ROUTES: list[tuple[str, dict[str, Any]]] = [
 
 
 class NotingEngine(FakeEngine):
-    """Remembers what it was asked."""
+    """An engine that records its requests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class NotingEngine(FakeEngine):
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
-def test_a_request_has_no_more_tokens_than_the_operator_lets_it(
+def test_a_request_has_no_more_tokens_than_the_operator_s_cap(
     tokenizer: PreTrainedTokenizerFast, path: str, body: dict[str, Any]
 ) -> None:
     engine = NotingEngine()
@@ -51,7 +51,7 @@ def test_a_request_has_no_more_tokens_than_the_operator_lets_it(
             assert str(error["message"]).startswith(f"{error['param']}: ")
             return str(error["message"])
 
-        assert set(ask()) == {6}  # each default is lowered
+        assert set(ask()) == {6}  # every default is lowered to the cap
         assert set(ask(n=4)) == {4}
         assert set(ask(max_tokens=6)) == {6}
         assert set(ask(max_tokens=2, n=3)) == {6}
@@ -61,7 +61,7 @@ def test_a_request_has_no_more_tokens_than_the_operator_lets_it(
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
-def test_a_request_takes_no_longer_than_the_operator_lets_it(
+def test_a_request_takes_no_longer_than_the_operator_s_cap(
     tokenizer: PreTrainedTokenizerFast, path: str, body: dict[str, Any]
 ) -> None:
     engine = NotingEngine()
@@ -94,7 +94,7 @@ def test_a_tenant_s_caps_are_its_own_or_the_server_s(tokenizer: PreTrainedTokeni
 
 
 @pytest.mark.parametrize(
-    ("caps", "less", "found"),
+    ("caps", "less", "expected"),
     [
         (Caps(), (None, None), Caps()),
         (Caps(5, 5), (None, None), Caps(5, 5)),
@@ -102,11 +102,11 @@ def test_a_tenant_s_caps_are_its_own_or_the_server_s(tokenizer: PreTrainedTokeni
         (Caps(4, 6), (5, 5), Caps(4, 5)),
     ],
 )
-def test_the_lower_of_two_caps_holds(caps: Caps, less: tuple[float | None, int | None], found: Caps) -> None:
-    assert caps.lowered(*less) == found
+def test_the_lower_of_two_caps_holds(caps: Caps, less: tuple[float | None, int | None], expected: Caps) -> None:
+    assert caps.lowered(*less) == expected
 
 
-def test_what_only_scores_a_text_has_no_tokens_to_cap(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_request_that_only_scores_its_prompt_is_not_capped(tokenizer: PreTrainedTokenizerFast) -> None:
     admission = Admission(tokenizer, Registry([]), 100)
     scored = GenerateRequest(prompt="x", max_tokens=0, sampling=SamplingParams(echo=True), caps=Caps(max_tokens=1))
     assert admission.admit(scored).max_tokens == 0

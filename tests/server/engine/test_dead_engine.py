@@ -1,4 +1,4 @@
-"""A server whose engine has died, or is stuck, ends, so that it is started again: `python -m server` as a process."""
+"""Servers whose engine has died or is stuck: the process of `python -m server` ends, so that it is started again."""
 
 import signal
 import subprocess
@@ -21,7 +21,7 @@ def flags(writer_model: Path) -> list[str]:
 
 
 def kill_engine(live: Live, prompt: str = "die") -> None:
-    """Has the engine die; who asked hears of it."""
+    """Make the engine die, and check the error that its client receives."""
     error = refusal(live.client.post("/generate", json={"prompt": prompt}), 500)
     assert error["message"] == "the engine died: MemoryError('out of luck')"
 
@@ -35,30 +35,30 @@ def assert_is_unhealthy(live: Live) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_whose_engine_died_says_so_and_ends(flags: list[str], tmp_path: Path) -> None:
+def test_a_server_whose_engine_died_reports_it_and_ends(flags: list[str], tmp_path: Path) -> None:
     with start_forked(tmp_path / "log", *flags, module=DYING) as live:
         assert live.client.get("/health").status_code == 200
         body = {"prompt": "a", "max_tokens": 4000, "stream": True}
         with httpx.stream("POST", f"{live.url}/generate", json=body, timeout=LIMIT_S) as reply:
-            heard = events(reply.iter_lines())
-            next(heard)
+            stream = events(reply.iter_lines())
+            next(stream)
             kill_engine(live)
             assert_is_unhealthy(live)
-            *_, (last, data) = heard
+            *_, (last, data) = stream
         assert (last, data["error"]["code"]) == ("error", 500)
         assert live.process.wait(LIMIT_S) == 1
     log = (tmp_path / "log").read_text()
     assert "CRITICAL server.engine.thread: the engine died" in log
-    assert 'raise MemoryError("out of luck")' in log, "with its stack"
+    assert 'raise MemoryError("out of luck")' in log, "the log has the stack of the error"
 
 
 @pytest.mark.slow
-def test_a_thread_that_never_ends_does_not_keep_a_dead_server(flags: list[str], tmp_path: Path) -> None:
+def test_a_thread_that_never_ends_does_not_keep_a_dead_server_alive(flags: list[str], tmp_path: Path) -> None:
     with start_forked(tmp_path / "log", *flags, module=DYING) as live:
         kill_engine(live, "die and leave a thread")
         assert live.process.wait(LIMIT_S) == 1
     log = (tmp_path / "log").read_text()
-    assert "Timeout (" in log, "the last resort"
+    assert "Timeout (" in log, "the timer ends the process as a last resort"
     assert 'raise MemoryError("out of luck")' in log
 
 
@@ -72,12 +72,12 @@ def test_a_step_that_never_ends_ends_the_server(flags: list[str], tmp_path: Path
         assert live.process.wait(LIMIT_S) == 1
     log = (tmp_path / "log").read_text()
     assert "Timeout (" in log
-    assert f"in {prompt.replace(' ', '_')}" in log, "where it is stuck"
+    assert f"in {prompt.replace(' ', '_')}" in log, "the log names the function in which the step is stuck"
 
 
 @pytest.mark.slow
 def test_an_idle_server_is_not_taken_for_stuck(flags: list[str], tmp_path: Path) -> None:
-    """Nor one whose steps are many."""
+    """A server that computes many steps is not taken for stuck, either."""
     with start_forked(tmp_path / "log", *flags, "--max-step-s", "5") as live:
         assert len(live.generate(prompt="a", max_tokens=1000)["text"]) == 1000
         with pytest.raises(subprocess.TimeoutExpired):
@@ -89,8 +89,8 @@ def test_an_idle_server_is_not_taken_for_stuck(flags: list[str], tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_key_file_that_nobody_watches_any_more_ends_the_server(flags: list[str], tmp_path: Path) -> None:
-    """Revoked keys would count for ever."""
+def test_a_key_file_that_is_no_longer_watched_ends_the_server(flags: list[str], tmp_path: Path) -> None:
+    """Otherwise revoked keys would stay valid for ever."""
     flags += ["--keys", str(write_keys(tmp_path)), "--drain-notice-s", "0"]
     with start_forked(tmp_path / "log", *flags, module=DYING) as live:
         (tmp_path / "keys.toml").write_text("# die")

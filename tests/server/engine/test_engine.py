@@ -1,4 +1,4 @@
-"""Requests together: each has exactly what it has alone, and what its adapters' deltas folded into the weights would give."""
+"""Batches of requests: each has the answer that it has alone, and that its adapters give when folded into the weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,7 +40,7 @@ MIXED = (
 
 @pytest.fixture(scope="module")
 def rig(writer_model: Path, adapters: Path) -> Rig:
-    """One engine for the whole file; it is idle between tests."""
+    """Return one engine for the whole file, which is idle between tests."""
     return build(writer_model, adapters)
 
 
@@ -49,15 +49,15 @@ def values(logprobs: list[TokenLogprob]) -> list[float | None]:
 
 
 def logprobs_after(model: PreTrainedModel, prompt_ids: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-    """Returns what transformers gives: a row of log-probabilities for each of `tokens`, all that could have come there."""
+    """Return the log-probabilities of transformers: for each of `tokens`, a row over the vocabulary."""
     with torch.inference_mode():
         logits = model(torch.tensor([[*prompt_ids, *tokens]])).logits[0, len(prompt_ids) - 1 : -1]
     return logits.log_softmax(-1)
 
 
-def assert_like(found: list[float | None], expected: list[float | None], tolerance: float = 1e-4) -> None:
-    assert [v for v in found if v is not None] == pytest.approx([v for v in expected if v is not None], abs=tolerance)
-    assert [v is None for v in found] == [v is None for v in expected]
+def assert_like(actual: list[float | None], expected: list[float | None], tolerance: float = 1e-4) -> None:
+    assert [v for v in actual if v is not None] == pytest.approx([v for v in expected if v is not None], abs=tolerance)
+    assert [v is None for v in actual] == [v is None for v in expected]
 
 
 @pytest.mark.slow
@@ -79,8 +79,8 @@ def test_a_mixed_batch_gives_each_request_what_it_has_alone(rig: Rig, joins: lis
         assert_like(values(heard.logprobs), values(alone.logprobs))
 
 
-def test_the_adapters_change_what_is_said(rig: Rig) -> None:
-    """Without this, the test above would pass for an engine that ignores them."""
+def test_the_adapters_change_the_answers(rig: Rig) -> None:
+    """Without this test, the one above would pass for an engine that ignores adapters."""
     routes = [{}, {"adapters": ("math",)}, {"adapters": ("safety",)}, {"adapters": ("intent",)}]
     routes += [{"adapters": ("math", "safety")}, {"adapters": ("math", "safety"), "weights": (1.0, 0.25)}]
     heard = rig.run([GenerateRequest(prompt=FOX, max_tokens=20, **route) for route in routes])
@@ -105,7 +105,7 @@ def test_the_order_of_a_merge_does_not_matter(rig: Rig) -> None:
         (("math", "safety", "intent"), (1.0, -0.5, 0.75)),
     ],
 )
-def test_a_merge_says_what_the_folded_weights_say(
+def test_a_merge_answers_like_the_folded_weights(
     rig: Rig, writer_model: Path, names: tuple[str, ...], weights: tuple[float, ...]
 ) -> None:
     prompts = (FOX, "a", "What is 12 times 7?")
@@ -114,14 +114,14 @@ def test_a_merge_says_what_the_folded_weights_say(
     model = fold(AutoModelForCausalLM.from_pretrained(writer_model, dtype=torch.float32), merged)
     for one in heard:
         rows = logprobs_after(model, one.sequence.request.prompt_ids, one.tokens)
-        said = rows.gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
-        # The likeliest each time, but for a tie within rounding: folding adds in another order.
-        assert said.tolist() == pytest.approx(rows.max(-1).values.tolist(), abs=1e-4)
+        scores = rows.gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
+        # The likeliest token each time, except for ties within rounding, because folding sums in another order.
+        assert scores.tolist() == pytest.approx(rows.max(-1).values.tolist(), abs=1e-4)
         assert one.text == rig.decode(one.tokens)
         assert len(one.text) == 40
 
 
-def test_a_seed_says_the_same_again_and_another_seed_something_else(rig: Rig) -> None:
+def test_a_seed_gives_the_same_answer_again_and_another_seed_another_answer(rig: Rig) -> None:
     asks = [GenerateRequest(prompt=FOX, max_tokens=20, sampling=SamplingParams(temperature=1.0, seed=seed)) for seed in (1, 2, 1)]
     first, second, third = rig.run(asks, [0, 0, 4])
     assert first.tokens == third.tokens
@@ -135,13 +135,13 @@ def test_echoed_logprobs_are_those_of_transformers(rig: Rig, writer: BaseModel, 
     heard, _ = rig.run([ask, GenerateRequest(prompt=FOX, max_tokens=9)])
     ids = [*heard.sequence.request.prompt_ids, *heard.tokens]
     expected = logprobs_after(writer.model, ids[:1], ids[1:])
-    found = heard.logprobs
-    assert len(found) == len(ids)
-    assert found[0].value is None
-    assert found[0].top == {}
-    assert_like([one.value for one in found[1:]], expected.gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist())
+    logprobs = heard.logprobs
+    assert len(logprobs) == len(ids)
+    assert logprobs[0].value is None
+    assert logprobs[0].top == {}
+    assert_like([one.value for one in logprobs[1:]], expected.gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist())
     best = expected.max(-1).values.tolist()
-    assert [max(one.top.values()) for one in found[1:]] == pytest.approx(best, abs=1e-4)
+    assert [max(one.top.values()) for one in logprobs[1:]] == pytest.approx(best, abs=1e-4)
     assert heard.text.startswith(prompt)
     assert len(heard.text) == len(prompt) + max_tokens
     assert heard.done.finish_reason == "length"
@@ -158,7 +158,7 @@ def test_logprobs_without_echo_are_of_the_answer_alone(rig: Rig, writer: BaseMod
     assert all(one.top == {} for one in heard.logprobs)
 
 
-def test_no_logprobs_where_none_were_asked_for(rig: Rig) -> None:
+def test_no_logprobs_are_given_where_none_were_asked_for(rig: Rig) -> None:
     (heard,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=3, sampling=SamplingParams(echo=True))])
     assert heard.logprobs == []
     assert len(heard.text) == len(FOX) + 3
@@ -169,11 +169,11 @@ def test_each_request_has_as_many_alternatives_as_it_asked_for(rig: Rig) -> None
     heard = rig.run([GenerateRequest(prompt="a", max_tokens=3, sampling=SamplingParams(num_logprobs=count)) for count in counts])
     assert [[len(one.top) for one in h.logprobs] for h in heard] == [[count] * 3 for count in counts]
     full = heard[-1].logprobs[0].top
-    assert list(heard[2].logprobs[0].top) == list(full)[:5], "the likeliest first"
+    assert list(heard[2].logprobs[0].top) == list(full)[:5], "the likeliest tokens come first"
 
 
-def test_of_alternatives_that_look_alike_the_likeliest_is_told(tmp_path: Path) -> None:
-    """Half of this model's tokens are lone bytes, which all look the same: a less likely one took the place of the best."""
+def test_of_alternatives_with_equal_text_the_likeliest_is_reported(tmp_path: Path) -> None:
+    """Regression: half of this model's tokens are lone bytes with equal text, and a less likely one replaced the best."""
     save_tiny_model(tmp_path, tiny_llama_config(EOS + 1, tie_word_embeddings=False))
     (heard,) = build(tmp_path).run([GenerateRequest(prompt=FOX, max_tokens=30, sampling=SamplingParams(num_logprobs=20))])
     assert [max(one.top.values()) for one in heard.logprobs] == pytest.approx(values(heard.logprobs), abs=1e-5)
@@ -190,7 +190,7 @@ def test_offsets_count_characters_of_the_reply(tokenizer: PreTrainedTokenizerFas
 
 
 def test_there_is_a_logprob_for_each_completion_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Those that end the answer and are no text are among them, at the place where they would stand."""
+    """This includes tokens that end the answer and have no text. Their offset is where the text would continue."""
     rig = scripted(tokenizer, [*encode(tokenizer, "abc").ids, EOS])
     by_token, by_string = rig.run(
         [
@@ -213,7 +213,7 @@ def test_scoring_alone_samples_nothing(rig: Rig, length: int) -> None:
     assert heard.done.finish_reason == "length"
 
 
-def test_the_echo_comes_with_the_first_chunk(rig: Rig) -> None:
+def test_the_echo_comes_with_the_first_step(rig: Rig) -> None:
     heard = rig.ask(GenerateRequest(prompt="Echo: " + FOX, max_tokens=1, sampling=SamplingParams(echo=True)))
     rig.step()
     assert heard.events == [TextEvent("Echo: " + FOX, is_prompt=True)]
@@ -222,7 +222,7 @@ def test_the_echo_comes_with_the_first_chunk(rig: Rig) -> None:
     assert len(heard.text) == len("Echo: " + FOX) + 1
 
 
-def test_every_token_is_heard_in_the_step_that_made_it(rig: Rig) -> None:
+def test_every_token_is_emitted_in_the_step_that_made_it(rig: Rig) -> None:
     heard = rig.ask(GenerateRequest(prompt="a", max_tokens=5))
     for count in range(1, 5):
         rig.step()
@@ -249,7 +249,7 @@ def test_a_stop_string_in_the_echoed_prompt_stops_nothing(rig: Rig) -> None:
     assert heard.done.finish_reason == "length"
 
 
-def test_what_waited_for_a_stop_string_is_told_at_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_held_back_for_a_stop_string_is_emitted_at_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
     rig = scripted(tokenizer, [*encode(tokenizer, "say EN").ids, EOS])
     ended, cut = rig.run(
         [
@@ -288,7 +288,7 @@ def test_half_a_character_at_the_end_is_left_out(tokenizer: PreTrainedTokenizerF
     assert heard.done.finish_reason == "length"
 
 
-def test_an_aborted_request_is_gone_with_the_next_step(rig: Rig) -> None:
+def test_an_aborted_request_is_dropped_in_the_next_step(rig: Rig) -> None:
     heard, other = rig.ask(GenerateRequest(prompt=FOX, max_tokens=200)), rig.ask(GenerateRequest(prompt="a", max_tokens=20))
     for _ in range(6):
         rig.step()
@@ -300,11 +300,11 @@ def test_an_aborted_request_is_gone_with_the_next_step(rig: Rig) -> None:
     assert heard.sequence.blocks == []
     length = len(heard.events)
     rig.finish()
-    assert len(heard.events) == length, "nothing is said after the last word"
+    assert len(heard.events) == length, "no event follows the last one"
     assert len(other.text) == 20
 
 
-def test_a_request_aborted_in_its_prompt_or_in_the_queue_is_gone_too(writer_model: Path) -> None:
+def test_a_request_aborted_in_its_prompt_or_in_the_queue_is_dropped_too(writer_model: Path) -> None:
     rig = build(writer_model, max_batch=1)
     reading, waiting = rig.ask(GenerateRequest(prompt=FOX * 3, max_tokens=5)), rig.ask(GenerateRequest(prompt=FOX, max_tokens=5))
     rig.step()
@@ -316,7 +316,7 @@ def test_a_request_aborted_in_its_prompt_or_in_the_queue_is_gone_too(writer_mode
     rig.finish()
 
 
-def test_aborting_what_has_ended_or_never_was_does_nothing(rig: Rig) -> None:
+def test_aborting_an_ended_or_unknown_request_does_nothing(rig: Rig) -> None:
     (heard,) = rig.run([GenerateRequest(prompt="a", max_tokens=2)])
     rig.engine.abort(heard.sequence.request.id)
     rig.engine.abort("gen-unknown")
@@ -324,8 +324,8 @@ def test_aborting_what_has_ended_or_never_was_does_nothing(rig: Rig) -> None:
     assert heard.done.finish_reason == "length"
 
 
-def test_numbers_that_overflow_fail_their_own_request_alone(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
-    """What it left in the KV memory reached shorter requests through their padding: a weight of zero does not hide a NaN."""
+def test_an_overflow_fails_only_its_own_request(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
+    """Regression: NaN left in KV memory reached shorter requests through their padding, as 0 * NaN is NaN."""
     write_adapter(tmp_path / "huge", writer, seed=9)
     rig = build(writer_model, tmp_path)
     asks = [GenerateRequest(prompt="a" * n, max_tokens=8) for n in (3, 30)]

@@ -1,4 +1,4 @@
-"""Several answers to one prompt, which is computed once; they end, fail and are aborted together or apart."""
+"""Several choices of one request: their prompt is computed once, and they end, fail and are aborted together or apart."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +13,17 @@ from tests.server.rig import EOS, Heard, Rig, WatchedRunner, build, scripted
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 WARM = SamplingParams(temperature=1.0, top_k=12)
-"""The likeliest of the model are characters."""
+"""The 12 likeliest tokens of the model are characters."""
 
 
 @pytest.fixture(scope="module")
 def rig(writer_model: Path, adapters: Path) -> Rig:
-    """One engine for the whole file; it is idle between tests."""
+    """Return one engine for the whole file, which is idle between tests."""
     return build(writer_model, adapters)
 
 
 def run(rig: Rig, ask: GenerateRequest) -> list[Heard]:
-    """Returns what each choice said."""
+    """Run a request, and return the events of each choice."""
     heard = rig.submit_choices(rig.admission.admit(ask))
     rig.finish()
     return heard
@@ -34,7 +34,7 @@ def values(heard: Heard) -> list[float]:
 
 
 @pytest.mark.parametrize("names", [(), ("math",)])
-def test_each_choice_has_a_stream_of_its_own_however_many_there_are(rig: Rig, names: tuple[str, ...]) -> None:
+def test_each_choice_has_its_own_random_numbers_however_many_choices_there_are(rig: Rig, names: tuple[str, ...]) -> None:
     ask = GenerateRequest(prompt=FOX, adapters=names, max_tokens=20, sampling=replace(WARM, seed=3, num_logprobs=0))
     (alone,), two, five = (
         run(rig, replace(ask, sampling=replace(ask.sampling, num_choices=num_choices))) for num_choices in (1, 2, 5)
@@ -49,13 +49,13 @@ def test_each_choice_has_a_stream_of_its_own_however_many_there_are(rig: Rig, na
         assert all(event.choice == choice for event in heard.events if not isinstance(event, ErrorEvent))
 
 
-def test_where_nothing_is_drawn_all_choices_say_what_one_says(rig: Rig) -> None:
+def test_greedy_choices_are_all_equal_to_a_single_one(rig: Rig) -> None:
     (alone,) = run(rig, GenerateRequest(prompt=FOX, max_tokens=12))
     several = run(rig, GenerateRequest(prompt=FOX, max_tokens=12, sampling=SamplingParams(num_choices=3)))
     assert [heard.tokens for heard in several] == [alone.tokens] * 3
 
 
-def test_choices_are_the_same_in_company(rig: Rig) -> None:
+def test_choices_are_the_same_beside_other_requests(rig: Rig) -> None:
     ask = GenerateRequest(prompt=FOX * 2, max_tokens=15, sampling=replace(WARM, seed=8, num_choices=3))
     alone = run(rig, ask)
     company = [rig.ask(GenerateRequest(prompt=FOX[:n], max_tokens=30, adapters=("safety",))) for n in (3, 20)]
@@ -66,11 +66,11 @@ def test_choices_are_the_same_in_company(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("names", [(), ("math", "safety")])
-def test_their_prompt_is_computed_once(writer_model: Path, adapters: Path, names: tuple[str, ...]) -> None:
+def test_the_prompt_of_all_choices_is_computed_once(writer_model: Path, adapters: Path, names: tuple[str, ...]) -> None:
     rig = build(writer_model, adapters)
     runner = WatchedRunner(rig)
     heard = run(rig, GenerateRequest(prompt="x" * 65, adapters=names, max_tokens=6, sampling=replace(WARM, num_choices=4)))
-    # The others share its four full blocks: each computes its last token, and all their outputs but the last.
+    # The other choices share its four full blocks: each computes the last prompt token, and all its outputs but the last.
     assert runner.num_tokens == 65 + 3 * 1 + 4 * 5
     assert [h.done.num_cached_tokens for h in heard] == [0, 64, 64, 64]
     assert [h.done.num_prompt_tokens for h in heard] == [65] * 4
@@ -102,7 +102,7 @@ def test_all_choices_echo_the_prompt_with_its_logprobs(rig: Rig, prompt: str, ma
     assert values(heard[0]) == pytest.approx(values(alone), abs=1e-4)
 
 
-def test_the_prompt_s_logprobs_are_told_once_where_it_is_computed_in_many_chunks(writer_model: Path) -> None:
+def test_the_prompt_s_logprobs_are_reported_once_where_it_is_computed_in_many_chunks(writer_model: Path) -> None:
     rig = build(writer_model, max_step_tokens=9)
     heard = run(
         rig, GenerateRequest(prompt=FOX * 3, max_tokens=2, sampling=replace(WARM, echo=True, num_logprobs=0, num_choices=3))
@@ -111,7 +111,7 @@ def test_the_prompt_s_logprobs_are_told_once_where_it_is_computed_in_many_chunks
 
 
 def test_the_prompt_s_logprobs_are_written_once_for_all_choices_and_a_token_s_text_once_for_all_requests(rig: Rig) -> None:
-    """Each choice had each of its prompt's tokens and of their alternatives decoded for itself."""
+    """Regression: for every choice, each token of the prompt and each of their alternatives were decoded again."""
     ask = GenerateRequest(prompt=FOX * 2, max_tokens=1, sampling=replace(WARM, seed=1, echo=True, num_logprobs=5, num_choices=4))
     first, *others = (one.logprobs[:-1] for one in run(rig, ask))
     assert len(first) == len(FOX) * 2
@@ -151,16 +151,16 @@ def test_aborting_a_request_ends_all_its_choices(rig: Rig, num_steps: int) -> No
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @pytest.mark.parametrize("num_outputs", [0, 1, 4])
-def test_a_choice_that_fails_fails_its_request_alone(rig: Rig, failing: int, num_outputs: int) -> None:
+def test_a_choice_that_fails_fails_only_its_request(rig: Rig, failing: int, num_outputs: int) -> None:
     if failing and not num_outputs:
-        num_outputs = 1  # before, it is not computed by itself
+        num_outputs = 1  # before its first output, a later choice is not computed by itself
     ask = GenerateRequest(prompt=FOX, max_tokens=12)
     (expected,) = run(rig, ask)
     request = rig.admission.admit(GenerateRequest(prompt=FOX * 2, max_tokens=12, sampling=replace(WARM, num_choices=3)))
     runner = rig.engine._executor.runner
-    WatchedRunner(rig, lambda chunk: ValueError("no good") if is_it(chunk.sequence) else None)
+    WatchedRunner(rig, lambda chunk: ValueError("no good") if is_failing(chunk.sequence) else None)
 
-    def is_it(sequence: object) -> bool:
+    def is_failing(sequence: object) -> bool:
         return sequence is heard[failing].sequence and len(heard[failing].tokens) == num_outputs
 
     heard, other = rig.submit_choices(request), rig.ask(ask)
@@ -174,7 +174,7 @@ def test_a_choice_that_fails_fails_its_request_alone(rig: Rig, failing: int, num
     assert other.tokens == expected.tokens
 
 
-def test_an_overflow_in_one_choice_is_told_once(rig: Rig) -> None:
+def test_an_overflow_in_one_choice_is_reported_once(rig: Rig) -> None:
     runner = rig.engine._executor.runner
     heard = rig.submit_choices(
         rig.admission.admit(GenerateRequest(prompt=FOX, max_tokens=12, sampling=replace(WARM, num_choices=3)))

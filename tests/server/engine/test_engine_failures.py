@@ -1,4 +1,4 @@
-"""What goes wrong for one request is told to that one, and the others have what they have alone."""
+"""Failures: an error of one request is reported to that request, and the others have the answers that they have alone."""
 
 import asyncio
 import shutil
@@ -26,7 +26,7 @@ FINE = (
 
 @pytest.fixture
 def rig(writer_model: Path, adapters: Path, tmp_path: Path) -> Iterator[Rig]:
-    """An engine whose adapter `safety` has a torn weights file."""
+    """Yield an engine whose adapter `safety` has a torn weights file."""
     place = Path(shutil.copytree(adapters, tmp_path / "adapters"))
     rig = build(writer_model, place)
     (place / "safety" / WEIGHTS_FILE).write_bytes(b"torn")
@@ -34,11 +34,11 @@ def rig(writer_model: Path, adapters: Path, tmp_path: Path) -> Iterator[Rig]:
     rig.engine.adapter_cache.close()
 
 
-def assert_failed(heard: Heard, kind: ErrorKind, *said: str) -> None:
+def assert_failed(heard: Heard, kind: ErrorKind, *parts: str) -> None:
     errors = [event for event in heard.events if isinstance(event, ErrorEvent)]
     assert errors == heard.events[-1:]
     assert errors[0].kind == kind
-    for part in said:
+    for part in parts:
         assert part in errors[0].message
 
 
@@ -46,7 +46,7 @@ def alone(writer_model: Path, adapters: Path) -> list[list[int]]:
     return [build(writer_model, adapters).run([ask])[0].tokens for ask in FINE]
 
 
-def test_a_step_that_throws_for_one_request_fails_that_one(rig: Rig, writer_model: Path, adapters: Path) -> None:
+def test_a_step_that_raises_for_one_request_fails_only_that_one(rig: Rig, writer_model: Path, adapters: Path) -> None:
     bad: list[Heard] = []
 
     def fault(chunk: Chunk) -> Exception | None:
@@ -65,7 +65,7 @@ def test_a_step_that_throws_for_one_request_fails_that_one(rig: Rig, writer_mode
 
 
 @pytest.mark.parametrize("prompt", ["bad", FOX * 2])
-def test_a_prompt_that_throws_fails_its_request(rig: Rig, prompt: str) -> None:
+def test_a_prompt_that_raises_fails_its_request(rig: Rig, prompt: str) -> None:
     bad: list[Heard] = []
     WatchedRunner(rig, lambda chunk: RuntimeError("no") if chunk.sequence is bad[0].sequence else None)
     bad.append(rig.ask(GenerateRequest(prompt=prompt, max_tokens=20)))
@@ -75,7 +75,7 @@ def test_a_prompt_that_throws_fails_its_request(rig: Rig, prompt: str) -> None:
     assert len(other.tokens) == 14
 
 
-def test_a_step_that_throws_for_all_fails_all_and_the_next_requests_are_served(rig: Rig) -> None:
+def test_a_step_that_raises_for_all_fails_all_and_the_next_requests_are_served(rig: Rig) -> None:
     is_down = [True]
     WatchedRunner(rig, lambda _: RuntimeError("no memory") if is_down else None)
     for heard in rig.run(FINE):
@@ -84,18 +84,18 @@ def test_a_step_that_throws_for_all_fails_all_and_the_next_requests_are_served(r
     assert [len(heard.tokens) for heard in rig.run(FINE)] == [14, 9, 5]
 
 
-def test_an_error_after_which_nothing_can_be_computed_ends_the_engine(rig: Rig) -> None:
+def test_an_error_that_breaks_the_runner_ends_the_engine(rig: Rig) -> None:
     runner = WatchedRunner(rig, lambda _: RuntimeError("the device is gone"))
     runner.broken_by = RuntimeError
     thread = EngineThread(rig.engine)
 
-    async def hear(ask: GenerateRequest) -> list[Event]:
+    async def receive(ask: GenerateRequest) -> list[Event]:
         async with aclosing(thread.generate(rig.admission.admit(ask))) as events:
             return [event async for event in events]
 
     async def test() -> None:
         thread.start()
-        for events in await asyncio.gather(*(hear(ask) for ask in FINE)):
+        for events in await asyncio.gather(*(receive(ask) for ask in FINE)):
             assert isinstance(events[-1], ErrorEvent)
             assert "the engine died" in events[-1].message
             assert "the device is gone" in events[-1].message
@@ -118,10 +118,10 @@ def test_a_bad_weights_file_fails_only_the_requests_that_name_it(rig: Rig, write
         assert one.tokens == []
     assert [one.tokens for one in heard[len(bad) :]] == alone(writer_model, adapters)
     (unasked,) = rig.run([GenerateRequest(prompt="a", adapters=("math", "safety"), weights=(1.0, 0.0), max_tokens=3)])
-    assert len(unasked.tokens) == 3, "of weight 0 it is not read"
+    assert len(unasked.tokens) == 3, "an adapter of weight 0 is not read"
 
 
-def test_a_mended_file_is_served_again(rig: Rig, adapters: Path) -> None:
+def test_a_repaired_file_is_served_again(rig: Rig, adapters: Path) -> None:
     (bad,) = rig.run([GenerateRequest(prompt="a", adapters=("safety",), max_tokens=3)])
     assert_failed(bad, "adapter")
     torn = rig.registry.by_name["safety"].entry.folder / WEIGHTS_FILE
@@ -143,7 +143,7 @@ def test_adapters_that_never_fit_together_fail_with_the_reason(writer_model: Pat
 
 
 class Clock:
-    """Shows what a test says."""
+    """A clock that a test sets."""
 
     now = 100.0
 
@@ -188,7 +188,7 @@ def test_a_request_that_ends_in_time_leaves_no_deadline(rig: Rig, clock: Clock) 
     assert heard.done.finish_reason == "length"
 
 
-def test_time_is_up_for_who_waits_for_a_place_too(writer_model: Path) -> None:
+def test_a_request_that_waits_for_a_place_times_out_too(writer_model: Path) -> None:
     rig, clock = build(writer_model, max_batch=1), Clock()
     rig.engine.clock = clock
     running, waiting = (
@@ -204,7 +204,7 @@ def test_time_is_up_for_who_waits_for_a_place_too(writer_model: Path) -> None:
     assert len(running.text) == 30
 
 
-def test_time_is_up_for_who_waits_for_an_adapter_too(rig: Rig, clock: Clock) -> None:
+def test_a_request_that_waits_for_an_adapter_times_out_too(rig: Rig, clock: Clock) -> None:
     request = rig.admission.admit(GenerateRequest(prompt="a", adapters=("math",), max_tokens=3, timeout_s=1))
     heard = rig.submit(request)
     clock.now += 1
@@ -215,7 +215,7 @@ def test_time_is_up_for_who_waits_for_an_adapter_too(rig: Rig, clock: Clock) -> 
     assert len(later.tokens) == 3
 
 
-def test_choices_run_out_of_time_together(rig: Rig, clock: Clock) -> None:
+def test_all_choices_of_a_request_time_out_together(rig: Rig, clock: Clock) -> None:
     heard = rig.submit_choices(
         rig.admission.admit(GenerateRequest(prompt=FOX, max_tokens=50, sampling=SamplingParams(num_choices=3), timeout_s=1))
     )
@@ -230,7 +230,7 @@ def test_choices_run_out_of_time_together(rig: Rig, clock: Clock) -> None:
     rig.finish()
 
 
-def test_who_is_aborted_as_its_time_is_up_hears_one_last_word(rig: Rig, clock: Clock) -> None:
+def test_a_request_aborted_when_its_time_is_up_gets_one_last_event(rig: Rig, clock: Clock) -> None:
     heard = rig.ask(GenerateRequest(prompt="a", max_tokens=50, timeout_s=1))
     rig.step()
     clock.now += 1

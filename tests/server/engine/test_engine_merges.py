@@ -1,4 +1,4 @@
-"""A merge that a request names is what the same merge says that was published as an adapter."""
+"""Merges that requests name: their answers equal those of the same merges published as adapters."""
 
 import shutil
 from dataclasses import replace
@@ -27,7 +27,7 @@ MERGES = {
 
 @pytest.fixture(scope="module")
 def rig(writer_model: Path, writer: BaseModel, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
-    """An engine with the adapters, one more of another rank, and each merge of math and it as an adapter."""
+    """Return an engine with the adapters, another one of another rank (law), and each merge of math and law as an adapter."""
     place = Path(shutil.copytree(adapters, tmp_path_factory.mktemp("store") / "adapters"))
     law = write_adapter(place / "law", writer, seed=7, rank=6, targets=("q_proj", "v_proj", "down_proj"))
     parents = [build(writer_model, adapters).adapters["math"], law]
@@ -44,7 +44,7 @@ def values(heard: Heard) -> list[float]:
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_a_merge_of_a_request_is_that_merge_as_an_adapter(rig: Rig, name: str) -> None:
+def test_a_merge_of_a_request_equals_that_merge_as_an_adapter(rig: Rig, name: str) -> None:
     options, weights = MERGES[name]
     ask = GenerateRequest(prompt=FOX, max_tokens=30, sampling=SamplingParams(num_logprobs=0, echo=True))
     both = replace(ask, adapters=("math", "law"), weights=weights)
@@ -54,7 +54,7 @@ def test_a_merge_of_a_request_is_that_merge_as_an_adapter(rig: Rig, name: str) -
     assert merged.tokens != base.tokens
     if options.method != "linear":
         (summed,) = rig.run([both])
-        assert values(merged) != pytest.approx(values(summed), abs=1e-2), "or the sum would do"
+        assert values(merged) != pytest.approx(values(summed), abs=1e-2), "the merge has to differ from the plain sum"
 
 
 def test_a_merge_is_built_once_and_stays(rig: Rig) -> None:
@@ -62,13 +62,13 @@ def test_a_merge_is_built_once_and_stays(rig: Rig) -> None:
     seconds: list[float] = []
     rig.engine.adapter_cache.observe_load = seconds.append
     ask = GenerateRequest(prompt="once", max_tokens=4, adapters=("math", "safety"), weights=weights, merge=options)
-    turned = GenerateRequest(prompt="more", max_tokens=4, adapters=("safety", "math"), weights=weights[::-1], merge=options)
-    rig.run([ask, turned, ask])
-    rig.run([turned])
+    reordered = GenerateRequest(prompt="more", max_tokens=4, adapters=("safety", "math"), weights=weights[::-1], merge=options)
+    rig.run([ask, reordered, ask])
+    rig.run([reordered])
     assert len(seconds) == 1
 
 
-def test_requests_with_other_merges_share_a_batch(rig: Rig) -> None:
+def test_requests_with_different_merges_share_a_batch(rig: Rig) -> None:
     asks = [
         GenerateRequest(prompt=FOX, max_tokens=12, adapters=("math", "law"), weights=weights, merge=options)
         for options, weights in MERGES.values()

@@ -1,4 +1,4 @@
-"""What the operator adds stands beside what is asked, whatever that is: the model says what it would with both folded in."""
+"""The operator's policy beside any adapters of a request: the answers equal those of a model with both folded in."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ FOX = "The quick brown fox jumps over the lazy dog. "
 NUM_TOKENS = 24
 WEIGHTS = (1.0, 0.75)
 POLICY = (("intent", 0.6),)
-"""On another basis than math and safety."""
+"""The policy's adapter is on another basis than math and safety."""
 MERGES = {
     "linear": MergeOptions(),
     "ties": MergeOptions("ties", density=0.6),
@@ -31,7 +31,7 @@ MERGES = {
 
 @pytest.fixture(scope="module")
 def rig(writer_model: Path, adapters: Path) -> Rig:
-    """One engine for the whole file; it is idle between tests."""
+    """Return one engine for the whole file, which is idle between tests."""
     return build(writer_model, adapters)
 
 
@@ -44,14 +44,14 @@ def values(heard: Heard) -> list[float]:
 
 
 def scores(model: PreTrainedModel, ids: Sequence[int]) -> list[float]:
-    """The log-probability of each token but the first after those before it."""
+    """Return the log-probability of each token but the first, given the tokens before it."""
     with torch.inference_mode():
         rows = model(torch.tensor([[*ids]])).logits[0, :-1].log_softmax(-1)
     return rows.gather(1, torch.tensor([ids[1:]]).T)[:, 0].tolist()
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_a_policy_beside_a_merge_is_both_folded_in(rig: Rig, writer: BaseModel, writer_model: Path, name: str) -> None:
+def test_a_policy_beside_a_merge_equals_both_folded_in(rig: Rig, writer: BaseModel, writer_model: Path, name: str) -> None:
     options = MERGES[name]
     parents = [rig.adapters["math"], rig.adapters["safety"]]
     made = merge(
@@ -76,7 +76,7 @@ def test_a_policy_beside_a_merge_is_both_folded_in(rig: Rig, writer: BaseModel, 
 
 
 @pytest.mark.parametrize("names", [(), ("math",)])
-def test_a_policy_is_as_heavy_as_it_says_however_many_are_asked_for(
+def test_a_policy_has_its_own_weight_however_many_adapters_are_asked_for(
     rig: Rig, writer: BaseModel, writer_model: Path, names: tuple[str, ...]
 ) -> None:
     (heard,) = rig.run(
@@ -96,8 +96,8 @@ def test_a_policy_is_as_heavy_as_it_says_however_many_are_asked_for(
     assert values(heard) == pytest.approx(scores(model, [*ids, *heard.tokens]), abs=1e-3)
 
 
-def test_requests_with_and_without_it_share_a_batch_and_no_keys(rig: Rig) -> None:
-    """The same prompt under the same adapters: one tenant's keys and values are not another's, whose policy differs."""
+def test_requests_with_and_without_a_policy_share_a_batch_but_no_keys(rig: Rig) -> None:
+    """Tenants with different policies share no keys and values, though prompt and adapters are the same."""
     asks = [
         GenerateRequest(prompt=FOX * 2, adapters=("math", "safety"), merge=merge, policy=policy, max_tokens=12)
         for merge in (MergeOptions(), MERGES["ties"])

@@ -1,4 +1,4 @@
-"""What a request says of its tokens reaches them: through admission, scheduler and steps, in company."""
+"""Sampling parameters from end to end: through admission, scheduler and steps, beside other requests."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,17 +16,17 @@ from tests.server.rig import EOS, Rig, build, scripted
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 Edit = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
-"""From a row of logits, the prompt and the output so far to what the next token is the likeliest of."""
+"""Takes a row of logits, the prompt and the output so far. Returns the row whose likeliest token comes next."""
 
 
 @pytest.fixture(scope="module")
 def rig(writer_model: Path) -> Rig:
-    """One engine for the whole file; it is idle between tests."""
+    """Return one engine for the whole file, which is idle between tests."""
     return build(writer_model)
 
 
 def by_hand(writer: BaseModel, prompt: str, num_tokens: int, edit: Edit) -> list[int]:
-    """Returns the tokens that are the likeliest of transformers' logits as `edit` changes them."""
+    """Return the tokens that are the likeliest of transformers' logits after `edit`."""
     ids, output = encode(writer.tokenizer, prompt).ids, list[int]()
     for _ in range(num_tokens):
         with torch.inference_mode():
@@ -41,8 +41,8 @@ def biased(row: torch.Tensor, _: Sequence[int], __: Sequence[int]) -> torch.Tens
 
 
 def repeated(row: torch.Tensor, ids: Sequence[int], output: Sequence[int]) -> torch.Tensor:
-    at = sorted({*ids, *output})
-    row[at] = torch.where(row[at] > 0, row[at] / 3, row[at] * 3)
+    seen = sorted({*ids, *output})
+    row[seen] = torch.where(row[seen] > 0, row[seen] / 3, row[seen] * 3)
     return row
 
 
@@ -62,7 +62,7 @@ def present(row: torch.Tensor, _: Sequence[int], output: Sequence[int]) -> torch
         pytest.param(SamplingParams(presence_penalty=2.0, frequency_penalty=1.5), present, id="presence and frequency"),
     ],
 )
-def test_what_is_picked_is_the_likeliest_of_the_changed_logits(
+def test_the_likeliest_token_of_the_changed_logits_is_picked(
     rig: Rig, writer: BaseModel, sampling: SamplingParams, edit: Edit
 ) -> None:
     ask = GenerateRequest(prompt=FOX, max_tokens=25, sampling=replace(sampling, num_logprobs=0))
@@ -70,10 +70,10 @@ def test_what_is_picked_is_the_likeliest_of_the_changed_logits(
     assert heard.tokens == by_hand(writer, FOX, 25, edit)
     assert other.tokens == by_hand(writer, "a", 30, lambda row, _, __: row)
     if sampling != SamplingParams():
-        assert heard.tokens != by_hand(writer, FOX, 25, lambda row, _, __: row), "or nothing is shown"
+        assert heard.tokens != by_hand(writer, FOX, 25, lambda row, _, __: row), "the parameters have to change the answer"
 
 
-def test_logprobs_are_the_model_s_own_whatever_is_picked(rig: Rig, writer: BaseModel) -> None:
+def test_logprobs_are_the_model_s_own_whichever_token_is_picked(rig: Rig, writer: BaseModel) -> None:
     (heard,) = rig.run(
         [GenerateRequest(prompt=FOX, max_tokens=10, sampling=SamplingParams(logit_bias=((65, 100.0),), num_logprobs=1))]
     )
@@ -85,7 +85,7 @@ def test_logprobs_are_the_model_s_own_whatever_is_picked(rig: Rig, writer: BaseM
     assert [max(one.top.values()) for one in heard.logprobs] == pytest.approx(rows.max(-1).values.tolist(), abs=1e-4)
 
 
-def test_a_forbidden_vocabulary_is_an_error_of_its_own_request(rig: Rig) -> None:
+def test_a_forbidden_vocabulary_fails_only_its_own_request(rig: Rig) -> None:
     nothing = SamplingParams(logit_bias=tuple((token, float("-inf")) for token in range(EOS + 1)))
     bad, fine = rig.run([GenerateRequest(prompt="a", max_tokens=3, sampling=nothing), GenerateRequest(prompt="a", max_tokens=3)])
     assert isinstance(bad.events[-1], ErrorEvent)
@@ -93,7 +93,7 @@ def test_a_forbidden_vocabulary_is_an_error_of_its_own_request(rig: Rig) -> None
     assert len(fine.tokens) == 3
 
 
-def test_ignoring_the_end_goes_on_to_max_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_request_that_ignores_eos_goes_on_to_max_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     script = [*encode(tokenizer, "ab").ids, EOS, *encode(tokenizer, "cd").ids, EOS]
     ask = GenerateRequest(prompt="x", max_tokens=6, sampling=SamplingParams(ignore_eos=True, num_logprobs=0))
     on, off = scripted(tokenizer, script).run([ask, replace(ask, sampling=replace(ask.sampling, ignore_eos=False))])
@@ -101,11 +101,13 @@ def test_ignoring_the_end_goes_on_to_max_tokens(tokenizer: PreTrainedTokenizerFa
     assert (off.text, off.done.finish_reason, off.done.num_completion_tokens) == ("ab", "stop", 3)
     assert [one.token for one in on.logprobs] == ["a", "b", "<|end|>", "c", "d", "<|end|>"]
     (cut,) = scripted(tokenizer, script).run([replace(ask, sampling=replace(ask.sampling, stop=("cd",)))])
-    assert (cut.text, cut.done.finish_reason) == ("ab", "stop_sequence"), "what a client says still counts"
+    assert (cut.text, cut.done.finish_reason) == ("ab", "stop_sequence"), "the client's stop strings still count"
 
 
 @pytest.mark.parametrize(("min_tokens", "num_tokens"), [(0, 1), (1, 2), (4, 5)])
-def test_the_end_is_not_picked_before_min_tokens(tokenizer: PreTrainedTokenizerFast, min_tokens: int, num_tokens: int) -> None:
+def test_the_stop_token_is_not_picked_before_min_tokens(
+    tokenizer: PreTrainedTokenizerFast, min_tokens: int, num_tokens: int
+) -> None:
     ask = GenerateRequest(prompt="x", max_tokens=9, sampling=SamplingParams(min_tokens=min_tokens))
     (heard,) = scripted(tokenizer, [EOS] * 9).run([ask])
     assert heard.done.finish_reason == "stop"
@@ -125,7 +127,7 @@ def test_a_stop_string_does_not_count_before_min_tokens(tokenizer: PreTrainedTok
     assert {one.done.finish_reason for one in heard} == {"stop_sequence"}
 
 
-def test_cutoffs_leave_the_likeliest(rig: Rig, writer: BaseModel) -> None:
+def test_cutoffs_leave_the_likeliest_token(rig: Rig, writer: BaseModel) -> None:
     expected = by_hand(writer, FOX, 12, lambda row, _, __: row)
     cutoffs = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}]
     asks = [

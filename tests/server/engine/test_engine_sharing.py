@@ -1,4 +1,4 @@
-"""Blocks, slots and turns that requests share change when they are answered, and never what they hear."""
+"""Blocks, slots and steps shared by requests: sharing changes when requests are answered, and never their answers."""
 
 import shutil
 from dataclasses import replace
@@ -33,8 +33,8 @@ def values(heard: Heard) -> list[float]:
     return [one.value for one in heard.logprobs if one.value is not None]
 
 
-def assert_same(found: list[Heard], expected: list[Heard]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(actual: list[Heard], expected: list[Heard]) -> None:
+    for one, other in zip(actual, expected, strict=True):
         assert one.tokens == other.tokens
         assert one.text == other.text
         assert values(one) == pytest.approx(values(other), abs=1e-4)
@@ -43,31 +43,29 @@ def assert_same(found: list[Heard], expected: list[Heard]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(8, 16), (27, 4)])
-def test_who_gives_up_its_blocks_for_others_says_the_same(
-    writer_model: Path, adapters: Path, num_blocks: int, block_size: int
-) -> None:
+def test_a_preempted_request_has_the_same_answer(writer_model: Path, adapters: Path, num_blocks: int, block_size: int) -> None:
     roomy, tight = build(writer_model, adapters), build(writer_model, adapters, num_blocks=num_blocks, block_size=block_size)
-    found = tight.run(MANY)
-    assert tight.scheduler.num_preemptions > 2, "or nothing is shown"
-    assert sum(heard.sequence.num_preemptions > 0 for heard in found) > 1
-    assert_same(found, roomy.run(MANY))
+    actual = tight.run(MANY)
+    assert tight.scheduler.num_preemptions > 2, "several requests have to be preempted"
+    assert sum(heard.sequence.num_preemptions > 0 for heard in actual) > 1
+    assert_same(actual, roomy.run(MANY))
     assert not tight.engine.adapter_cache.residents.num_in_use
 
 
-def test_choices_that_give_up_their_blocks_say_the_same(writer_model: Path, adapters: Path) -> None:
+def test_preempted_choices_have_the_same_answers(writer_model: Path, adapters: Path) -> None:
     ask = GenerateRequest(
         prompt=FOX, max_tokens=40, sampling=replace(WARM, seed=1, num_choices=4, num_logprobs=0, echo=True), adapters=("math",)
     )
     tight, roomy = build(writer_model, adapters, num_blocks=9), build(writer_model, adapters)
-    found = [rig.submit_choices(rig.admission.admit(ask)) for rig in (tight, roomy)]
+    actual = [rig.submit_choices(rig.admission.admit(ask)) for rig in (tight, roomy)]
     tight.finish()
     roomy.finish()
     assert tight.scheduler.num_preemptions
-    assert_same(*found)
+    assert_same(*actual)
 
 
 @pytest.mark.slow
-def test_few_slots_change_the_order_alone(writer_model: Path, adapters: Path) -> None:
+def test_few_slots_change_only_the_order(writer_model: Path, adapters: Path) -> None:
     one_slot = build(writer_model, adapters, num_slots=2, max_loaded_bytes=0)
     asks = [*MANY, *MANY[::-1]]
     assert_same(one_slot.run(asks), build(writer_model, adapters).run(asks))
@@ -80,7 +78,7 @@ def rig(writer_model: Path, adapters: Path) -> Rig:
 
 
 def cached(rig: Rig, ask: GenerateRequest) -> int:
-    """Returns how many tokens of its prompt were not computed, after a comparison with a fresh engine."""
+    """Return the number of prompt tokens that were found in the cache."""
     (heard,) = rig.run([ask])
     return heard.done.num_cached_tokens
 
@@ -100,12 +98,12 @@ def test_a_prompt_that_was_computed_before_is_not_computed_again(
     assert_same([one], [two])
 
 
-def test_an_answer_is_found_as_part_of_the_next_prompt(rig: Rig, writer_model: Path) -> None:
-    (said,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=60)])
-    whole = GenerateRequest(prompt=FOX + said.text + " More?", max_tokens=10)
-    (found,) = rig.run([whole])
-    assert found.done.num_cached_tokens == (len(FOX) + 59) // 16 * 16
-    assert_same([found], build(writer_model).run([whole]))
+def test_an_answer_is_found_in_the_cache_as_part_of_the_next_prompt(rig: Rig, writer_model: Path) -> None:
+    (first,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=60)])
+    whole = GenerateRequest(prompt=FOX + first.text + " More?", max_tokens=10)
+    (second,) = rig.run([whole])
+    assert second.done.num_cached_tokens == (len(FOX) + 59) // 16 * 16
+    assert_same([second], build(writer_model).run([whole]))
 
 
 @pytest.mark.slow
@@ -124,15 +122,15 @@ def test_keys_are_not_shared_between_adapters_weights_and_merges(rig: Rig, write
         {"adapters": ("math", "safety"), "merge": MergeOptions("dare_linear", seed=2)},
     ]
     asks = [GenerateRequest(prompt=FOX * 2, max_tokens=12, sampling=SamplingParams(num_logprobs=0), **route) for route in routes]
-    found = [rig.run([ask])[0] for ask in asks]
-    assert [heard.done.num_cached_tokens for heard in found] == [0] * len(asks)
-    assert_same(found, [build(writer_model, adapters).run([ask])[0] for ask in asks])
+    actual = [rig.run([ask])[0] for ask in asks]
+    assert [heard.done.num_cached_tokens for heard in actual] == [0] * len(asks)
+    assert_same(actual, [build(writer_model, adapters).run([ask])[0] for ask in asks])
     again = [rig.run([ask])[0] for ask in asks]
     assert [heard.done.num_cached_tokens for heard in again] == [80] * len(asks)
-    assert_same(again, found)
+    assert_same(again, actual)
 
 
-def test_what_is_the_same_shares_its_keys(rig: Rig) -> None:
+def test_equal_adapters_weights_and_merges_share_their_keys(rig: Rig) -> None:
     def run(**route: object) -> int:
         return rig.run([GenerateRequest(prompt=FOX * 2, max_tokens=4, **route)])[0].done.num_cached_tokens
 
@@ -141,7 +139,9 @@ def test_what_is_the_same_shares_its_keys(rig: Rig) -> None:
     run()
     assert run(adapters=("math",), weights=(0.0,)) == 80
     run(adapters=("math", "safety"), merge=MergeOptions("magnitude", density=0.5, seed=1))
-    assert run(adapters=("safety", "math"), merge=MergeOptions("magnitude", density=0.5, seed=2)) == 80, "no use for a seed"
+    assert run(adapters=("safety", "math"), merge=MergeOptions("magnitude", density=0.5, seed=2)) == 80, (
+        "the seed does not matter for this method"
+    )
 
 
 def test_versions_of_an_adapter_do_not_share_keys_and_names_of_one_do(
@@ -161,7 +161,7 @@ def test_versions_of_an_adapter_do_not_share_keys_and_names_of_one_do(
     assert heard["old"].tokens != heard["math"].tokens == heard["new"].tokens
     (both,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=12, adapters=("math", "new"), weights=(0.25, 0.75))])
     (one,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=12, adapters=("math",))])
-    assert both.tokens == one.tokens, "two names of one adapter add"
+    assert both.tokens == one.tokens, "the weights of two names of one adapter add up"
 
 
 def test_a_scored_prompt_is_computed_though_it_is_cached(rig: Rig) -> None:
@@ -173,7 +173,7 @@ def test_a_scored_prompt_is_computed_though_it_is_cached(rig: Rig) -> None:
     assert echoed.done.num_cached_tokens == 80
 
 
-def test_of_those_who_wait_the_lowest_priority_number_runs_first(writer_model: Path) -> None:
+def test_of_waiting_requests_the_lowest_priority_number_runs_first(writer_model: Path) -> None:
     rig = build(writer_model, max_batch=1)
     heard = [rig.ask(GenerateRequest(prompt="a", max_tokens=3, priority=priority)) for priority in (0, 5, -1, 5, 2)]
     order: list[int] = []
@@ -183,7 +183,7 @@ def test_of_those_who_wait_the_lowest_priority_number_runs_first(writer_model: P
     assert order == [2, 0, 4, 1, 3]
 
 
-def test_of_those_who_run_the_highest_priority_number_gives_way(writer_model: Path) -> None:
+def test_of_running_requests_the_highest_priority_number_is_preempted(writer_model: Path) -> None:
     rig = build(writer_model, num_blocks=6)
     urgent, patient = (rig.ask(GenerateRequest(prompt="a" * 17, max_tokens=60, priority=priority)) for priority in (-1, 3))
     rig.finish()
@@ -197,5 +197,5 @@ def test_tenants_take_turns(writer_model: Path) -> None:
     order: list[int] = []
     while rig.scheduler.has_work:
         rig.step()
-        order += [place for place, of in enumerate(heard) if of.is_done and place not in order]
-    assert order.index(3) == 1, "it does not wait for all that came before"
+        order += [place for place, one in enumerate(heard) if one.is_done and place not in order]
+    assert order.index(3) == 1, "a tenant does not wait for all earlier requests of another"

@@ -1,6 +1,6 @@
-"""The engine on a GPU: what it says, that it replays, that it waits for the device once a step, and what memory it takes.
+"""The engine on a GPU: its answers, replays, a single wait for the device in each step, and its memory.
 
-What of it runs without one is tested by `test_replays` and `test_paged_attention`.
+The parts that run without a GPU are tested by `test_replays` and `test_paged_attention`.
 """
 
 import logging
@@ -40,29 +40,29 @@ Flags = Literal["float32", "bfloat16"]
 
 
 def replays_of(rig: Rig) -> Replays:
-    found = rig.runner._replays
-    assert found is not None
-    return found
+    replays = rig.runner._replays
+    assert replays is not None
+    return replays
 
 
 def values(heard: Heard) -> list[float | None]:
     return [one.value for one in heard.logprobs]
 
 
-def assert_alike(found: Sequence[Heard], expected: Sequence[Heard]) -> None:
-    assert [heard.tokens for heard in found] == [heard.tokens for heard in expected]
-    for one, other in zip(found, expected, strict=True):
+def assert_alike(actual: Sequence[Heard], expected: Sequence[Heard]) -> None:
+    assert [heard.tokens for heard in actual] == [heard.tokens for heard in expected]
+    for one, other in zip(actual, expected, strict=True):
         assert values(one) == pytest.approx(values(other), abs=1e-3)
 
 
-def test_a_mixed_batch_says_in_fp32_what_a_cpu_says(writer_model: Path, adapters: Path) -> None:
+def test_a_mixed_batch_in_fp32_has_the_answers_of_a_cpu(writer_model: Path, adapters: Path) -> None:
     expected = build(writer_model, adapters, max_step_tokens=48).run(ASKS, JOINS)
     rig = build(writer_model, adapters, max_step_tokens=48, device="cuda:0")
     assert_alike(rig.run(ASKS, JOINS), expected)
     assert replays_of(rig).num_recorded > 1
 
 
-def test_a_mixed_batch_says_in_fp32_what_each_request_says_alone(writer_model: Path, adapters: Path) -> None:
+def test_a_mixed_batch_in_fp32_has_the_answers_of_each_request_alone(writer_model: Path, adapters: Path) -> None:
     rig = build(writer_model, adapters, max_step_tokens=48, device="cuda:0")
     alone = [rig.run([ask])[0] for ask in ASKS]
     assert_alike(rig.run(ASKS, JOINS), alone)
@@ -76,8 +76,8 @@ def test_scarce_memory_changes_nothing(writer_model: Path, adapters: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replays_compute_what_steps_compute_as_they_come(writer_model: Path, adapters: Path, dtype: torch.dtype) -> None:
-    """To the bit where the sizes are those of the steps: a padded product may be another kernel's, with another order of sums."""
+def test_replays_compute_the_logits_of_eager_steps(writer_model: Path, adapters: Path, dtype: torch.dtype) -> None:
+    """Equal to the bit where the sizes are those of the steps. A padded product may use a kernel with another order of sums."""
     sizes = {"max_step_tokens": 48, "dtype": dtype, "device": "cuda:0"}
     asks = [GenerateRequest(prompt=FOX[i:], max_tokens=40, adapters=("math", "safety")[: i % 3]) for i in range(8)]
     eager = build(writer_model, adapters, **sizes, max_replayed=0)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_replays_compute_what_steps_compute_as_they_come(writer_model: Path, ada
 
 
 def test_when_the_pool_moves_steps_are_recorded_anew(writer_model: Path, adapters: Path) -> None:
-    """The pool has no room at first: it moves when the second adapter comes, while the first one's requests go on."""
+    """The pool has no room at first. It moves when the second adapter comes, while the request of the first goes on."""
     asks = [
         GenerateRequest(prompt=FOX, max_tokens=40, adapters=("math",)),
         GenerateRequest(prompt=FOX, max_tokens=20, adapters=("safety",)),
@@ -115,7 +115,7 @@ def test_when_the_pool_moves_steps_are_recorded_anew(writer_model: Path, adapter
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Makes it an error to wait for the device."""
+    """Make it an error to wait for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -127,19 +127,19 @@ def no_waiting() -> Iterator[None]:
 def test_a_step_waits_for_the_device_once(
     writer_model: Path, adapters: Path, max_replayed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps with prompts and steps without, for requests that are drawn, scored and edited."""
+    """With and without prompts, for requests with sampling, scores and logits processors."""
     num_read = 0
 
     def read(tensors: Sequence[torch.Tensor]) -> list[list[list[float]]]:
         nonlocal num_read
         num_read += 1
         torch.cuda.set_sync_debug_mode("default")
-        found = read_back(tensors)
+        values = read_back(tensors)
         torch.cuda.set_sync_debug_mode("error")
-        return found
+        return values
 
     rig = build(writer_model, adapters, max_step_tokens=48, device="cuda:0", max_replayed=max_replayed)
-    rig.run(ASKS, JOINS)  # adapters are resident, kernels compiled
+    rig.run(ASKS, JOINS)  # makes the adapters resident, and compiles the kernels
     rig.runner.prepare()
     monkeypatch.setattr(step_module, "read_back", read)
     for ask in ASKS:
@@ -155,7 +155,7 @@ def test_a_step_waits_for_the_device_once(
 def test_an_adapter_is_put_without_waiting(writer_model: Path, adapters: Path) -> None:
     rig = build(writer_model, adapters, device="cuda:0")
     adapter_cache = rig.engine.adapter_cache
-    packed = [adapter_cache._loader._reader.read_entry(of.entry) for of in islice(rig.registry.by_name.values(), 2)]
+    packed = [adapter_cache._loader._reader.read_entry(adapter.entry) for adapter in islice(rig.registry.by_name.values(), 2)]
     adapter_cache._pool.reserve(2**20)
     with no_waiting():
         for slot, adapter in enumerate(packed):
@@ -179,17 +179,17 @@ def test_a_service_on_a_gpu_keeps_to_its_budgets(
     assert "attention in Triton, deltas in Triton" in caplog.text
     rig = rig_of(service)
     assert rig.runner.num_kv_bytes <= kv_cache_gib * GIB
-    assert rig.engine.adapter_cache._pool.num_bytes <= resident_gib * GIB + 2**20  # and where the adapters lie in it
+    assert rig.engine.adapter_cache._pool.num_bytes <= resident_gib * GIB + 2**20  # and the table of the adapters' places
     num_recorded = replays_of(rig).num_recorded
-    assert num_recorded == 2 * 4  # of 1, 2, 4 and 8, with adapters and without
+    assert num_recorded == 2 * 4  # for 1, 2, 4 and 8 rows, with adapters and without
     rig.run(ASKS, JOINS)
     before = torch.cuda.memory_allocated()
     rig.run(ASKS, JOINS)
-    assert torch.cuda.memory_allocated() <= before + 2**20, "steps leave nothing behind"
+    assert torch.cuda.memory_allocated() <= before + 2**20, "steps leave no memory allocated"
     assert replays_of(rig).num_recorded == num_recorded, "no request waits for a recording"
 
 
-def test_auto_takes_the_gpu(writer_model: Path) -> None:
+def test_auto_chooses_the_gpu(writer_model: Path) -> None:
     service = load_service(Settings(model=str(writer_model), kv_cache_gib=0.01, max_batch=2))
     runner = rig_of(service).runner
     assert runner._device == torch.device("cuda", 0)

@@ -11,14 +11,14 @@ from tests.server.live import LIMIT_S, Live
 
 @pytest.mark.slow
 @pytest.mark.needs("kernels")
-def test_a_server_on_portable_code_says_so_and_answers_the_same(
+def test_a_server_on_portable_code_reports_it_and_answers_the_same(
     live: Live, writer_model: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(MAX_ISA_VARIABLE, "portable")
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--threads", "1", "--kv-cache-gib", "0.01"]
     with start_forked(tmp_path / "log", *flags) as server:
         log = server.log.read_text()
-        assert " in float32 on cpu" in log  # the products in bfloat16 would be slower
+        assert " in float32 on cpu" in log  # because products in bfloat16 would be slower
         assert "C++ (portable" in description()
         assert f"deltas in {description()}" in log
         for adapter in (None, "math", ["math", "safety"]):

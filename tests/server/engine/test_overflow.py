@@ -1,4 +1,4 @@
-"""Numbers too large or too small for what holds them, in every field of every route: refused by name, or of no consequence."""
+"""Numbers too large or too small for their type, in every field of every route: refused by name, or harmless."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ OWN = {
 
 
 def bodies(path: str, number: str) -> Iterator[tuple[str, str]]:
-    """Yields bodies with a number in one place each, and what that is called."""
+    """Yield the name of each field, and a body with `number` in that field."""
     for field in (*FIELDS, *OWN[path]):
         rest = json.dumps({key: value for key, value in PROMPTS[path].items() if key != field})
         yield field, f'{rest[:-1]}{"" if rest == "{}" else ", "}"{field}": {number}}}'
@@ -50,7 +50,7 @@ def bodies(path: str, number: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("path", PROMPTS)
-def test_a_number_that_overflows_is_refused_by_its_field(live: Live, path: str) -> None:
+def test_a_number_that_overflows_is_refused_with_the_name_of_its_field(live: Live, path: str) -> None:
     for number in HUGE:
         for field, body in bodies(path, number):
             reply = live.client.post(path, content=body.encode(), headers={"Content-Type": "application/json"})
@@ -61,7 +61,7 @@ def test_a_number_that_overflows_is_refused_by_its_field(live: Live, path: str) 
 
 
 @pytest.mark.parametrize("path", PROMPTS)
-def test_a_number_too_small_to_be_told_from_zero_is_answered_like_it_or_refused(live: Live, path: str) -> None:
+def test_a_number_that_rounds_to_zero_is_answered_or_refused(live: Live, path: str) -> None:
     for number in TINY:
         for field, body in bodies(path, number):
             reply = live.client.post(path, content=body.encode(), headers={"Content-Type": "application/json"})
@@ -70,7 +70,7 @@ def test_a_number_too_small_to_be_told_from_zero_is_answered_like_it_or_refused(
 
 
 @pytest.mark.parametrize("number", [*HUGE, *TINY])
-def test_numbers_of_other_routes(live: Live, number: str) -> None:
+def test_huge_and_tiny_numbers_do_not_break_other_routes(live: Live, number: str) -> None:
     headers = {"Content-Type": "application/json"}
     reply = live.client.post("/detokenize", content=f'{{"tokens": [{number}]}}', headers=headers)
     assert reply.status_code == (200 if "e-400" in number else 400)
@@ -79,7 +79,7 @@ def test_numbers_of_other_routes(live: Live, number: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["grammar", "response_format"])
-def test_what_is_wrong_is_not_quoted_whole(live: Live, field: str) -> None:
+def test_a_wrong_value_is_not_quoted_whole(live: Live, field: str) -> None:
     path = "/generate" if field == "grammar" else "/v1/completions"
     reply = live.client.post(path, json={"prompt": "x", field: {"type": "z" * 10_000}})
     assert reply.status_code == 400

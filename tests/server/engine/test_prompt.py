@@ -1,4 +1,4 @@
-"""Tokens that a client names, as text, and where in it each begins."""
+"""Decoding of prompt tokens that a client names: their text, and the offset of each token."""
 
 import pytest
 from hypothesis import assume, given, settings
@@ -16,7 +16,7 @@ NAMES = ["embedded", "tiny"]
 
 @pytest.fixture(scope="module")
 def backends() -> dict[str, Tokenizer]:
-    """The embedded model's tokenizer and the tiny models' one."""
+    """Return the tokenizers of the embedded model and of the tiny models."""
     return {
         "embedded": AutoTokenizer.from_pretrained(embedded_model()).backend_tokenizer,
         "tiny": tiny_tokenizer().backend_tokenizer,
@@ -28,7 +28,7 @@ def special_ids(backend: Tokenizer) -> list[int]:
 
 
 def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]:
-    """Any tokens, and some that the model knows and the tokenizer does not; more halves and special ones than chance gives."""
+    """Return a strategy of any tokens, with extra halves of characters, special tokens, and tokens unknown to the tokenizer."""
     num_tokens = backend.get_vocab_size()
     halves = [token for token in range(num_tokens) if REPLACEMENT_CHARACTER in backend.decode([token])]
     kinds = [st.integers(0, num_tokens - 1), st.sampled_from(halves), st.sampled_from(special_ids(backend))]
@@ -37,8 +37,8 @@ def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_any_tokens_have_the_text_that_the_tokenizer_gives_them(backends: dict[str, Tokenizer], name: str) -> None:
-    """Whole, also where it ends in half a character; each begins inside it, none before the one before it."""
+def test_any_tokens_have_the_text_of_the_tokenizer_and_rising_offsets(backends: dict[str, Tokenizer], name: str) -> None:
+    """The text is whole, even if it ends in half a character. Offsets lie inside the text, and never decrease."""
     backend = backends[name]
 
     @settings(max_examples=300, deadline=None)
@@ -50,7 +50,7 @@ def test_any_tokens_have_the_text_that_the_tokenizer_gives_them(backends: dict[s
         assert [*offsets] == sorted(offsets)
         assert all(0 <= offset <= len(text) for offset in offsets)
         assert offsets[:1] in ((), (0,))
-        # What a token adds to the text of those before it does not begin before it does, but for what may yet be a character.
+        # A token adds no text before its own offset, except for bytes that may still become a character.
         for place, offset in enumerate(offsets):
             before = backend.decode(ids[:place], skip_special_tokens=True)
             assert before[:offset] == text[:offset]
@@ -64,16 +64,16 @@ def test_any_tokens_have_the_text_that_the_tokenizer_gives_them(backends: dict[s
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters=REPLACEMENT_CHARACTER), max_size=40))
-def test_the_tokens_of_a_text_are_that_text_and_begin_where_the_text_s_do(
+def test_the_tokens_of_a_text_have_that_text_and_the_offsets_of_its_encoding(
     backends: dict[str, Tokenizer], name: str, text: str
 ) -> None:
     encoding = backends[name].encode(text, add_special_tokens=False)
-    assume(backends[name].decode(encoding.ids) == text)  # the embedded one has not all bytes
+    assume(backends[name].decode(encoding.ids) == text)  # the embedded tokenizer lacks some bytes
     assert decode_with_offsets(backends[name], encoding.ids) == (text, tuple(start for start, _ in encoding.offsets))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_whole_tokens_part_the_text_and_special_ones_have_none_of_it(backends: dict[str, Tokenizer], name: str) -> None:
+def test_whole_tokens_split_the_text_and_special_tokens_have_none(backends: dict[str, Tokenizer], name: str) -> None:
     backend = backends[name]
     special = special_ids(backend)
     whole = [token for token in range(backend.get_vocab_size()) if REPLACEMENT_CHARACTER not in backend.decode([token])]
@@ -100,18 +100,20 @@ def test_whole_tokens_part_the_text_and_special_ones_have_none_of_it(backends: d
         pytest.param(["a", 900, "b"], "ab", (0, 1, 1), id="a token that the tokenizer does not know"),
     ],
 )
-def test_examples(backends: dict[str, Tokenizer], ids: str | list[str | int], text: str, offsets: tuple[int, ...]) -> None:
-    found: list[int] = []
+def test_examples_of_tokens_have_their_text_and_offsets(
+    backends: dict[str, Tokenizer], ids: str | list[str | int], text: str, offsets: tuple[int, ...]
+) -> None:
+    tokens: list[int] = []
     for part in ids if isinstance(ids, list) else [ids]:
         if part == -1:
-            found.pop()
+            tokens.pop()
         else:
-            found += backends["tiny"].encode(part).ids if isinstance(part, str) else [part]
-    assert decode_with_offsets(backends["tiny"], found) == (text, offsets)
+            tokens += backends["tiny"].encode(part).ids if isinstance(part, str) else [part]
+    assert decode_with_offsets(backends["tiny"], tokens) == (text, offsets)
 
 
-def test_a_tokenizer_whose_text_changes_as_it_goes_on_is_no_error() -> None:
-    """One that decodes bytes in a row all or none: what was sure may be said otherwise when all is known."""
+def test_a_tokenizer_whose_earlier_text_changes_with_later_tokens_is_no_error() -> None:
+    """This one decodes a run of bytes as a whole or not at all, so later bytes can change text that seemed final."""
     vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"a": 257}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

@@ -1,4 +1,4 @@
-"""In bf16 on a CPU a request has the same answer, bit for bit, whatever is computed beside it, before it and in which parts."""
+"""Invariance of answers in bf16 on a CPU: bit for bit the same, whatever is computed beside or before, in any chunks."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ def answers(rig: Rig, asks: Sequence[GenerateRequest], at_once: int = NUM_REQUES
 
 @pytest.fixture(scope="module")
 def alone(writer_model: Path, adapters: Path) -> list[Answer]:
-    """The answers of a server that computes one request at a time, each prompt in one step."""
+    """Return the answers of a server that computes one request at a time, each prompt in one step."""
     return answers(make_rig(writer_model, adapters, max_step_tokens=512), requests(), 1)
 
 
@@ -70,9 +70,9 @@ def test_an_answer_is_the_same_beside_others(
 ) -> None:
     rig = make_rig(writer_model, adapters, **options)
     assert answers(rig, requests()) == alone
-    assert answers(rig, requests()) == alone, "where no adapter has to be read first, so all are there from the first step"
+    assert answers(rig, requests()) == alone, "all adapters are resident now, so all requests run from the first step"
     if "num_blocks" in options:
-        assert rig.scheduler.num_preemptions > 0, "or nothing is shown"
+        assert rig.scheduler.num_preemptions > 0, "requests have to be preempted"
 
 
 def test_an_answer_is_the_same_in_another_order_and_where_its_prompt_is_cached(
@@ -81,7 +81,7 @@ def test_an_answer_is_the_same_in_another_order_and_where_its_prompt_is_cached(
     rig = make_rig(writer_model, adapters, max_batch=32, max_step_tokens=64, num_blocks=512)
     assert answers(rig, requests()[::-1])[::-1] == alone
     again = rig.run(requests())
-    assert sum(one.done.num_cached_tokens > 0 for one in again) > NUM_REQUESTS // 3, "or nothing is shown"
+    assert sum(one.done.num_cached_tokens > 0 for one in again) > NUM_REQUESTS // 3, "many prompts have to be cached"
     assert answers(rig, requests()) == alone
 
 

@@ -1,4 +1,4 @@
-"""Where the time of an answer goes, by a clock that a test sets."""
+"""Stopwatch of an answer, with a clock that a test sets."""
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from server.engine.step import Stopwatch
 
 
 class Clock:
-    """Says what it is set to."""
+    """A clock that a test sets."""
 
     now = 100.0
 
@@ -18,14 +18,17 @@ class Clock:
 
 
 def timings(**at: float) -> Timings:
-    """Begins at 100, then does `begin`, `note_token` or `stop` at the times that are said, with a digit for a second time."""
+    """Start at 100, call `begin`, `note_token` or `stop` at the given times, and return the result of the last call.
+
+    A digit after a name marks a second call.
+    """
     clock = Clock()
     watch = Stopwatch(clock)
     for name, now in at.items():
         clock.now = now
-        found = getattr(watch, name.rstrip("0123456789"))()
-    assert isinstance(found, Timings)
-    return found
+        result = getattr(watch, name.rstrip("0123456789"))()
+    assert isinstance(result, Timings)
+    return result
 
 
 def test_an_answer_waits_computes_its_prompt_and_decodes() -> None:
@@ -36,23 +39,23 @@ def test_the_first_step_and_the_first_token_count() -> None:
     assert timings(begin=101, begin2=103, note_token=104, begin3=106, note_token2=107, stop=110) == Timings(1, 3, 6)
 
 
-def test_what_never_began_only_waited() -> None:
-    found = timings(stop=104)
-    assert found == Timings(queue=4)
-    assert (found.first_token, found.total) == (4, 4)
+def test_a_request_that_never_began_only_waited() -> None:
+    result = timings(stop=104)
+    assert result == Timings(queue=4)
+    assert (result.first_token, result.total) == (4, 4)
 
 
-def test_what_has_no_token_computed_its_prompt_to_the_end() -> None:
+def test_a_request_without_a_token_computed_its_prompt_to_the_end() -> None:
     assert timings(begin=101, stop=106) == Timings(queue=1, prefill=5)
 
 
-def test_it_can_be_stopped_again() -> None:
+def test_a_stopwatch_can_be_stopped_again() -> None:
     assert timings(begin=101, note_token=102, stop=103, stop2=105) == Timings(1, 1, 3)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["begin", "note_token"]), st.floats(0, 1e6)), max_size=12), st.floats(0, 1e6))
-def test_no_part_is_negative_and_they_add_up(steps: list[tuple[str, float]], last: float) -> None:
-    """A step begins before it has a token: whatever else happens, in whatever order."""
+def test_no_part_is_negative_and_the_parts_add_up(steps: list[tuple[str, float]], last: float) -> None:
+    """A step begins before it has a token. All other orders of calls are allowed."""
     clock = Clock()
     watch, end = Stopwatch(clock), 100.0
     for name, seconds in steps:
@@ -61,7 +64,7 @@ def test_no_part_is_negative_and_they_add_up(steps: list[tuple[str, float]], las
         if name == "note_token":
             watch.note_token()
     end = clock.now = clock.now + last
-    found = watch.stop()
-    assert min(found.queue, found.prefill, found.decode) >= 0
-    assert found.first_token <= found.total
-    assert found.total == pytest.approx(end - 100.0)
+    result = watch.stop()
+    assert min(result.queue, result.prefill, result.decode) >= 0
+    assert result.first_token <= result.total
+    assert result.total == pytest.approx(end - 100.0)

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: never half a character, never past a stop string."""
+"""Text stream: tokens are decoded as they come, never to half a character and never past a stop string."""
 
 import random
 
@@ -17,7 +17,7 @@ from tests.tiny import tiny_tokenizer
 def pieces(
     tokenizer: PreTrainedTokenizerFast, text: str, stops: tuple[str, ...] = (), prompt: str = "Say: "
 ) -> tuple[list[str], TextStream]:
-    """Pushes the tokens of `text` until a stop, then flushes; returns what came out, push by push, and the stream."""
+    """Push the tokens of `text` until a stop, then flush. Return the text of each push and of the flush, and the stream."""
     stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, prompt).ids), stops)
     out = []
     for token in encode(tokenizer, text).ids:
@@ -27,13 +27,13 @@ def pieces(
     return [*out, stream.flush()], stream
 
 
-def test_a_character_of_several_tokens_comes_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_character_of_several_tokens_is_emitted_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     out, stream = pieces(tokenizer, "aé€😀b")
     assert out == ["a", "", "é", "", "", "€", "", "", "", "😀", "b", ""]
     assert stream.num_characters == 5
 
 
-def test_half_a_character_at_the_end_is_not_given_out(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_half_a_character_at_the_end_is_not_emitted(tokenizer: PreTrainedTokenizerFast) -> None:
     stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, "x").ids), ())
     tokens = encode(tokenizer, "ab€").ids[:-1]
     assert "".join([*map(stream.push, tokens), stream.flush()]) == "ab"
@@ -58,7 +58,7 @@ def test_the_prompt_is_never_part_of_the_text(tokenizer: PreTrainedTokenizerFast
 
 
 def byte_fallback_tokenizer() -> Tokenizer:
-    """The kind that Llama 2, Mistral and Gemma have: a character without a token, a newline say, is written in bytes."""
+    """Return a tokenizer like those of Llama 2, Mistral and Gemma: a character without a token, such as a newline, is bytes."""
     vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
     vocab |= {character: len(vocab) + place for place, character in enumerate("▁abcxyz")}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
@@ -68,10 +68,10 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("has_byte_fallback", [False, True])
-def test_any_text_after_any_prompt_comes_out_as_it_is(
+def test_any_text_after_any_prompt_is_emitted_as_it_is(
     tokenizer: PreTrainedTokenizerFast, has_byte_fallback: bool, seed: int
 ) -> None:
-    """Also where what is looked at of the prompt would begin in the middle of a character."""
+    """This includes prompts whose decoded context would begin in the middle of a character."""
     backend = byte_fallback_tokenizer() if has_byte_fallback else tokenizer.backend_tokenizer
     rng = random.Random(seed)
     prompt, text = ("".join(rng.choices("ab€😀é\ufffd c", k=rng.randint(1, 14))) for _ in range(2))
@@ -81,8 +81,8 @@ def test_any_text_after_any_prompt_comes_out_as_it_is(
     assert stream.num_characters == len(text) + 1
 
 
-def test_byte_tokens_that_make_no_character_after_one_that_does_are_no_error() -> None:
-    """A model at some temperature can say any tokens: a newline, half a character and a letter ended the engine."""
+def test_byte_tokens_of_half_a_character_after_a_whole_one_are_no_error() -> None:
+    """Regression: the tokens of a newline, half a character and a letter, which sampling can give, ended the engine."""
     tokenizer = byte_fallback_tokenizer()
     stream = TextStream(tokenizer, tuple(tokenizer.encode("abc").ids), ())
     text = "".join(stream.push(tokenizer.token_to_id(token)) for token in ("a", "<0x0A>", "<0xE2>", "x", "y"))
@@ -92,7 +92,7 @@ def test_byte_tokens_that_make_no_character_after_one_that_does_are_no_error() -
 
 @pytest.fixture(scope="session")
 def backends() -> dict[str, Tokenizer]:
-    """The embedded model's tokenizer and the tiny models' one."""
+    """Return the tokenizers of the embedded model and of the tiny models."""
     return {
         "embedded": AutoTokenizer.from_pretrained(embedded_model()).backend_tokenizer,
         "tiny": tiny_tokenizer().backend_tokenizer,
@@ -100,7 +100,7 @@ def backends() -> dict[str, Tokenizer]:
 
 
 def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]:
-    """Any tokens, with more special ones and more halves of characters than chance gives."""
+    """Return a strategy of any tokens, with extra special tokens and halves of characters."""
     special = [token for token, added in backend.get_added_tokens_decoder().items() if added.special]
     num_tokens = backend.get_vocab_size()
     halves = [token for token in range(num_tokens) if backend.decode([token]).endswith(REPLACEMENT_CHARACTER)]
@@ -110,8 +110,8 @@ def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["embedded", "tiny"])
-def test_the_pieces_of_any_tokens_are_the_text_of_all(backends: dict[str, Tokenizer], name: str) -> None:
-    """Up to what may yet become a character, whatever the prompt; a special token inside a character changes nothing."""
+def test_the_pieces_of_any_tokens_add_up_to_their_text(backends: dict[str, Tokenizer], name: str) -> None:
+    """Except for bytes that may still become a character, for any prompt. Special tokens inside a character change nothing."""
     backend = backends[name]
 
     @settings(max_examples=300, deadline=None)
@@ -131,10 +131,10 @@ def test_the_pieces_of_any_tokens_are_the_text_of_all(backends: dict[str, Tokeni
 
 @pytest.mark.parametrize("name", ["embedded", "tiny"])
 @pytest.mark.parametrize("share_special", [0.0, 0.5, 0.95])
-def test_thousands_of_halves_and_special_tokens_are_the_text_of_all(
+def test_the_pieces_of_thousands_of_halves_and_special_tokens_add_up_to_their_text(
     backends: dict[str, Tokenizer], name: str, share_special: float
 ) -> None:
-    """So many that the first of them are forgotten before a character comes."""
+    """There are so many that the first of them are dropped before a character is complete."""
     backend, rng = backends[name], random.Random(1)
     special = [token for token, added in backend.get_added_tokens_decoder().items() if added.special]
     halves = [backend.encode(character).ids for character in ("é", "€", "😀")]
@@ -147,7 +147,7 @@ def test_thousands_of_halves_and_special_tokens_are_the_text_of_all(
     assert len(text) - len(out) <= MAX_PENDING_TOKENS
 
 
-def test_what_comes_with_half_a_character_does_not_wait_for_it(backends: dict[str, Tokenizer]) -> None:
+def test_text_before_half_a_character_in_one_token_is_emitted_at_once(backends: dict[str, Tokenizer]) -> None:
     backend = backends["embedded"]
     texts = {token: backend.decode([token]) for token in range(backend.get_vocab_size())}
     token = next(
@@ -159,7 +159,7 @@ def test_what_comes_with_half_a_character_does_not_wait_for_it(backends: dict[st
 
 
 class CountingTokenizer:
-    """Counts the tokens that are decoded."""
+    """A tokenizer that counts the tokens that it decodes."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend, self.num_decoded = backend, 0
@@ -174,8 +174,8 @@ class CountingTokenizer:
 
 @pytest.mark.parametrize("text", ["€", "<|end|>", "a", "😀"])
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_long_answer_costs_as_much_a_token_as_a_short_one(tokenizer: PreTrainedTokenizerFast, text: str, place: int) -> None:
-    """Also where no token ever forms a character."""
+def test_a_long_answer_costs_as_much_per_token_as_a_short_one(tokenizer: PreTrainedTokenizerFast, text: str, place: int) -> None:
+    """This includes tokens that never form a character."""
     counting, num_tokens = CountingTokenizer(tokenizer.backend_tokenizer), 10_000
     token = encode(tokenizer, text).ids[place]
     stream = TextStream(counting, tuple(encode(tokenizer, "x").ids), ())
@@ -192,13 +192,13 @@ def test_a_stop_string_is_found_across_tokens(tokenizer: PreTrainedTokenizerFast
     assert stream.is_stopped
 
 
-def test_what_only_began_like_a_stop_is_given_out_as_soon_as_it_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_that_only_began_like_a_stop_is_emitted_as_soon_as_it_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
     out, stream = pieces(tokenizer, "an ENDgame", ("ENDING",))
     assert out == ["a", "n", " ", "", "", "", "ENDg", "a", "m", "e", ""]
     assert not stream.is_stopped
 
 
-def test_what_is_held_back_at_the_end_is_flushed_once(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_held_back_at_the_end_is_flushed_once(tokenizer: PreTrainedTokenizerFast) -> None:
     out, stream = pieces(tokenizer, "the EN", ("END",))
     assert out == ["t", "h", "e", " ", "", "", "EN"]
     assert stream.flush() == ""
@@ -235,7 +235,7 @@ def test_any_text_is_cut_where_its_first_stop_begins(tokenizer: PreTrainedTokeni
     assert stream.is_stopped == (grown is not None)
 
 
-def test_a_stop_string_does_not_count_before_there_are_enough_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_stop_string_does_not_count_before_min_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = encode(tokenizer, "aENDbENDcENDd").ids
     for min_tokens, expected in ((0, "a"), (4, "a"), (5, "aENDb"), (8, "aENDb"), (9, "aENDbENDc"), (13, "aENDbENDcENDd")):
         stream, out = TextStream(tokenizer.backend_tokenizer, (), ("END",), min_tokens), ""
@@ -246,7 +246,7 @@ def test_a_stop_string_does_not_count_before_there_are_enough_tokens(tokenizer: 
         assert out + stream.flush() == expected
 
 
-def test_special_tokens_count_among_the_tokens_there_must_be(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_special_tokens_count_for_min_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     stream = TextStream(tokenizer.backend_tokenizer, (), ("b",), 3)
     out = [stream.push(token) for token in encode(tokenizer, "a<|end|>b").ids]
     assert out == ["a", "", ""]

@@ -1,4 +1,4 @@
-"""Texts that are refused before they are tokenized, or all of them is; and none that fits."""
+"""Bounds on texts: too long a text is refused before all of it is tokenized, and no text that fits is refused."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ CORPUS = ["the cat sat on the mat, and then it sat on the hat", "    deeply    i
 
 
 def trained(pre_tokenizer: pre_tokenizers.PreTokenizer | None = None) -> Tokenizer:
-    """Returns a byte-level tokenizer with merges."""
+    """Return a byte-level tokenizer with merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -26,7 +26,7 @@ def trained(pre_tokenizer: pre_tokenizers.PreTokenizer | None = None) -> Tokeniz
 
 
 class Counting:
-    """A tokenizer that notes how many characters it was given."""
+    """A tokenizer that counts the characters that it was given."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -40,7 +40,7 @@ class Counting:
         return self._tokenizer.encode_batch(list(texts), **options)
 
 
-def test_the_longest_token_is_that_of_the_vocabulary_in_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_longest_token_is_the_longest_of_the_vocabulary_in_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
     assert longest_token(tokenizer.backend_tokenizer) == len("<|end|>")
     assert longest_token(trained()) == max(len(token) for token in trained().get_vocab())
 
@@ -67,7 +67,7 @@ def _bare(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_normalizing, _dropping_spaces, _splitting_words, _swallowing, _bare])
-def test_what_may_leave_bytes_out_has_no_longest_token(spoil: Callable[[Tokenizer], None]) -> None:
+def test_a_tokenizer_that_may_drop_bytes_has_no_longest_token(spoil: Callable[[Tokenizer], None]) -> None:
     tokenizer = trained()
     spoil(tokenizer)
     assert longest_token(tokenizer) is None
@@ -75,7 +75,7 @@ def test_what_may_leave_bytes_out_has_no_longest_token(spoil: Callable[[Tokenize
 
 
 def test_bytes_that_the_vocabulary_lacks_do_not_count() -> None:
-    """SmolLM2's has no token for some control characters: a text of them alone has none at all."""
+    """SmolLM2's vocabulary lacks some control characters, so a text of only these has no tokens at all."""
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "Ġ": 1, "Ã": 2, "©": 3}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert set(range(256)) - {*dropped_bytes(tokenizer)} == {*"a é".encode()}
@@ -85,13 +85,13 @@ def test_bytes_that_the_vocabulary_lacks_do_not_count() -> None:
     assert dropped_bytes(trained()) == b""
 
 
-def test_a_split_that_keeps_all_is_known() -> None:
+def test_a_pre_tokenizer_that_drops_no_bytes_has_a_longest_token() -> None:
     parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     assert longest_token(trained(pre_tokenizers.Sequence(parts))) is not None
 
 
-def test_more_bytes_than_the_tokens_can_be_are_refused_without_being_tokenized() -> None:
-    """1 MiB of text was tokenized for 3 s, and then found too long."""
+def test_more_bytes_than_the_tokens_can_hold_are_refused_without_tokenizing() -> None:
+    """Regression: 1 MiB of text was tokenized for 3 s, and only then refused as too long."""
     counting = Counting(trained())
     bound = TextBound(counting, 100)  # type: ignore[arg-type]
     assert bound.max_bytes
@@ -102,7 +102,7 @@ def test_more_bytes_than_the_tokens_can_be_are_refused_without_being_tokenized()
     assert bound.fault("a" * 24 * 20) is None
 
 
-def test_what_has_far_too_many_tokens_is_tokenized_no_further_than_that_is_known() -> None:
+def test_a_text_with_too_many_tokens_is_tokenized_only_until_that_is_known() -> None:
     tokenizer = trained()
     _normalizing(tokenizer)
     counting = Counting(tokenizer)

@@ -43,7 +43,7 @@ def named(name: str) -> Request:
 WHOLE = [TextEvent("x")] * 3 + [DoneEvent("length", 1, 3)]
 
 
-def test_each_request_hears_its_own_events_in_order() -> None:
+def test_each_request_receives_its_own_events_in_order() -> None:
     async def test() -> None:
         engine = FakeEngine()
         thread = bridge(engine)
@@ -57,7 +57,7 @@ def test_each_request_hears_its_own_events_in_order() -> None:
     run(test())
 
 
-def test_requests_are_counted_while_they_last() -> None:
+def test_requests_are_counted_until_they_end() -> None:
     async def test() -> None:
         engine = FakeEngine(num_steps=10**9)
         thread = bridge(engine)
@@ -76,7 +76,7 @@ def test_requests_are_counted_while_they_last() -> None:
     run(test())
 
 
-def test_closing_the_generator_aborts_its_request_alone() -> None:
+def test_closing_a_generator_aborts_only_its_request() -> None:
     async def test() -> None:
         engine = FakeEngine(num_steps=10**9)
         thread = bridge(engine)
@@ -93,7 +93,7 @@ def test_closing_the_generator_aborts_its_request_alone() -> None:
     run(test())
 
 
-def test_cancelling_whoever_listens_aborts_the_request() -> None:
+def test_cancelling_the_listening_task_aborts_the_request() -> None:
     async def test() -> None:
         engine = FakeEngine(num_steps=10**9)
         thread = bridge(engine)
@@ -109,7 +109,7 @@ def test_cancelling_whoever_listens_aborts_the_request() -> None:
     run(test())
 
 
-def test_when_the_engine_dies_everybody_hears_of_it() -> None:
+def test_when_the_engine_dies_every_request_receives_an_error() -> None:
     async def test() -> None:
         engine = FakeEngine(num_steps=10**9, dies_at=50)
         thread = bridge(engine)
@@ -130,7 +130,7 @@ def test_when_the_engine_dies_everybody_hears_of_it() -> None:
 
 
 class Exiting(FakeEngine):
-    """Ends its thread as Python itself does."""
+    """An engine that ends its thread with SystemExit, as Python itself does."""
 
     def step(self) -> None:
         raise SystemExit("enough")
@@ -149,8 +149,8 @@ def test_an_engine_that_ends_its_thread_has_died_too() -> None:
     run(test())
 
 
-def test_a_request_that_comes_between_the_death_and_its_news_hears_of_it_too() -> None:
-    """The thread is gone and its last word waits on the event loop: a request submitted now must not wait for ever."""
+def test_a_request_between_the_engine_s_death_and_its_last_event_receives_an_error_too() -> None:
+    """The thread has ended, and its last event waits on the event loop. A request submitted now must not wait for ever."""
 
     async def test() -> None:
         engine = FakeEngine(dies_at=1)
@@ -160,13 +160,13 @@ def test_a_request_that_comes_between_the_death_and_its_news_hears_of_it_too() -
         first = asyncio.create_task(listen(thread.generate(named("first"))))
         await until(lambda: "first" in engine.emits)
         late = asyncio.create_task(listen(thread.generate(named("late"))))
-        # From here to the next await the event loop stands still, and `late` is before the news in its queue.
+        # Until the next await the event loop does not run, and `late` is before the engine's last event in its queue.
         engine.may_step.set()
         end = time.monotonic() + LIMIT_S
         while any(t.name == "engine" for t in threading.enumerate()):
             assert time.monotonic() < end
             time.sleep(0.001)
-        assert thread.is_alive, "the news waits"
+        assert thread.is_alive, "the engine's last event still waits on the event loop"
         for events in await asyncio.gather(first, late):
             assert isinstance(events[-1], ErrorEvent)
         assert not thread.is_alive
@@ -175,14 +175,14 @@ def test_a_request_that_comes_between_the_death_and_its_news_hears_of_it_too() -
     run(test())
 
 
-def test_an_engine_that_was_never_started_answers_nothing() -> None:
+def test_an_engine_that_was_never_started_answers_with_an_error() -> None:
     async def test() -> None:
         assert isinstance(await anext(bridge(FakeEngine()).generate(named("early"))), ErrorEvent)
 
     run(test())
 
 
-def test_stopping_tells_whoever_still_waits() -> None:
+def test_requests_that_wait_when_the_engine_stops_receive_an_error() -> None:
     async def test() -> None:
         thread = bridge(FakeEngine(num_steps=10**9))
         thread.start()
@@ -204,7 +204,7 @@ def test_an_idle_engine_sleeps() -> None:
         engine = FakeEngine()
         thread = bridge(engine)
         thread.start()
-        await asyncio.sleep(0.3)  # a loop that looked for work would have looked thousands of times
+        await asyncio.sleep(0.3)  # a loop that polls for work would have polled thousands of times
         assert engine.step_count == 0
         assert engine.num_asked <= 1
         await listen(thread.generate(named("one")))
@@ -218,7 +218,7 @@ def test_an_idle_engine_sleeps() -> None:
     run(test())
 
 
-def test_a_request_of_several_choices_lasts_until_all_have_ended() -> None:
+def test_a_request_of_several_choices_lasts_until_all_choices_have_ended() -> None:
     async def test() -> None:
         thread = bridge(FakeEngine())
         thread.start()
@@ -244,7 +244,7 @@ def test_an_engine_that_waits_for_a_deadline_steps_when_it_comes() -> None:
 
 
 @pytest.mark.parametrize("deadline", [float("inf"), 1e300])
-def test_a_deadline_farther_than_a_lock_can_wait_is_no_harm(deadline: float) -> None:
+def test_a_deadline_beyond_the_longest_wait_of_a_lock_is_harmless(deadline: float) -> None:
     async def test() -> None:
         engine = FakeEngine(deadline=deadline)
         thread = bridge(engine)
@@ -284,7 +284,7 @@ def test_the_loader_s_thread_ends_with_the_engine(dies_at: int | None) -> None:
     run(test())
 
 
-def test_a_real_engine_frees_what_was_closed(writer_model: Path) -> None:
+def test_a_real_engine_frees_the_blocks_of_a_closed_request(writer_model: Path) -> None:
     async def test() -> None:
         rig = build(writer_model)
         thread = bridge(rig.engine)
@@ -300,7 +300,7 @@ def test_a_real_engine_frees_what_was_closed(writer_model: Path) -> None:
     run(test())
 
 
-def test_a_call_is_done_on_the_engines_thread_and_answered() -> None:
+def test_a_call_runs_on_the_engine_s_thread_and_returns_its_result() -> None:
     async def test() -> None:
         engine = FakeEngine(num_steps=10**9)
         thread = bridge(engine)
@@ -309,7 +309,7 @@ def test_a_call_is_done_on_the_engines_thread_and_answered() -> None:
         assert await thread.call(lambda _: threading.current_thread().name) == "engine" != name
         running = thread.generate(named("one"))
         await anext(running)
-        # Beside a request that runs: between two steps.
+        # These run between two steps of the running request.
         assert await asyncio.gather(*(thread.call(lambda engine, i=i: (i, engine.step_count > 0)) for i in range(5))) == [  # type: ignore[misc]
             (i, True) for i in range(5)
         ]
@@ -319,7 +319,7 @@ def test_a_call_is_done_on_the_engines_thread_and_answered() -> None:
     run(test())
 
 
-def test_what_a_call_raises_is_its_callers_and_no_end() -> None:
+def test_an_error_of_a_call_is_raised_in_its_caller_and_does_not_end_the_engine() -> None:
     def fail(_: object) -> None:
         raise KeyError("nothing of the kind")
 
@@ -334,7 +334,7 @@ def test_what_a_call_raises_is_its_callers_and_no_end() -> None:
     run(test())
 
 
-def test_a_call_that_nobody_waits_for_is_done_all_the_same() -> None:
+def test_a_call_whose_caller_was_cancelled_is_done_all_the_same() -> None:
     async def test() -> None:
         engine = FakeEngine(num_steps=10**9)
         engine.may_step.clear()
@@ -356,21 +356,23 @@ def test_a_call_that_nobody_waits_for_is_done_all_the_same() -> None:
 
 
 class Watched(FakeEngine):
-    """Tells when it is in its first step."""
+    """An engine that shows when it is in its first step."""
+
+    is_in_step = False
 
     def step(self) -> None:
-        self.said["is in a step"] = 1
+        self.is_in_step = True
         super().step()
 
 
-def test_calls_hear_of_the_engines_end() -> None:
+def test_calls_raise_when_the_engine_dies() -> None:
     async def test() -> None:
         engine = Watched(num_steps=10**9, dies_at=1)
         engine.may_step.clear()
         thread = bridge(engine)
         thread.start()
         running = asyncio.create_task(listen(thread.generate(named("one"))))
-        await until(lambda: bool(engine.said))
+        await until(lambda: engine.is_in_step)
         call = asyncio.create_task(thread.call(lambda _: None))
         await asyncio.sleep(0)
         engine.may_step.set()

@@ -1,4 +1,4 @@
-"""When the watchdog's timer is set: a fake stands for `faulthandler`, and a test's own clock for time."""
+"""The watchdog's timer, with a fake `faulthandler` and a clock that a test sets."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from server.engine.thread import REARM_S, Watchdog
 
 
 class FakeTimer:
-    """Notes what the timer is set to, or None where it is taken back."""
+    """A fake of `faulthandler` that records the seconds of each timer, or None for a cancelled one."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -30,7 +30,7 @@ def timer(monkeypatch: pytest.MonkeyPatch) -> FakeTimer:
     return fake
 
 
-def test_the_timer_is_set_once_a_second_and_no_step_has_less_than_its_limit(timer: FakeTimer) -> None:
+def test_the_timer_is_set_once_a_second_and_every_step_has_at_least_its_limit(timer: FakeTimer) -> None:
     watchdog = Watchdog(5.0)
     for _ in range(100):
         watchdog.begin_step()
@@ -38,14 +38,14 @@ def test_the_timer_is_set_once_a_second_and_no_step_has_less_than_its_limit(time
     assert timer.calls == [5.0 + REARM_S] * 3
 
 
-def test_an_engine_may_rest_a_moment_without_a_call(timer: FakeTimer) -> None:
+def test_an_engine_may_rest_for_the_slack_of_the_timer(timer: FakeTimer) -> None:
     watchdog = Watchdog(0.1)
     assert watchdog.slack_s == 0
     watchdog.begin_step()
     timer.now += REARM_S / 4
     assert watchdog.slack_s == pytest.approx(3 * REARM_S / 4)
     timer.now += REARM_S
-    assert watchdog.slack_s == 0, "a long step leaves none: the timer could go off in a rest"
+    assert watchdog.slack_s == 0, "a long step leaves no slack, as the timer could fire during a rest"
     watchdog.disarm()
     watchdog.disarm()
     assert watchdog.slack_s == 0

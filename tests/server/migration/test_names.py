@@ -1,4 +1,4 @@
-"""Names that are none: no tenant is told of adapters that it may not use, and nobody of paths."""
+"""Errors for unknown names: they show a tenant only adapters that it may use, and nobody a path."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ BODIES = {
 
 @pytest.fixture(scope="module")
 def client(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server whose tenant acme may use math and what begins with acme, and whose tenant other may use nothing."""
+    """Yield a client of a server. Its tenant acme may use math and names that begin with acme, its tenant other nothing."""
     keys = write_keys(tmp_path_factory.mktemp("keys"), 'adapters = ["math", "acme-*"]', "adapters = []")
     registry = Registry([registered(name, f"{number}" * 64) for number, name in enumerate(NAMES)])
     with served(make_service(tokenizer, keys, registry=registry)) as client:
@@ -29,12 +29,12 @@ def client(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
 
 
 def message(client: httpx.Client, path: str, name: str, key: str) -> str:
-    """Returns what is said of a name that is none."""
+    """Return the error message for an unknown name."""
     asked = {"json": BODIES[path](name)} if path in BODIES else {}
     reply = client.request("POST" if asked else "GET", path if asked else f"{path}/{name}", headers=bearer(key), **asked)
     assert reply.status_code == 404, reply.text
-    said: str = reply.json()["error"]["message"]
-    return said
+    text: str = reply.json()["error"]["message"]
+    return text
 
 
 @pytest.mark.parametrize("path", [*BODIES, "/v1/models"])
@@ -42,16 +42,16 @@ def message(client: httpx.Client, path: str, name: str, key: str) -> str:
     "name",
     ["secret-sauce", "Secret-Sauce", "secret-sauces", "secret", "math+secret-sauce", "math,secret-sauce", "secret-sauce:1"],
 )
-def test_what_is_hidden_is_answered_as_what_is_not_there(client: httpx.Client, path: str, name: str) -> None:
+def test_a_hidden_name_is_answered_like_an_unknown_one(client: httpx.Client, path: str, name: str) -> None:
     for key in (ACME, OTHER):
-        said = message(client, path, name, key)
-        never = name.lower().replace("secret-sauce", "hidden-onion").replace("secret", "hidden")
-        there = message(client, path, never, key)
-        assert said.lower().replace("secret-sauce", "hidden-onion").replace("secret", "hidden") == there.lower()
+        hidden = message(client, path, name, key)
+        unknown_name = name.lower().replace("secret-sauce", "hidden-onion").replace("secret", "hidden")
+        unknown = message(client, path, unknown_name, key)
+        assert hidden.lower().replace("secret-sauce", "hidden-onion").replace("secret", "hidden") == unknown.lower()
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models"])
-def test_each_tenant_is_told_its_own(client: httpx.Client, path: str) -> None:
+def test_each_tenant_sees_only_its_own_names(client: httpx.Client, path: str) -> None:
     assert message(client, path, "zzz", ACME).endswith("There are the base model 'fake' and the adapters 'acme-bills', 'math'.")
     assert message(client, path, "zzz", OTHER).endswith("There are the base model 'fake' alone.")
     assert message(client, path, "acme-bill", ACME).endswith("Did you mean 'acme-bills'?")
@@ -59,12 +59,12 @@ def test_each_tenant_is_told_its_own(client: httpx.Client, path: str) -> None:
     assert "'secret-sauce'" in message(client, path, "zzz", ADMIN)
 
 
-def test_a_folder_s_path_is_a_name_that_no_answer_tells(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_no_answer_shows_the_path_of_a_model_s_folder(tokenizer: PreTrainedTokenizerFast) -> None:
     service = make_service(tokenizer)
     service.base_names |= {"/srv/models/fake"}
     with served(service) as client:
         reply = client.post("/v1/completions", json={"prompt": "x", "model": "/srv/models/fake"})
         assert reply.status_code == 200
         for name in ("/srv/models/fak", "/srv/models", "zzz"):
-            said = client.post("/v1/completions", json={"prompt": "x", "model": name}).json()["error"]["message"]
-            assert "/srv/models/fake" not in said
+            text = client.post("/v1/completions", json={"prompt": "x", "model": name}).json()["error"]["message"]
+            assert "/srv/models/fake" not in text

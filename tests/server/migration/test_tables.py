@@ -1,4 +1,4 @@
-"""The tables of other servers' words: what they tell people to type is here."""
+"""The tables of other servers' words: the fields, routes and flags that their hints name exist."""
 
 import re
 from typing import get_args
@@ -28,24 +28,24 @@ FLAG = re.compile(r"--[a-z][a-z-]*")
 ELSEWHERE = {"--replicas", "--revision", "--local-dir", "--tenant"}
 """Flags of the programs that a hint names in backticks."""
 KINDS = {"json_object", "json_schema", "regex", "lark", "type"}
-"""Quoted, and no fields of bodies."""
+"""Words that hints quote, and that are no fields of bodies."""
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_every_field_that_a_hint_names_is_one_of_the_body(body: type) -> None:
     known = fields_at(body, ())
     for name in {*RENAMED, *EXPLAINED} - known:
-        said = unknown_field(name, known)
-        assert said.startswith("unknown field: "), name
-        assert set(NAMED.findall(said)) <= known | KINDS, said
+        hint = unknown_field(name, known)
+        assert hint.startswith("unknown field: "), name
+        assert set(NAMED.findall(hint)) <= known | KINDS, hint
 
 
 @pytest.mark.parametrize("body", GENERATING)
 def test_every_field_that_a_value_s_hint_names_is_one_of_the_body(body: type) -> None:
     known = fields_at(body, ())
     for (field, kind), _ in VALUES.items():
-        said = value_hint(field, kind(), body) if field in known else ""
-        assert set(NAMED.findall(said)) <= known | KINDS, said
+        hint = value_hint(field, kind(), body) if field in known else ""
+        assert set(NAMED.findall(hint)) <= known | KINDS, hint
 
 
 def test_no_name_is_in_two_tables() -> None:
@@ -53,18 +53,18 @@ def test_no_name_is_in_two_tables() -> None:
     assert not ROUTES.keys() & ABSENT_ROUTES.keys()
 
 
-def test_every_route_that_a_hint_names_is_there(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_route_that_a_hint_names_exists(tokenizer: PreTrainedTokenizerFast) -> None:
     app = create_app(make_service(tokenizer))
     described = {*app.described, ("GET", "/docs")}
     assert {path for _, path in described if path != "/docs"} == app.openapi()["paths"].keys()
     assert {method for method, _ in described} <= set(METHODS)
-    said = [*ROUTES.values(), *(text for hints in (*EXPLAINED.values(), *VALUES.values()) for _, text in hints)]
-    for text in said:
+    texts = [*ROUTES.values(), *(text for hints in (*EXPLAINED.values(), *VALUES.values()) for _, text in hints)]
+    for text in texts:
         assert set(routes_in(text)) <= described, text
     assert all(routes_in(text) for text in ROUTES.values())
 
 
-def test_no_route_that_is_there_is_in_the_tables(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_no_route_of_ours_is_in_the_tables(tokenizer: PreTrainedTokenizerFast) -> None:
     paths = {path for _, path in create_app(make_service(tokenizer)).described}
     for path in (*ROUTES, *ABSENT_ROUTES):
         assert path not in paths
@@ -72,7 +72,7 @@ def test_no_route_that_is_there_is_in_the_tables(tokenizer: PreTrainedTokenizerF
 
 
 @pytest.mark.parametrize("settings", [Settings, ClusterSettings])
-def test_flags_of_ours_are_not_in_the_table_and_those_that_it_names_are(settings: type[Settings]) -> None:
+def test_the_table_has_no_flag_of_ours_and_its_hints_name_known_flags(settings: type[Settings]) -> None:
     ours = {flag_of(field) for field in settings.model_fields}
     assert not ours & FLAGS.keys()
     for flag, text in FLAGS.items():
@@ -88,7 +88,7 @@ def test_a_body_s_fields_are_found_at_every_place() -> None:
     assert fields_at(None, ()) == frozenset()
 
 
-def test_the_kinds_of_grammars_that_hints_name_are_those_that_there_are() -> None:
+def test_hints_name_exactly_the_kinds_of_grammars() -> None:
     annotation = GenerateBody.model_fields["grammar"].annotation
     kinds = {
         kind

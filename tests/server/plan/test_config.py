@@ -1,4 +1,4 @@
-"""What the planner refuses, and that it says which flag and what would help."""
+"""Refusals of the planner's settings: each names the flag and a remedy."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ SIMULATED = ENOUGH | {"simulate": True, "single_tokens_per_s": 100.0, "disk_mb_p
 
 
 def faults(settings: dict[str, Any]) -> str:
-    with pytest.raises(ValidationError) as found:
+    with pytest.raises(ValidationError) as caught:
         PlanConfig(**settings)
-    return flag_faults(found.value)
+    return flag_faults(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -24,20 +24,20 @@ def faults(settings: dict[str, Any]) -> str:
     ids=lambda more: str([*more]),
 )
 def test_a_speed_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None:
-    said = faults({"adapters": 100, "rps": 5.0} | more)
-    assert "--tokens-per-s is missing" in said
-    assert "python -m tests.bench.serve --cases off --model" in said
-    assert "--server URL" in said
+    message = faults({"adapters": 100, "rps": 5.0} | more)
+    assert "--tokens-per-s is missing" in message
+    assert "python -m tests.bench.serve --cases off --model" in message
+    assert "--server URL" in message
 
 
-def test_a_batch_of_fewer_than_the_users_wants_the_speed_of_one() -> None:
+def test_a_batch_smaller_than_the_users_needs_the_speed_of_one_user() -> None:
     assert "--max-batch is 8, and --tokens-per-s is what 32 users get" in faults(ENOUGH | {"max_batch": 8})
     for more in ({"single_tokens_per_s": 100.0}, {"users": 8}):
         assert PlanConfig(**ENOUGH, max_batch=8, **more).max_batch == 8
     assert PlanConfig(adapters=100, rps=5.0, max_batch=8).is_measured
 
 
-def test_a_server_is_measured_or_told_of() -> None:
+def test_a_server_to_measure_and_a_given_speed_exclude_each_other() -> None:
     assert "pass either" in faults(ENOUGH | {"server": "http://localhost:8000"})
 
 
@@ -53,14 +53,14 @@ def test_a_server_is_measured_or_told_of() -> None:
     ids=lambda more: str([*more]),
 )
 def test_a_ratio_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None:
-    said = faults(ENOUGH | more)
-    assert said.startswith("--ratio is missing")
-    assert "python -m tests.bench.serve --cases off 32" in said
+    message = faults(ENOUGH | more)
+    assert message.startswith("--ratio is missing")
+    assert "python -m tests.bench.serve --cases off 32" in message
     assert PlanConfig(**ENOUGH, **more, ratio=0.7).ratio == 0.7
 
 
-def test_more_as_of_a_lower_rank_were_measured() -> None:
-    """What a token costs in a step with adapters are the rows of all A's, too, not B's entries alone."""
+def test_several_bases_of_a_lower_rank_have_a_measured_ratio() -> None:
+    """Compare the rank times the number of bases: a token's cost includes the rows of all A's, not only the entries of B."""
     known = PlanConfig(**ENOUGH, rank=8, bases=4, sparsity=0.6).known_ratio
     assert known
     assert known.source.startswith("docs/benchmarks.md")
@@ -71,7 +71,7 @@ def test_a_gpus_overhead_is_asked_for() -> None:
     assert "--quantization" in faults(ENOUGH | {"device": "cuda", "ratio": 0.9, "overhead_gib": 2.0, "quantization": "int8"})
 
 
-def test_products_that_no_cpu_has_are_refused() -> None:
+def test_int8_weights_of_a_float32_model_are_refused() -> None:
     assert "--quantization int8 is of a model in bfloat16, not in float32" in faults(
         ENOUGH | {"dtype": "float32", "quantization": "int8"}
     )
@@ -88,14 +88,14 @@ def test_products_that_no_cpu_has_are_refused() -> None:
     ],
     ids=lambda more: str([*more]),
 )
-def test_what_no_machine_has_is_refused(more: dict[str, Any]) -> None:
-    """Some of it ended in `OverflowError`, some in `MemoryError`."""
+def test_values_that_no_machine_has_are_refused(more: dict[str, Any]) -> None:
+    """Regression: some of these values ended in `OverflowError`, others in `MemoryError`."""
     assert "Input should be " in faults(ENOUGH | {"ratio": 0.8, "simulate": "requests" in more} | more)
 
 
 def test_a_flag_that_would_do_nothing_is_refused() -> None:
-    said = faults(ENOUGH | {"zipf": 1.0, "disk_mb_per_s": 100.0})
-    assert said == "--zipf, --disk-mb-per-s: pass --simulate, too"
+    message = faults(ENOUGH | {"zipf": 1.0, "disk_mb_per_s": 100.0})
+    assert message == "--zipf, --disk-mb-per-s: pass --simulate, too"
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_a_flag_that_would_do_nothing_is_refused() -> None:
         ({"terms": 2}, "--terms says more"),
     ],
 )
-def test_a_simulation_lacks_nothing(more: dict[str, Any], expected: str) -> None:
+def test_a_simulation_needs_all_its_settings(more: dict[str, Any], expected: str) -> None:
     PlanConfig(**SIMULATED)
     assert expected in faults(SIMULATED | more)
 
 
-def test_the_environment_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LORI_ADAPTERS", "/folder")
     monkeypatch.setenv("SEED", "7")

@@ -1,4 +1,4 @@
-"""`python -m server.plan` as a process."""
+"""`python -m server.plan`, run as a program."""
 
 import json
 import os
@@ -35,15 +35,15 @@ def test_a_plan_and_a_simulation_are_printed(tmp_path: Path, tiny_model: Path) -
         assert image.width > 500
 
 
-def test_a_script_gets_all_of_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_whole_plan(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["plan", "--model", str(tiny_model), *PLAN, *SIMULATION, "--json"])
     assert main() == 0
     document = json.loads(capsys.readouterr().out)
     assert document["num_replicas"] == document["num_needed"] + 1
     assert document["memory"]["total"] == sum(value for key, value in document["memory"].items() if key != "total")
     outcomes = document["simulation"]["outcomes"]
-    assert [of["policy"] for of in outcomes] == ["affinity", "least loaded", "random"]
-    assert {of["num_replicas"] for of in outcomes} == {document["num_needed"]}
+    assert [outcome["policy"] for outcome in outcomes] == ["affinity", "least loaded", "random"]
+    assert {outcome["num_replicas"] for outcome in outcomes} == {document["num_needed"]}
     assert document["settings"]["rps"] == 20
     assert document["assumptions"]
 
@@ -83,14 +83,14 @@ def test_the_embedded_model_needs_no_measuring(monkeypatch: pytest.MonkeyPatch, 
         (["--adapters", "5", "--rps", "1", "--server", "http://127.0.0.1:9"], 1, "127.0.0.1:9"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_an_error_is_one_line(
     flags: list[str], code: int, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["plan", *flags])
     with pytest.raises(SystemExit) as end:
         sys.exit(main())
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert end.value.code == code
-    assert said.startswith("error: ")
-    assert expected in said
-    assert said.count("\n") == 1
+    assert error.startswith("error: ")
+    assert expected in error
+    assert error.count("\n") == 1

@@ -11,7 +11,7 @@ PAGE = (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(encoding
 
 
 @pytest.mark.parametrize("ratio", [*BY_ADAPTERS.values(), *BY_TERMS.values()], ids=lambda ratio: str(ratio.value))
-def test_a_ratio_is_in_readmes_table(ratio: Ratio) -> None:
+def test_a_ratio_is_in_the_benchmarks_table(ratio: Ratio) -> None:
     case = re.fullmatch(r"docs/benchmarks.md: (.*?)( adapters?)?, 32 users, .*", ratio.source)
     assert case
     row = re.search(rf"^\| lori-server \| {re.escape(case[1])}(?: adapters?)? \| 32 \|[^|]*\| ([\d.]+) ", PAGE, re.MULTILINE)
@@ -23,13 +23,13 @@ def test_a_ratio_is_in_readmes_table(ratio: Ratio) -> None:
     ("num_adapters", "num_terms", "expected"),
     [(1, 1, 0.86), (2, 1, 0.84), (32, 1, 0.82), (33, 1, 0.80), (100_000, 1, 0.80), (32, 2, 0.78), (9, 3, 0.72), (9, 4, 0.72)],
 )
-def test_the_case_taken_is_no_easier_than_what_is_asked(num_adapters: int, num_terms: int, expected: float) -> None:
+def test_the_measured_case_is_no_easier_than_the_requested_one(num_adapters: int, num_terms: int, expected: float) -> None:
     ratio = measured_ratio(num_adapters, num_terms, 3.2, 32)
     assert ratio
     assert ratio.value == expected
 
 
-def test_what_was_not_measured_has_no_ratio() -> None:
+def test_an_unmeasured_case_has_no_ratio() -> None:
     assert measured_ratio(10, 5, 3.2, 32) is None
     assert measured_ratio(10, 1, 3.3, 32) is None
     assert measured_ratio(10, 1, 3.2, 33) is None

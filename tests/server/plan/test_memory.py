@@ -1,4 +1,4 @@
-"""What the planner says of bytes, beside tensors that are there."""
+"""The planner's sizes in bytes, compared with real tensors."""
 
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ DEMO = sorted(folder for folder in DEMO_ADAPTERS.iterdir() if folder.is_dir())
 
 @cache
 def demo_adapters() -> tuple[dict[str, tuple[int, int]], dict[str, PackedAdapter]]:
-    """The modules of the embedded model, and the demo adapters, packed for them."""
+    """Return the shapes of the embedded model's modules, and the demo adapters packed for them."""
     base = identify_files(None)
     reader = PackedReader(base, AdapterPool(base.shapes, [Seeded()], 32, 1, BF16).layouts)
     return base.shapes, {folder.name: reader.read(folder) for folder in DEMO}
@@ -41,29 +41,30 @@ def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, PreTrain
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", DEMO, ids=lambda folder: folder.name)
-def test_a_demo_adapter_takes_what_is_said_or_a_little_less(folder: Path) -> None:
-    said = adapter_sizes(model_sizes(None, BF16).shapes, 32, 0.9, BF16)
+def test_a_demo_adapter_takes_the_planned_bytes_or_a_little_less(folder: Path) -> None:
+    planned = adapter_sizes(model_sizes(None, BF16).shapes, 32, 0.9, BF16)
     _, packed = demo_adapters()
-    assert 0.95 * said.resident < packed[folder.name].num_bytes <= said.resident
+    assert 0.95 * planned.resident < packed[folder.name].num_bytes <= planned.resident
     on_disk = (folder / "adapter_model.safetensors").stat().st_size
-    assert on_disk == pytest.approx(said.on_disk, rel=0.02)
+    assert on_disk == pytest.approx(planned.on_disk, rel=0.02)
 
 
 @pytest.mark.slow
-def test_a_full_pool_holds_no_more_than_is_said() -> None:
+def test_a_full_pool_holds_no_more_than_planned() -> None:
     shapes, packed = demo_adapters()
-    said = adapter_sizes(model_sizes(None, BF16).shapes, 32, 0.9, BF16)
+    planned = adapter_sizes(model_sizes(None, BF16).shapes, 32, 0.9, BF16)
     num = 16 * len(packed)
     pool = AdapterPool(shapes, [Seeded()], 32, num, BF16)
-    pool.reserve(int(RESERVED_FACTOR * num * said.resident))
-    for slot, of in enumerate([*packed.values()] * 16):
-        pool.put(slot, of)
-    # Modules that have moved have memory of their own; the others share what was laid out at start.
-    memory = {room.data_ptr(): room.nbytes() for of in pool.operands_of([*shapes]) if (room := of.pool.untyped_storage())}
-    assert num * said.resident < sum(memory.values()) <= HELD_FACTOR * num * said.resident
+    pool.reserve(int(RESERVED_FACTOR * num * planned.resident))
+    for slot, adapter in enumerate([*packed.values()] * 16):
+        pool.put(slot, adapter)
+    # Modules that have moved have memory of their own; the others share the memory laid out at the start.
+    storages = [operands.pool.untyped_storage() for operands in pool.operands_of([*shapes])]
+    memory = {storage.data_ptr(): storage.nbytes() for storage in storages if storage}
+    assert num * planned.resident < sum(memory.values()) <= HELD_FACTOR * num * planned.resident
 
 
-def test_the_weights_are_what_a_runner_makes_of_them(tiny: tuple[Path, PreTrainedModel]) -> None:
+def test_the_planned_weights_are_those_of_a_loaded_model_and_its_runner(tiny: tuple[Path, PreTrainedModel]) -> None:
     folder, model = tiny
     sizes = model_sizes(str(folder), torch.float32)
     own = sum(parameter.nbytes for parameter in model.parameters())
@@ -76,11 +77,11 @@ def test_the_weights_are_what_a_runner_makes_of_them(tiny: tuple[Path, PreTraine
     assert runner.num_kv_bytes == 3 * 16 * sizes.kv_token
 
 
-def test_the_basis_is_what_the_pool_draws(tiny: tuple[Path, PreTrainedModel]) -> None:
+def test_the_planned_basis_has_the_bytes_that_the_pool_draws(tiny: tuple[Path, PreTrainedModel]) -> None:
     sizes = model_sizes(str(tiny[0]), torch.float32)
     bases = [Seeded(), Seeded(stream=1)]
     pool = AdapterPool(sizes.shapes, bases, 8, 4, torch.float32)
-    drawn = sum(a.nbytes for of_module in pool.blocks([*sizes.shapes]) for a in of_module)
+    drawn = sum(a.nbytes for blocks in pool.blocks([*sizes.shapes]) for a in blocks)
     assert basis_bytes(sizes.shapes, 8, torch.float32, num_bases=2) == drawn
 
 
@@ -102,10 +103,10 @@ def test_a_large_model_needs_no_weights(tmp_path: Path) -> None:
     assert sizes.weights == pytest.approx(2 * 8.03e9, rel=1e-3)
     adapter = adapter_sizes(sizes.shapes, 32, 0.9, BF16)
     assert adapter.dense == pytest.approx(167.8e6, rel=1e-3)
-    assert adapter.on_disk == pytest.approx(11.5e6, rel=0.01)  # README's, of tests.bench.format
+    assert adapter.on_disk == pytest.approx(11.5e6, rel=0.01)  # the README's figure, from tests.bench.format
 
 
-def test_targets_are_the_modules_that_count() -> None:
+def test_only_the_targets_count() -> None:
     shapes = {"a.q_proj": (32, 48), "a.v_proj": (16, 48), "b.q_proj": (32, 48)}
     some = adapter_sizes(shapes, 8, 0.5, BF16, ["q_proj"])
     assert some == adapter_sizes({name: shapes[name] for name in ("a.q_proj", "b.q_proj")}, 8, 0.5, BF16)

@@ -1,4 +1,4 @@
-"""Replicas, budgets and flags, by hand."""
+"""Replicas, budgets and flags of a plan, computed by hand."""
 
 import math
 import shlex
@@ -44,23 +44,23 @@ def test_replicas_follow_from_tokens_utilisation_and_spares() -> None:
     assert planned(rps=8.01, utilisation=0.5, spare=2).num_replicas == 5
 
 
-def test_keys_and_values_are_those_of_a_full_batch_in_whole_blocks() -> None:
+def test_the_kv_cache_holds_a_full_batch_in_whole_blocks() -> None:
     plan = planned(max_batch=10, prompt_tokens=50, completion_tokens=7, users=10)
     assert plan.num_kv_tokens == 10 * 64
     assert plan.memory.kv_cache == 10 * 64 * 1024
 
 
-def test_a_small_batch_is_planned_with_what_it_generates() -> None:
-    """It was given the tokens a second of all users, however few could run together."""
+def test_a_small_batch_is_planned_with_its_own_speed() -> None:
+    """Regression: the plan used the tokens a second of all users, however few could run together."""
     few = planned(max_batch=4, single_tokens_per_s=100.0)
     assert few.requests_per_s < planned().requests_per_s / 2
     assert few.num_needed > planned().num_needed
-    said = "\n".join(assumptions(configured(max_batch=4, single_tokens_per_s=100.0), few))
-    assert f"so {few.requests_per_s * 100 / 0.8:.3g} for the 4 that run together" in said
+    text = "\n".join(assumptions(configured(max_batch=4, single_tokens_per_s=100.0), few))
+    assert f"so {few.requests_per_s * 100 / 0.8:.3g} for the 4 that run together" in text
     assert "that run together" not in "\n".join(assumptions(configured(), planned()))
 
 
-def test_a_plan_says_which_requests_its_keys_and_values_leave_no_room_for() -> None:
+def test_a_plan_names_the_requests_that_its_kv_cache_has_no_room_for() -> None:
     settings = {"max_batch": 2, "single_tokens_per_s": 100.0, "completion_tokens": 60}
     few = planned(**settings)
     assert "refuses a request of more than these 320 tokens" in "\n".join(assumptions(configured(**settings), few))
@@ -68,7 +68,7 @@ def test_a_plan_says_which_requests_its_keys_and_values_leave_no_room_for() -> N
     assert "refuses" not in "\n".join(assumptions(configured(), planned()))
 
 
-def test_adapters_fill_what_is_left_of_the_memory() -> None:
+def test_adapters_fill_the_rest_of_the_memory() -> None:
     plan = planned(memory_gib=4)
     each = math.ceil(HELD_FACTOR * ADAPTER.resident)
     assert plan.memory.total <= 4 * GIB < plan.memory.total + each
@@ -76,18 +76,18 @@ def test_adapters_fill_what_is_left_of_the_memory() -> None:
     assert plan.memory.process == GIB // 2
 
 
-def test_no_more_are_resident_than_there_are_or_may_be() -> None:
+def test_no_more_adapters_are_resident_than_exist_or_are_allowed() -> None:
     assert planned(memory_gib=4, adapters=70).num_resident == 70
     assert planned(memory_gib=4, max_resident=100).num_resident == 100
     assert planned().num_resident == Settings.model_fields["max_resident"].default
 
 
-def test_a_memory_that_is_too_small_is_refused_with_what_would_do() -> None:
+def test_too_little_memory_is_refused_with_an_amount_that_suffices() -> None:
     with pytest.raises(
         PlanError, match=r"--memory-gib 1\.55 holds \d+ adapters .* expected at least 64.*: ([\d.]+) would do"
-    ) as found:
+    ) as caught:
         planned(memory_gib=1.55)
-    enough = float(str(found.value).split(": ")[1].split()[0])
+    enough = float(str(caught.value).split(": ")[1].split()[0])
     assert planned(memory_gib=enough).num_resident >= 64
 
 
@@ -97,13 +97,13 @@ def test_fewer_slots_than_a_batch_may_use_are_refused() -> None:
     assert planned(max_resident=63, adapters=63).num_resident == 63
 
 
-def test_a_gpus_memory_does_not_hold_what_is_only_loaded() -> None:
+def test_a_gpus_memory_holds_no_adapters_that_are_only_loaded() -> None:
     assert planned().memory.loaded == 16 * ADAPTER.resident
     assert planned(device="cuda").memory.loaded == 0
     assert "--loaded-gib 0.02" in planned(device="cuda").command
 
 
-def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flags_start_a_server_with_the_planned_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(memory_gib=4, model="my models/base", quantization="int8", rank=16)
     words = shlex.split(plan.command)
     assert words[:3] == ["python", "-m", "server"]
@@ -118,7 +118,7 @@ def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest
 
 
 def test_a_server_of_a_low_rank_is_started_without_demo_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It refused its own, which are of rank 32."""
+    """Regression: the server refused its own demo adapters, which have rank 32."""
     monkeypatch.setattr("sys.argv", ["server", *shlex.split(planned(rank=16).command)[3:]])
     settings = Settings(_cli_parse_args=True)
     assert settings.max_rank == 16
@@ -134,7 +134,7 @@ def test_the_largest_batch_has_flags_that_a_server_takes(max_batch: int, monkeyp
         configured(max_batch=512)
 
 
-def test_all_replicas_are_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_command_starts_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, gpus in (("cpu", 0), ("cuda", 1)):
         plan = planned(memory_gib=4, device=device)
         words = shlex.split(plan.cluster_command.replace("CORES", "8"))
@@ -145,13 +145,13 @@ def test_all_replicas_are_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
         assert settings.replica_settings.max_resident == plan.num_resident
 
 
-def test_what_is_assumed_names_the_ratio_and_where_it_is_from() -> None:
+def test_the_assumptions_name_the_ratio_and_its_source() -> None:
     config = configured(ratio=None, terms=2, model="other")
     plan = make_plan(config, MODEL, ADAPTER, Speed(None, 1000, 32))
-    said = "\n".join(assumptions(config, plan))
-    assert "0.78 times that with them (docs/benchmarks.md: 32 merges of 2, 32 users, SmolLM2-135M" in said
-    assert "measured on another model" in said
-    assert "10,000 adapters" in said
+    text = "\n".join(assumptions(config, plan))
+    assert "0.78 times that with them (docs/benchmarks.md: 32 merges of 2, 32 users, SmolLM2-135M" in text
+    assert "measured on another model" in text
+    assert "10,000 adapters" in text
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_what_is_assumed_names_the_ratio_and_where_it_is_from() -> None:
 )
 def test_a_ratio_of_another_precision_is_named_as_such(more: dict[str, Any], warning: str) -> None:
     config = configured(**({"ratio": None} | more))
-    said = "\n".join(assumptions(config, make_plan(config, MODEL, ADAPTER, Speed(None, 1000, 32))))
-    assert warning in said
-    assert bool(warning) == ("The ratio was measured in" in said)
+    text = "\n".join(assumptions(config, make_plan(config, MODEL, ADAPTER, Speed(None, 1000, 32))))
+    assert warning in text
+    assert bool(warning) == ("The ratio was measured in" in text)
 
 
 def test_requests_longer_than_the_context_are_refused() -> None:

@@ -15,14 +15,14 @@ def replica(max_batch: int = 4, num_resident: int = 8, load_s: float = 1.0) -> R
     return Replica(ReplicaSizes(SPEED, max_batch, num_resident, load_s))
 
 
-def run(of: Replica, *asked: SimulatedRequest) -> None:
-    """Has `asked` arrive when they do, and runs all to their ends."""
+def run(simulated: Replica, *asked: SimulatedRequest) -> None:
+    """Let the requests `asked` arrive at their times, and step until all have ended."""
     for one in asked:
-        while of.next_at < one.arrived:
-            of.step()
-        of.arrive(one, one.arrived)
-    while math.isfinite(of.next_at):
-        of.step()
+        while simulated.next_at < one.arrived:
+            simulated.step()
+        simulated.arrive(one, one.arrived)
+    while math.isfinite(simulated.next_at):
+        simulated.step()
 
 
 def test_one_request_waits_for_its_adapter_and_its_tokens() -> None:
@@ -31,16 +31,16 @@ def test_one_request_waits_for_its_adapter_and_its_tokens() -> None:
     assert (one.is_hit, one.started, one.ended) == (False, 3.0, pytest.approx(3.5))
 
 
-def test_an_adapter_is_there_for_who_comes_later() -> None:
-    of, first, second = replica(), SimulatedRequest("a", 5, 0.0), SimulatedRequest("a", 5, 9.0)
-    run(of, first, second)
-    assert (second.is_hit, second.ended, of.num_loads) == (True, pytest.approx(9.5), 1)
+def test_an_adapter_is_resident_for_a_later_request() -> None:
+    simulated, first, second = replica(), SimulatedRequest("a", 5, 0.0), SimulatedRequest("a", 5, 9.0)
+    run(simulated, first, second)
+    assert (second.is_hit, second.ended, simulated.num_loads) == (True, pytest.approx(9.5), 1)
 
 
-def test_who_comes_while_it_is_read_waits_for_the_same_reading() -> None:
-    of, first, second = replica(), SimulatedRequest("a", 5, 0.0), SimulatedRequest("a", 5, 0.5)
-    run(of, first, second)
-    assert (second.is_hit, of.num_loads, second.started) == (False, 1, 1.0)
+def test_a_request_during_a_read_of_its_adapter_waits_for_that_read() -> None:
+    simulated, first, second = replica(), SimulatedRequest("a", 5, 0.0), SimulatedRequest("a", 5, 0.5)
+    run(simulated, first, second)
+    assert (second.is_hit, simulated.num_loads, second.started) == (False, 1, 1.0)
 
 
 def test_adapters_are_read_one_after_the_other_while_the_batch_goes_on() -> None:
@@ -63,29 +63,29 @@ def test_a_request_that_ends_makes_the_others_faster() -> None:
     assert long.ended == pytest.approx(1 + 3 * both + 3 * 0.1)
 
 
-def test_a_full_batch_lets_the_next_wait_its_turn() -> None:
+def test_a_request_waits_while_the_batch_is_full() -> None:
     asked = [SimulatedRequest("a", 10, 0.0) for _ in range(3)]
     run(replica(max_batch=2), *asked)
     assert asked[2].started == pytest.approx(asked[0].ended)
 
 
 def test_the_adapter_unused_longest_makes_room_and_is_read_again() -> None:
-    of = replica(max_batch=1, num_resident=2)
+    simulated = replica(max_batch=1, num_resident=2)
     asked = [SimulatedRequest(name, 1, 10.0 * i) for i, name in enumerate("abacaba")]
-    run(of, *asked)
+    run(simulated, *asked)
     assert [one.is_hit for one in asked] == [False, False, True, False, True, False, True]
-    assert of.num_loads == 4
+    assert simulated.num_loads == 4
 
 
-def test_an_adapter_that_went_while_its_request_waited_is_read_again() -> None:
-    of = replica(max_batch=1, num_resident=1, load_s=0.01)
+def test_an_adapter_evicted_while_its_request_waited_is_read_again() -> None:
+    simulated = replica(max_batch=1, num_resident=1, load_s=0.01)
     asked = [
         SimulatedRequest("a", 1, 0.0),
         SimulatedRequest("b", 10, 1.0),
         SimulatedRequest("c", 10, 1.001),
         SimulatedRequest("b", 1, 1.5),
     ]
-    run(of, *asked)
+    run(simulated, *asked)
     assert asked[3].is_hit
-    assert of.num_loads == 4
+    assert simulated.num_loads == 4
     assert all(math.isfinite(one.ended) for one in asked)

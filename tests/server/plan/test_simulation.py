@@ -1,4 +1,4 @@
-"""Simulated replicas: what is true of them whatever the numbers, and that affinity is worth its while."""
+"""Simulated replicas: invariants for all numbers, and the gain by affinity."""
 
 from collections import Counter
 from functools import cache
@@ -27,12 +27,12 @@ once = cache(outcome)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_request_is_answered_and_told_of_once(policy: Policy) -> None:
-    told: list[bool] = []
+def test_every_request_is_answered_and_reported_once(policy: Policy) -> None:
+    calls: list[bool] = []
     sizes = ReplicaSizes(Speed(100, 500, 32), max_batch=64, num_resident=100, load_s=0.02)
-    found = simulate(traffic(), policy, NUM_REPLICAS, sizes, 1, lambda: told.append(True))
-    assert found.num_requests == NUM_REQUESTS == len(told)
-    assert found == once(policy)
+    result = simulate(traffic(), policy, NUM_REPLICAS, sizes, 1, lambda: calls.append(True))
+    assert result.num_requests == NUM_REQUESTS == len(calls)
+    assert result == once(policy)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -49,22 +49,22 @@ def test_affinity_finds_more_adapters_resident_than_chance() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_where_all_adapters_fit_none_is_read_twice_by_a_replica(policy: Policy) -> None:
-    found = outcome(policy, num_resident=NUM_ADAPTERS)
+def test_a_replica_reads_no_adapter_twice_if_all_fit(policy: Policy) -> None:
+    result = outcome(policy, num_resident=NUM_ADAPTERS)
     distinct = len(Counter(traffic().adapters.tolist()))
-    assert distinct <= found.num_loads <= NUM_REPLICAS * distinct
-    assert found.num_loads < once(policy).num_loads
+    assert distinct <= result.num_loads <= NUM_REPLICAS * distinct
+    assert result.num_loads < once(policy).num_loads
 
 
-def test_with_one_replica_all_routes_are_one() -> None:
+def test_with_one_replica_all_policies_agree() -> None:
     sizes = ReplicaSizes(Speed(100, 1500, 32), max_batch=64, num_resident=100, load_s=0.02)
     first, *others = (simulate(traffic(), policy, 1, sizes, 0) for policy in POLICIES)
     assert (first.imbalance, first.first_share) == (1.0, 1.0)
-    assert all((of.hit_rate, of.p99_s) == (first.hit_rate, first.p99_s) for of in others)
+    assert all((other.hit_rate, other.p99_s) == (first.hit_rate, first.p99_s) for other in others)
 
 
 def test_chance_hits_as_often_as_theory_says() -> None:
-    """Che, Tung and Wang 2002: an LRU cache holds what was asked for in a time in which as many are as it has room for."""
+    """Compare with Che, Tung and Wang 2002: an LRU cache holds the adapters requested in a window in which as many are as fit."""
     shares = 1 / np.arange(1, NUM_ADAPTERS + 1)
     shares /= shares.sum()
     low, high = 1.0, 1e6
@@ -80,14 +80,14 @@ def test_the_least_loaded_is_balanced_best() -> None:
     assert once("least loaded").p99_s < once("random").p99_s
 
 
-def test_traffic_is_as_asked_for() -> None:
+def test_traffic_has_the_requested_rates() -> None:
     drawn = traffic()
     assert (drawn.arrivals[1:] > drawn.arrivals[:-1]).all()
     assert NUM_REQUESTS / drawn.arrivals[-1] == pytest.approx(20, rel=0.1)
     assert drawn.num_tokens.mean() == pytest.approx(64, rel=0.1)
     assert drawn.num_tokens.min() >= 1
     counts = Counter(drawn.adapters.tolist())
-    # The k-th has 1/k of the first one's share.
+    # The k-th adapter has 1/k of the first one's share.
     assert counts[0] / counts[1] == pytest.approx(2, rel=0.25)
     assert max(counts) < NUM_ADAPTERS
 
@@ -97,10 +97,10 @@ def test_without_zipf_all_adapters_are_as_popular() -> None:
     assert all(counts[adapter] == pytest.approx(NUM_REQUESTS / 4, rel=0.1) for adapter in range(4))
 
 
-def test_one_adapter_alone_stays_where_it_ranks_first_while_that_has_little_to_do() -> None:
+def test_a_single_adapter_stays_on_its_first_replica_while_that_has_little_to_do() -> None:
     sizes = ReplicaSizes(Speed(1000, 50_000, 32), max_batch=64, num_resident=100, load_s=0.001)
-    found = simulate(traffic(num_adapters=1), "affinity", NUM_REPLICAS, sizes, 0)
-    assert (found.first_share, found.imbalance, found.num_loads) == (1.0, NUM_REPLICAS, 1)
+    result = simulate(traffic(num_adapters=1), "affinity", NUM_REPLICAS, sizes, 0)
+    assert (result.first_share, result.imbalance, result.num_loads) == (1.0, NUM_REPLICAS, 1)
 
 
 def test_an_adapter_that_is_too_popular_for_its_replica_is_answered_by_the_others_too() -> None:

@@ -1,4 +1,4 @@
-"""A Chromium of the system, and what every visit to the playground must keep to."""
+"""The system's Chromium, and the checks that apply to every visit to the playground."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request,
 from tests.needs import chromium, need
 from tests.server.live import LIMIT_S, Live
 
-# Its threads and processes start slowly on a busy machine.
+# Chromium's threads and processes start slowly on a busy machine.
 expect.set_options(timeout=LIMIT_S * 1000)
 SHIFTS = """
 window.shifts = [];
 new PerformanceObserver((list) => {
-  for (const entry of list.getEntries()) window.shifts.push([entry.value, ...entry.sources.map((of) => of.node?.nodeName)]);
+  for (const { value, sources } of list.getEntries()) window.shifts.push([value, ...sources.map(({ node }) => node?.nodeName)]);
 }).observe({ type: "layout-shift", buffered: true });
 window.violations = [];
 addEventListener("securitypolicyviolation", (event) => window.violations.push(event.violatedDirective));
@@ -25,27 +25,27 @@ addEventListener("securitypolicyviolation", (event) => window.violations.push(ev
 
 @dataclass
 class Visit:
-    """A page that is open, what it asked for, and what it complained of."""
+    """An open page, its requests, and the errors that it reported."""
 
     page: Page
     url: str
     allowed: tuple[int, ...] = ()
-    """Statuses that are meant to come: a browser complains of each on the console."""
+    """Statuses that the test expects. A browser logs each as an error on the console."""
     requests: list[Request] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     def listen(self) -> None:
-        """Keeps what the page asks for and complains of."""
+        """Record the page's requests and errors."""
         self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("console", lambda message: self._hear(message))
+        self.page.on("console", lambda message: self._record(message))
 
-    def _hear(self, message: ConsoleMessage) -> None:
+    def _record(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and not any(f"status of {status} " in message.text for status in self.allowed):
             self.faults.append(message.text)
 
     def bodies(self) -> list[dict[str, Any]]:
-        """Returns what POST /generate was sent."""
+        """Return the bodies of all POST /generate requests."""
         return [request.post_data_json for request in self.requests if request.url.endswith("/generate")]
 
     def pick(self, *names: str) -> None:
@@ -56,7 +56,7 @@ class Visit:
         self.page.get_by_role("button", name="Run").click()
 
     def ask(self, **fields: str) -> None:
-        """Writes in the fields of these ids and runs, and waits for the end."""
+        """Fill the fields of these ids, run, and wait for the end of the answers."""
         for name, value in fields.items():
             self.page.locator(f"#{name}").fill(value)
         with self.page.expect_response(is_answer):
@@ -64,25 +64,25 @@ class Visit:
         self.wait()
 
     def look_again(self) -> None:
-        """Comes back to the tab, so that the page asks at once."""
+        """Signal that the tab is visible again, so that the page refreshes at once."""
         self.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
 
     def wait(self) -> None:
-        """Waits until nothing runs."""
+        """Wait until nothing runs."""
         expect(self.page.get_by_role("button", name="Stop")).to_have_attribute("aria-disabled", "true")
 
     def answer(self, side: str, part: str = "") -> Locator:
-        """Returns the last turn's answer of "mix" or "base", or the part of it that a selector says."""
+        """Return the last turn's answer of "mix" or "base", or the part of it that a selector matches."""
         return self.page.locator(f".turn:last-child .answer[data-side={side}] {part}").filter(visible=True)
 
     def text(self, side: str) -> str:
-        """Returns the text of the last turn's answer on that side."""
+        """Return the text of the last turn's answer of "mix" or "base"."""
         text = self.answer(side, ".text").text_content()
         assert text is not None
         return text
 
     def figure(self, side: str, label: str) -> str:
-        """Returns what is told of that answer under `label`."""
+        """Return the figure under `label` of the last turn's answer."""
         rows = self.answer(side, "dl > div")
         text = rows.filter(has=self.page.locator("dt", has_text=label)).last.locator("dd").text_content()
         assert text is not None
@@ -90,25 +90,25 @@ class Visit:
 
 
 def overflows(box: Locator) -> bool:
-    """Whether a box holds more than it shows at once."""
-    is_more: bool = box.evaluate("(of) => of.scrollHeight > of.clientHeight")
+    """Return whether a box holds more than it shows at once."""
+    is_more: bool = box.evaluate("(element) => element.scrollHeight > element.clientHeight")
     return is_more
 
 
 def is_answer(response: Response) -> bool:
-    """Whether it is one of POST /generate."""
+    """Return whether `response` answers POST /generate."""
     return response.url.endswith("/generate")
 
 
 class Visiting(Protocol):
-    """Opens the page of `url`, with that input chosen; all that it asks for and complains of is checked when the test ends."""
+    """A function that opens the page at `url` with the input `asks` chosen. Its requests and errors are checked at the end."""
 
     def __call__(self, url: str, allowed: tuple[int, ...] = (), asks: str = "prompt", **options: Any) -> Visit: ...
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser for a file of tests: while it is open nobody else may run an event loop in this thread."""
+    """Yield one browser for a file of tests. While it is open, no other event loop may run in this thread."""
     need("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
@@ -118,7 +118,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def visits_of(browser: Browser) -> Iterator[Visiting]:
-    """Opens pages, which are closed and checked when the block ends."""
+    """Yield a function that opens pages. They are closed and checked when the block ends."""
     visits: list[Visit] = []
 
     def open_page(url: str, allowed: tuple[int, ...] = (), asks: str = "prompt", **options: Any) -> Visit:
@@ -129,7 +129,7 @@ def visits_of(browser: Browser) -> Iterator[Visiting]:
         visits.append(visit)
         visit.listen()
         visit.page.goto(url)
-        # Not by mouse, which would take the focus.
+        # By script, since a mouse click would take the focus.
         visit.page.evaluate("asks => document.querySelector(`input[name=input][value=${asks}]`).click()", asks)
         return visit
 
@@ -148,5 +148,5 @@ def visiting(browser: Browser) -> Iterator[Visiting]:
 
 @pytest.fixture
 def visit(visiting: Visiting, live: Live) -> Visit:
-    """A visit to the session's server."""
+    """Return a visit to the session's server."""
     return visiting(live.url)

@@ -1,4 +1,4 @@
-"""A fake of the API, true to what is on the wire, for what a tiny server cannot show: thousands of adapters, keys, faults."""
+"""A fake of the API with the real wire format, for cases that a tiny server cannot show: thousands of adapters, keys, faults."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ KEEP_ALIVE = b": keep-alive\r\n\r\n"
 
 
 def row(name: str, **changes: Any) -> dict[str, Any]:
-    """Returns a row of GET /adapters."""
+    """Return a row of GET /adapters."""
     return {
         "name": name, "version": "0123456789ab", "rank": 32, "alpha": 64.0, "sparsity": 0.9, "density": 0.1,
         "templates": ["plain"], "merge_weights": {}, "metrics": {}, "bytes_on_disk": 1_340_000, "bytes_loaded": None,
@@ -29,17 +29,17 @@ def row(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def sse(name: str, data: dict[str, Any]) -> bytes:
-    """Returns one server-sent event."""
+    """Return one server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
 def token(text: str) -> bytes:
-    """Returns a `token` event."""
+    """Return a `token` event."""
     return sse("token", {"text": text, "index": 0, "logprobs": None})
 
 
 def done(num_tokens: int, **changes: Any) -> bytes:
-    """Returns the `done` event."""
+    """Return the `done` event."""
     usage = {"prompt_tokens": 7, "completion_tokens": num_tokens, "total_tokens": 7 + num_tokens, "cached_tokens": 4}
     reply = {"id": "gen-1", "adapter": [], "merge": None, "finish_reason": "stop", "usage": usage, "seed": 5}
     return sse("done", reply | {"timings": TIMINGS} | changes)
@@ -47,15 +47,15 @@ def done(num_tokens: int, **changes: Any) -> bytes:
 
 @dataclass(slots=True)
 class FakeApi:
-    """What it answers, and what it was asked."""
+    """The fake's answers, and the requests that it got."""
 
     adapters: list[dict[str, Any]] = field(default_factory=lambda: [row("math"), row("safety")])
     stream: list[bytes] = field(default_factory=lambda: [token("a "), KEEP_ALIVE, token("b"), done(2)])
-    """The pieces of every answer. All but the first wait until it may go on."""
+    """The pieces of every answer. All but the first wait for `may_go_on`."""
     may_go_on: threading.Event = field(default_factory=threading.Event)
     faulty: list[dict[str, Any]] = field(default_factory=list)
     key: str = ""
-    """That every route wants, where there is one."""
+    """The key that every route requires; none if empty."""
     may_monitor: bool = True
     num_tokens: int = 0
     num_running: int = 3
@@ -66,14 +66,14 @@ class FakeApi:
         self.may_go_on.set()
 
     def refusal(self, http: Request) -> JSONResponse | None:
-        """Returns the answer to who has no key."""
+        """Return the refusal of a request without the key, or None."""
         self.bearers.append(http.headers.get("authorization", ""))
         if not self.key or self.bearers[-1] == f"Bearer {self.key}":
             return None
         return error(401, "AuthenticationError", "a key is wanted: Authorization: Bearer …", None)
 
     def pieces(self) -> Iterator[bytes]:
-        """Yields the stream."""
+        """Yield the pieces of the stream."""
         first, *others = self.stream
         yield first
         assert self.may_go_on.wait(LIMIT_S)
@@ -83,12 +83,12 @@ class FakeApi:
 
 
 def error(status: int, kind: str, message: str, param: str | None) -> JSONResponse:
-    """Returns an answer in the shape of every error."""
+    """Return a reply in the shape of every error."""
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": status}}, status)
 
 
 def make_app(fake: FakeApi) -> FastAPI:
-    """Returns an app that serves the real page above the fake."""
+    """Return an app that serves the real page on top of the fake."""
     app = FastAPI()
     app.include_router(playground.router)
     app.mount("/static", playground.static)
@@ -103,14 +103,14 @@ def make_app(fake: FakeApi) -> FastAPI:
 
     @app.get("/adapters/compare", response_model=None)
     def compare(http: Request, names: str) -> Response | dict[str, Any]:
-        found = names.split(",")
+        columns = names.split(",")
 
         def matrix(itself: float, other: Callable[[int], float | None]) -> list[list[float | None]]:
-            return [[itself if i == j else other(i + j) for j in range(len(found))] for i in range(len(found))]
+            return [[itself if i == j else other(i + j) for j in range(len(columns))] for i in range(len(columns))]
 
-        # The first two are on two bases.
+        # The first two adapters are on two different bases.
         return fake.refusal(http) or {
-            "names": found,
+            "names": columns,
             "cosine": matrix(1.0, lambda n: (n % 21 - 10) / 50),
             "overlap": matrix(1.0, lambda n: None if n == 1 else 0.1 + n / 100),
             "chance_overlap": matrix(0.15, lambda n: None if n == 1 else 0.15),
@@ -144,7 +144,7 @@ def make_app(fake: FakeApi) -> FastAPI:
 
 @contextmanager
 def served(fake: FakeApi) -> Iterator[httpx.Client]:
-    """Serves the page above `fake` until the block ends."""
+    """Serve the page on top of `fake` until the block ends."""
     with serve_app(make_app(fake)) as client:
         yield client
         fake.may_go_on.set()

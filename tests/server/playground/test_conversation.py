@@ -1,4 +1,4 @@
-"""A conversation in the playground, on a real server: what is sent of it, who answered, and that the answer is in sight."""
+"""A conversation in the playground, on a real server: the messages sent, the names over the answers, and their visibility."""
 
 import json
 import string
@@ -14,7 +14,7 @@ from tests.server.playground.conftest import Visit, Visiting, overflows
 from tests.server.playground.fake_api import FakeApi, done, served, token
 
 SIZES = [{"width": 1366, "height": 768}, {"width": 1920, "height": 1080}, {"width": 390, "height": 844}]
-# What of an element's box is not on the page's surface: beyond the window, or below something else.
+# The corners of an element's box that are not visible: outside of the window, or covered by something else.
 COVERED = """
 (element) => {
   const { left, right, top, bottom } = element.getBoundingClientRect();
@@ -25,13 +25,13 @@ COVERED = """
 """
 
 
-def said(role: str, content: str) -> dict[str, str]:
-    """Returns a message."""
+def message(role: str, content: str) -> dict[str, str]:
+    """Return a chat message."""
     return {"role": role, "content": content}
 
 
 def begin(visiting: Visiting, url: str, view: str = "Plain text", **options: Any) -> Visit:
-    """Returns a visit that begins a conversation, in the template that all adapters and the base have in common."""
+    """Return a visit that begins a conversation, in the template that all adapters and the base have in common."""
     visit = visiting(url, asks="messages", **options)
     visit.page.get_by_role("combobox", name="Template").select_option("plain")
     visit.page.get_by_role("radio", name=view).check()
@@ -45,7 +45,7 @@ def fake() -> FakeApi:
 
 @pytest.fixture
 def url(fake: FakeApi) -> Iterator[str]:
-    """Where an answer comes in larger pieces. It is there before any page is open, and longer."""
+    """Yield the URL of the fake, which sends answers in larger pieces. It must start before any page opens, and outlive it."""
     with served(fake) as client:
         yield str(client.base_url).rstrip("/")
 
@@ -55,7 +55,7 @@ def talk(visiting: Visiting, live: Live) -> Visit:
     return begin(visiting, live.url)
 
 
-def test_each_turn_sends_the_turns_before_and_shows_who_answered(talk: Visit, live: Live) -> None:
+def test_each_turn_sends_the_earlier_turns_and_names_its_adapters(talk: Visit, live: Live) -> None:
     page = talk.page
     talk.pick("math")
     talk.ask(prompt="one", max_tokens="12")
@@ -72,15 +72,15 @@ def test_each_turn_sends_the_turns_before_and_shows_who_answered(talk: Visit, li
     *_, mixed, base = talk.bodies()
     for side, body in (("mix", mixed), ("base", base)):
         assert body["messages"] == [
-            said("user", "one"), said("assistant", first[side]), said("user", "two"), said("assistant", second[side]),
-            said("user", "three"),
+            message("user", "one"), message("assistant", first[side]), message("user", "two"), message("assistant", second[side]),
+            message("user", "three"),
         ]  # fmt: skip
         assert talk.text(side) == live.generate(**{**body, "stream": False})["text"]
     expect(page.locator(".turn h3")).to_have_text(
         [
-            f"Answer {number}: {who}"
+            f"Answer {number}: {name}"
             for number, mix in enumerate(("1.00 math", "1.00 safety", "0.75 safety + 0.50 math"), 1)
-            for who in (mix, "Base model")
+            for name in (mix, "Base model")
         ]
     )
     expect(page.locator(".message")).to_have_text(["one", "two", "three"])
@@ -98,7 +98,7 @@ def test_a_merge_that_is_no_sum_is_named(talk: Visit) -> None:
 def test_the_answer_is_in_sight(visiting: Visiting, live: Live, size: Any) -> None:
     visit = begin(visiting, live.url, view="Markdown", viewport=size, reduced_motion="reduce")
     visit.pick("math")
-    # On the first turn there is little to scroll, and a long answer ends no lower than a short one.
+    # On the first turn there is little to scroll. A long answer ends no lower than a short one.
     for prompt, num_tokens in (("one", "20"), ("two", "600"), ("three", "20")):
         visit.ask(prompt=prompt, max_tokens=num_tokens)
         for part in (".answer[data-side=mix] .text", ".answer[data-side=base] .text"):
@@ -126,7 +126,7 @@ def test_nothing_shifts_while_a_later_turn_comes(url: str, fake: FakeApi, visiti
     page.locator("#prompt").fill("three")
     page.evaluate("document.getElementById('ask').requestSubmit()")
     expect(visit.answer("mix", "h3")).to_have_text("Answer 3: 1.00 math")
-    # For half a second after somebody did something a browser does not count. That a turn begins is meant.
+    # A browser ignores shifts for half a second after user input. The shift at the beginning of a turn is intended.
     page.evaluate("new Promise((done) => setTimeout(done, 100))")
     page.evaluate("window.shifts.length = 0")
     expect(page.get_by_role("button", name="Stop")).to_have_attribute("aria-disabled", "false")
@@ -145,7 +145,7 @@ def test_a_new_conversation_knows_nothing_of_the_last(talk: Visit) -> None:
     expect(talk.page.locator("#prompt")).to_be_focused()
     expect(talk.page.locator("#say")).to_have_text("A new conversation.")
     talk.ask(prompt="three")
-    assert talk.bodies()[-1]["messages"] == [said("user", "three")]
+    assert talk.bodies()[-1]["messages"] == [message("user", "three")]
     expect(talk.answer("base", "h3")).to_have_text("Answer 1: Base model")
 
 
@@ -160,10 +160,10 @@ def test_a_text_stands_alone_and_the_conversation_goes_on_after_it(talk: Visit) 
     talk.page.get_by_role("radio", name="Conversation").check()
     expect(talk.page.locator(".message").filter(visible=True)).to_have_text("one")
     talk.ask(prompt="two")
-    assert talk.bodies()[-1]["messages"] == [said("user", "one"), said("assistant", first), said("user", "two")]
+    assert talk.bodies()[-1]["messages"] == [message("user", "one"), message("assistant", first), message("user", "two")]
 
 
-def test_a_message_is_written_anew_and_what_came_after_it_is_forgotten(talk: Visit) -> None:
+def test_editing_a_message_discards_the_later_ones(talk: Visit) -> None:
     for text in ("one", "two", "three"):
         talk.ask(prompt=text, max_tokens="4")
     talk.page.get_by_role("button", name="Edit message 2").click()
@@ -171,7 +171,7 @@ def test_a_message_is_written_anew_and_what_came_after_it_is_forgotten(talk: Vis
     expect(talk.page.locator("#prompt")).to_be_focused()
     expect(talk.page.locator(".message")).to_have_text(["one"])
     talk.ask(prompt="other")
-    assert [message["content"] for message in talk.bodies()[-1]["messages"][::2]] == ["one", "other"]
+    assert [turn["content"] for turn in talk.bodies()[-1]["messages"][::2]] == ["one", "other"]
 
 
 def test_a_turn_that_failed_is_not_sent_on_and_can_be_sent_again(visiting: Visiting, live: Live) -> None:
@@ -181,7 +181,7 @@ def test_a_turn_that_failed_is_not_sent_on_and_can_be_sent_again(visiting: Visit
     expect(visit.answer("base", ".end dd")).to_have_text("failed")
     expect(visit.page.locator("#prompt")).to_have_value("two")
     visit.ask(max_tokens="4")
-    assert [message["content"] for message in visit.bodies()[-1]["messages"][::2]] == ["one", "two"]
+    assert [turn["content"] for turn in visit.bodies()[-1]["messages"][::2]] == ["one", "two"]
     expect(visit.page.locator(".message")).to_have_text(["one", "two"])
 
 
@@ -195,7 +195,7 @@ def test_a_side_that_failed_goes_on_from_the_other_sides_answer(visiting: Visiti
     exact.fill("1")
     visit.ask(prompt="two")
     mixed, base = visit.bodies()[-2:]
-    assert mixed["messages"] == base["messages"] == [said("user", "one"), said("assistant", first), said("user", "two")]
+    assert mixed["messages"] == base["messages"] == [message("user", "one"), message("assistant", first), message("user", "two")]
 
 
 def test_an_empty_message_is_not_sent(talk: Visit) -> None:
@@ -210,11 +210,16 @@ def test_a_system_message_comes_first(talk: Visit) -> None:
     talk.page.get_by_label("System message").fill("Be brief.")
     talk.ask(prompt="one", max_tokens="4")
     assert talk.bodies() == [
-        {"messages": [said("system", "Be brief."), said("user", "one")], "template": "plain", "max_tokens": 4, "stream": True}
+        {
+            "messages": [message("system", "Be brief."), message("user", "one")],
+            "template": "plain",
+            "max_tokens": 4,
+            "stream": True,
+        }
     ]
 
 
-def test_what_was_asked_last_is_copied_where_nothing_new_is_written(visiting: Visiting, live: Live) -> None:
+def test_the_last_request_is_copied_if_nothing_new_is_written(visiting: Visiting, live: Live) -> None:
     visit = begin(visiting, live.url, permissions=["clipboard-read", "clipboard-write"])
     visit.ask(prompt="one", max_tokens="4")
     visit.ask(prompt="two")
@@ -222,7 +227,7 @@ def test_what_was_asked_last_is_copied_where_nothing_new_is_written(visiting: Vi
     answer = visit.text("base")
 
     def copied() -> Any:
-        visit.page.locator("#say").evaluate("(of) => { of.textContent = ''; }")
+        visit.page.locator("#say").evaluate("(element) => { element.textContent = ''; }")
         visit.page.get_by_role("button", name="Copy as curl").click()
         expect(visit.page.locator("#say")).to_have_text("Copied.")
         command = visit.page.evaluate("navigator.clipboard.readText()")
@@ -230,4 +235,4 @@ def test_what_was_asked_last_is_copied_where_nothing_new_is_written(visiting: Vi
 
     assert copied() == asked
     visit.page.locator("#prompt").fill("three")
-    assert copied() == [*asked, said("assistant", answer), said("user", "three")]
+    assert copied() == [*asked, message("assistant", answer), message("user", "three")]

@@ -1,4 +1,4 @@
-"""The viewer of the API's description in a browser: its own style leaves some things to mend."""
+"""The viewer of the API's description in a browser, with our corrections of its own style."""
 
 from collections.abc import Iterator
 
@@ -26,8 +26,9 @@ def test_code_does_not_reach_into_the_next_line(docs: Page, width: int) -> None:
     code = docs.locator(".info li code")
     expect(code).not_to_have_count(0)
     too_tall = code.evaluate_all(
-        "(all) => all.filter((of) => [...of.getClientRects()]"
-        ".some((box) => box.height > parseFloat(getComputedStyle(of.parentElement).lineHeight))).map((of) => of.textContent)"
+        "(all) => all.filter((code) => [...code.getClientRects()]"
+        ".some((box) => box.height > parseFloat(getComputedStyle(code.parentElement).lineHeight)))"
+        ".map((code) => code.textContent)"
     )
     assert too_tall == []
 
@@ -36,7 +37,7 @@ def test_code_does_not_reach_into_the_next_line(docs: Page, width: int) -> None:
 def test_a_summary_has_room(docs: Page, width: int) -> None:
     docs.set_viewport_size({"width": width, "height": 800})
     assert docs.evaluate("document.documentElement.scrollWidth") <= width
-    height = "(of) => of.getBoundingClientRect().height / parseFloat(getComputedStyle(of).fontSize)"
+    height = "(part) => part.getBoundingClientRect().height / parseFloat(getComputedStyle(part).fontSize)"
     for part in (".opblock-summary-description", ".opblock-tag small"):
         heights = docs.locator(part).evaluate_all(f"(all) => all.map({height})")
         assert heights
@@ -44,7 +45,7 @@ def test_a_summary_has_room(docs: Page, width: int) -> None:
 
 
 def test_a_route_can_be_tried(docs: Page) -> None:
-    """Under the page's own policy, whose breaches the browser would tell of."""
+    """Try a route under the page's own content security policy; the browser would report violations."""
     docs.set_viewport_size({"width": 1280, "height": 800})
     route = docs.locator(".opblock", has=docs.locator('[data-path="/health"]'))
     route.locator(".opblock-summary-control").click()

@@ -1,4 +1,4 @@
-"""The playground as files: where they are, and under which rules."""
+"""The playground's files: their paths, and the headers that they are sent with."""
 
 import hashlib
 import mimetypes
@@ -23,13 +23,13 @@ def test_the_page_is_at_the_root(live: Live) -> None:
 
 
 @pytest.mark.parametrize("name", STATIC)
-def test_a_file_is_what_its_type_says(live: Live, name: str) -> None:
+def test_a_static_file_has_the_content_type_of_its_name(live: Live, name: str) -> None:
     reply = live.client.get(f"/static/{name}")
     assert reply.content == (PLAYGROUND / "static" / name).read_bytes()
     assert reply.headers["content-type"].partition(";")[0] == mimetypes.guess_type(name)[0]
 
 
-def test_libraries_of_others_are_as_published_and_their_licences_beside_them() -> None:
+def test_vendored_libraries_are_as_published_with_their_licences() -> None:
     noted: set[str] = set()
     for licence in VENDOR.glob("*.LICENSE.txt"):
         text = licence.read_text()
@@ -41,7 +41,7 @@ def test_libraries_of_others_are_as_published_and_their_licences_beside_them() -
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/static/main.js", "/static/style.css", "/static/vendor/uPlot.iife.min.js"])
-def test_nothing_comes_from_elsewhere_and_nothing_is_guessed(live: Live, path: str) -> None:
+def test_pages_load_nothing_external_and_types_are_not_sniffed(live: Live, path: str) -> None:
     headers = live.client.get(path).headers
     rules = dict(rule.strip().partition(" ")[::2] for rule in headers["content-security-policy"].split(";"))
     assert rules["default-src"] == "'self'"
@@ -51,7 +51,7 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_guessed(live: Live, path: s
 
 
 @pytest.mark.parametrize("path", ["/", "/static/main.js"])
-def test_what_has_not_changed_is_not_sent_again(live: Live, path: str) -> None:
+def test_an_unchanged_file_is_not_sent_again(live: Live, path: str) -> None:
     first = live.client.get(path)
     assert first.headers["cache-control"] == "no-cache"
     again = live.client.get(path, headers={"if-none-match": first.headers["etag"]})
@@ -61,27 +61,27 @@ def test_what_has_not_changed_is_not_sent_again(live: Live, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/static/main.js", "/static/docs/swagger-ui.css"])
 @pytest.mark.parametrize("asked", ["bytes=-", "bytes=9999999-", "lines=1-2", "bytes=0-9", "bytes=0-1,5-9"])
-def test_ranges_are_not_known(live: Live, path: str, asked: str) -> None:
-    """Those that are not sound were refused in another shape than that of errors."""
+def test_range_requests_are_ignored(live: Live, path: str, asked: str) -> None:
+    """Regression: invalid ranges were refused in another shape than that of errors."""
     reply = live.client.get(path, headers={"range": asked})
     assert (reply.status_code, reply.content) == (200, live.client.get(path).content)
     assert reply.headers["accept-ranges"] == "none"
 
 
 @pytest.mark.parametrize("path", ["/static/", "/static/none.js", "/static/..%2findex.html", "/static/%00", "/index.html"])
-def test_what_is_no_file_of_it_is_404(live: Live, path: str) -> None:
+def test_an_unknown_static_path_is_404(live: Live, path: str) -> None:
     refusal(live.client.get(path), 404)
 
 
 @pytest.mark.parametrize("path", ["/", "/static/main.js"])
-def test_it_is_only_read(live: Live, path: str) -> None:
+def test_the_files_are_read_only(live: Live, path: str) -> None:
     reply = live.client.post(path)
     refusal(reply, 405)
     assert {method.strip() for method in reply.headers["allow"].split(",")} == {"GET", "HEAD"}
 
 
 @pytest.mark.parametrize("path", ["/health", "/nowhere", "/openapi.json", "/static/docs/swagger-ui.css"])
-def test_no_answer_is_taken_for_what_it_is_not(live: Live, path: str) -> None:
+def test_no_reply_is_sniffed_for_another_type(live: Live, path: str) -> None:
     assert live.client.get(path).headers["x-content-type-options"] == "nosniff"
 
 
@@ -91,6 +91,6 @@ def test_the_viewer_has_no_inline_script(live: Live) -> None:
     assert not re.search("<script[^>]*>[^<]", reply.text)
 
 
-def test_the_api_s_own_description_stays(live: Live) -> None:
+def test_the_page_does_not_replace_the_api_s_description(live: Live) -> None:
     assert "swagger" in live.client.get("/docs").text
     assert "/" not in live.client.get("/openapi.json").json()["paths"]

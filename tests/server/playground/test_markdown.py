@@ -1,4 +1,4 @@
-"""Answers as Markdown: what is drawn of it, and that nothing a model says becomes a program, a request or markup of its own."""
+"""Answers as Markdown: the supported elements, and that model output never becomes a program, a request or its own markup."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ HOSTILE = """<script>window.hit = 1</script>
 
 
 def answered(visiting: Visiting, live: Live, text: str, **options: Any) -> Visit:
-    """Returns a visit to a real server's page, to which that was answered, in pieces."""
+    """Return a visit to a real server's page on which `text` was answered, in pieces."""
     visit = visiting(live.url, asks="messages", **options)
     pieces = [token(text[i : i + 7]) for i in range(0, len(text), 7)]
     body = b"".join([*pieces, done(len(pieces))])
@@ -67,21 +67,21 @@ def answered(visiting: Visiting, live: Live, text: str, **options: Any) -> Visit
 
 
 def test_an_answer_is_drawn_as_markdown(visiting: Visiting, live: Live) -> None:
-    said = answered(visiting, live, RICH).answer("base", ".said")
-    expect(said.locator("h4")).to_have_text("Title")
-    expect(said.locator("em")).to_have_text("emphasis")
-    expect(said.locator("strong")).to_have_text("strength")
-    expect(said.locator("p code")).to_have_text("code")
-    expect(said.locator("p").first.locator("br")).to_have_count(1)
-    expect(said.locator("ol")).to_have_attribute("start", "3")
-    expect(said.locator("ol > li")).to_have_count(2)
-    expect(said.locator("ol ul > li")).to_have_text("deeper")
-    expect(said.locator("blockquote")).to_have_text("quoted")
-    expect(said.locator("th")).to_have_text(["a", "b"])
-    expect(said.locator("td.right")).to_have_text("2")
-    expect(said.locator("pre code")).to_have_text('print("<b>")\n')
-    expect(said.locator("hr")).to_have_count(1)
-    links = said.locator("a")
+    answer = answered(visiting, live, RICH).answer("base", ".said")
+    expect(answer.locator("h4")).to_have_text("Title")
+    expect(answer.locator("em")).to_have_text("emphasis")
+    expect(answer.locator("strong")).to_have_text("strength")
+    expect(answer.locator("p code")).to_have_text("code")
+    expect(answer.locator("p").first.locator("br")).to_have_count(1)
+    expect(answer.locator("ol")).to_have_attribute("start", "3")
+    expect(answer.locator("ol > li")).to_have_count(2)
+    expect(answer.locator("ol ul > li")).to_have_text("deeper")
+    expect(answer.locator("blockquote")).to_have_text("quoted")
+    expect(answer.locator("th")).to_have_text(["a", "b"])
+    expect(answer.locator("td.right")).to_have_text("2")
+    expect(answer.locator("pre code")).to_have_text('print("<b>")\n')
+    expect(answer.locator("hr")).to_have_count(1)
+    links = answer.locator("a")
     assert [link.get_attribute("href") for link in links.all()] == ["https://example.org/a?b=c&d=e", "mailto:a@example.org"]
     for link in links.all():
         assert link.get_attribute("rel") == "noopener noreferrer nofollow"
@@ -89,20 +89,20 @@ def test_an_answer_is_drawn_as_markdown(visiting: Visiting, live: Live) -> None:
 
 
 def test_a_product_keeps_its_asterisk(visiting: Visiting, live: Live) -> None:
-    """Of 4*3 and 5*2 both went, for what is between them is emphasis in Markdown."""
+    """Regression: 4*3 and 5*2 lost their asterisks, since Markdown took the text between them for emphasis."""
     visit = answered(visiting, live, "4*3 = 12 and 5*2 = 10, *really* **so**")
     expect(visit.answer("base", ".said p")).to_have_text("4*3 = 12 and 5*2 = 10, really so")
     expect(visit.answer("base", "em")).to_have_text("really")
     expect(visit.answer("base", "strong")).to_have_text("so")
 
 
-def test_it_is_shown_as_it_came_where_that_is_wanted(visiting: Visiting, live: Live) -> None:
+def test_an_answer_can_be_shown_as_plain_text(visiting: Visiting, live: Live) -> None:
     visit = answered(visiting, live, RICH)
     visit.page.get_by_role("radio", name="Plain text").check()
     assert visit.text("base") == RICH
     visit.page.get_by_role("radio", name="Markdown").check()
     expect(visit.answer("base", "h4")).to_have_text("Title")
-    # Each input remembers its own: a text is continued as it stands.
+    # Each input remembers its own view: a text is shown as plain text by default.
     visit.page.get_by_role("radio", name="Text", exact=True).check()
     expect(visit.page.get_by_role("radio", name="Plain text")).to_be_checked()
     visit.page.get_by_role("radio", name="Conversation").check()
@@ -110,14 +110,14 @@ def test_it_is_shown_as_it_came_where_that_is_wanted(visiting: Visiting, live: L
 
 
 @pytest.mark.parametrize("view", ["Markdown", "Plain text"])
-def test_what_a_model_says_does_nothing(visiting: Visiting, live: Live, view: str) -> None:
+def test_hostile_model_output_has_no_effect(visiting: Visiting, live: Live, view: str) -> None:
     visit = answered(visiting, live, HOSTILE)
     page = visit.page
     page.get_by_role("radio", name=view).check()
     log = page.locator("#log")
     expect(log.locator("script, img, svg, iframe, style, object, embed, form, input, [src]")).to_have_count(0)
     expect(log.locator("a")).to_have_count(0)
-    names = log.locator("*").evaluate_all("(all) => all.flatMap((of) => of.getAttributeNames())")
+    names = log.locator("*").evaluate_all("(all) => all.flatMap((element) => element.getAttributeNames())")
     assert [name for name in names if name.startswith("on")] == []
     for text in ("one", "five", "nine", "cell"):
         log.get_by_text(text).first.click()
@@ -128,7 +128,7 @@ def test_what_a_model_says_does_nothing(visiting: Visiting, live: Live, view: st
 
 
 def test_the_policy_lets_no_text_become_markup(visiting: Visiting, live: Live) -> None:
-    """Whatever a later change of the page does: the browser refuses it."""
+    """Check the browser's own protection, which holds whatever a later change of the page does."""
     visit = visiting(live.url)
     page = visit.page
     write = "() => { try { document.body.innerHTML = '<b></b>'; return ''; } catch (error) { return error.name; } }"

@@ -1,4 +1,4 @@
-"""The playground in a browser, on a real server: what it asks, what it shows, and how it takes a refusal."""
+"""The playground in a browser, on a real server: its requests, the answers and figures that it shows, and refusals."""
 
 import ast
 import json
@@ -52,7 +52,7 @@ def test_without_a_pick_the_base_answers_alone(visit: Visit) -> None:
     expect(visit.answer("mix")).to_have_count(0)
 
 
-def test_the_base_is_asked_only_where_it_is_to_be_compared(visit: Visit) -> None:
+def test_the_base_model_is_asked_only_for_a_comparison(visit: Visit) -> None:
     visit.pick("math")
     beside = visit.page.get_by_role("checkbox", name="Base model beside it")
     expect(beside).to_be_checked()
@@ -122,7 +122,7 @@ def test_an_adapter_is_dropped_and_the_others_share_evenly_again(visit: Visit) -
     expect(exact.first).to_have_value("0.5")
 
 
-def test_stop_ends_both_and_gives_their_places_back(visit: Visit, live: Live) -> None:
+def test_stop_ends_both_answers_and_frees_their_places(visit: Visit, live: Live) -> None:
     live.wait_for(running=0, waiting=0)
     visit.pick("math")
     visit.page.locator("#prompt").fill("a")
@@ -150,7 +150,7 @@ def test_a_second_run_replaces_the_first(visit: Visit, live: Live) -> None:
 def test_a_refusal_is_shown_beside_its_field(visiting: Visiting, live: Live) -> None:
     visit = visiting(live.url, allowed=(400,))
     visit.pick("math")
-    for field, value, said in (
+    for field, value, message in (
         ("max_tokens", "1000000", "exceeds the context of 4096"),
         ("max_tokens", "2.5", "found 2.5"),
         ("temperature", "-1", "found -1"),
@@ -162,17 +162,17 @@ def test_a_refusal_is_shown_beside_its_field(visiting: Visiting, live: Live) -> 
         visit.ask(**{"prompt": FOX, field: value})
         expect(control).to_have_attribute("aria-invalid", "true")
         described = visit.page.locator(f"#{control.get_attribute('aria-describedby')}")
-        expect(described).to_contain_text(said)
+        expect(described).to_contain_text(message)
         expect(visit.page.locator(FAULTS)).to_have_count(1)
         for side in ("base", "mix"):
-            expect(visit.answer(side, ".fault")).to_contain_text(said)
+            expect(visit.answer(side, ".fault")).to_contain_text(message)
             expect(visit.answer(side, ".end dd")).to_have_text("failed")
         control.fill("1")
         expect(described).to_have_count(0)
         expect(control).not_to_have_attribute("aria-invalid", "true")
 
 
-def test_a_weight_that_is_too_large_is_told_beside_it(visiting: Visiting, live: Live) -> None:
+def test_a_weight_that_is_too_large_is_refused_beside_its_field(visiting: Visiting, live: Live) -> None:
     visit = visiting(live.url, allowed=(400,))
     visit.pick("math", "safety")
     exact = visit.page.get_by_role("spinbutton", name="Exact weight of safety")
@@ -183,7 +183,7 @@ def test_a_weight_that_is_too_large_is_told_beside_it(visiting: Visiting, live: 
     assert len(visit.text("base")) == 3, "the base model's answer is there all the same"
 
 
-def test_a_refusal_without_a_field_of_the_page_is_told_above_the_buttons(visiting: Visiting, live: Live) -> None:
+def test_a_refusal_without_a_field_is_shown_above_the_buttons(visiting: Visiting, live: Live) -> None:
     visit = visiting(live.url, allowed=(400,), asks="messages")
     visit.pick("math", "intent")
     visit.ask(prompt="Hello?", max_tokens="3")
@@ -209,12 +209,12 @@ def test_the_matrix_has_the_servers_figures(visit: Visit, live: Live) -> None:
     for figure, label in (("cosine", "Cosine"), ("overlap", "Overlap"), ("sign_conflict", "Sign conflict")):
         visit.page.get_by_role("radio", name=label).check()
         cells = [cell.text_content() or "" for cell in table.get_by_role("gridcell").all()]
-        told = [None if cell == "–" else float(cell.replace("−", "-")) for cell in cells if cell]
-        assert told == [pytest.approx(v, abs=0.006) if v is not None else None for row in reply[figure] for v in row]
+        shown = [None if cell == "–" else float(cell.replace("−", "-")) for cell in cells if cell]
+        assert shown == [pytest.approx(v, abs=0.006) if v is not None else None for row in reply[figure] for v in row]
 
 
-def test_a_figure_that_is_chosen_brings_the_matrix_to_sight(visiting: Visiting, live: Live) -> None:
-    """The press was lost where the page scrolled away below it."""
+def test_choosing_a_figure_scrolls_the_matrix_into_view(visiting: Visiting, live: Live) -> None:
+    """Regression: the click was lost if the page scrolled away under the pointer."""
     page = visiting(live.url, viewport={"width": 1366, "height": 768}).page
     expect(page.get_by_role("grid")).to_have_count(0)
     box = page.locator("label", has_text="Overlap").bounding_box()
@@ -224,12 +224,12 @@ def test_a_figure_that_is_chosen_brings_the_matrix_to_sight(visiting: Visiting, 
     expect(page.get_by_role("grid")).to_be_in_viewport()
 
 
-def test_the_matrix_follows_what_is_picked(visit: Visit) -> None:
+def test_the_matrix_shows_the_picked_adapters(visit: Visit) -> None:
     visit.pick("math", "safety")
     visit.page.locator("#compare").scroll_into_view_if_needed()
     expect(visit.page.get_by_role("columnheader")).to_have_text(["math", "safety"])
     visit.pick("intent")
-    visit.page.locator("#compare").scroll_into_view_if_needed()  # picking may scroll it out of sight
+    visit.page.locator("#compare").scroll_into_view_if_needed()  # picking may scroll the matrix out of view
     expect(visit.page.get_by_role("columnheader")).to_have_text(["math", "safety", "intent"])
 
 
@@ -248,12 +248,12 @@ def test_the_matrix_is_walked_with_arrows(visit: Visit) -> None:
     expect(visit.page.locator("#matrix td[tabindex='0']")).to_have_count(1)
 
 
-def test_a_matrix_that_is_drawn_anew_keeps_the_focus(visit: Visit) -> None:
-    """It was lost where the figures of another pick came late."""
+def test_a_redrawn_matrix_keeps_the_focus(visit: Visit) -> None:
+    """Regression: the focus was lost if the figures of another pick arrived late."""
     visit.page.locator("#compare").scroll_into_view_if_needed()
     cell = visit.page.locator("#matrix td[data-row='1'][data-column='0']")
     cell.focus()
-    # As when a pick's reply comes: the pick itself would take the focus.
+    # By script, as when a pick's reply arrives: a real click would take the focus.
     pick = "for (const name of ['math', 'safety']) document.querySelector(`#adapters [title^=${name}] input`).click()"
     visit.page.evaluate(pick)
     expect(visit.page.get_by_role("columnheader")).to_have_text(["math", "safety"])
@@ -303,7 +303,7 @@ def test_the_request_is_copied_as_python(visiting: Visiting, live: Live) -> None
     }
 
 
-def test_where_the_clipboard_is_closed_the_text_is_shown(visit: Visit) -> None:
+def test_without_a_clipboard_the_text_is_shown(visit: Visit) -> None:
     visit.page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
     visit.page.locator("#prompt").fill("Hello")
     visit.page.get_by_role("button", name="Copy as curl").click()

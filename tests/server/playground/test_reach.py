@@ -1,4 +1,4 @@
-"""Whom the playground reaches: by keyboard alone, on a phone, by ear, with any eyes, without things that jump."""
+"""Accessibility of the playground: keyboard, phone, screen reader, contrast, and a stable layout."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,17 +19,17 @@ CONTROLS = {
     "button", "checkbox", "columnheader", "combobox", "gridcell", "grid", "link", "radio", "region", "rowheader", "searchbox",
     "slider", "spinbutton", "textbox", "table", "form", "dialog", "group", "list", "navigation", "article", "image", "img",
 }  # fmt: skip
-# How much of an outline or a ring the element that has the focus shows, or what stands for it: its label, its text.
+# Whether the focused element shows an outline, or its label or the text beside it does.
 RING = """
 () => {
-  const it = document.activeElement;
-  return [it, it.closest("label"), it.nextElementSibling].filter(Boolean).some((of) => {
-    const style = getComputedStyle(of);
+  const active = document.activeElement;
+  return [active, active.closest("label"), active.nextElementSibling].filter(Boolean).some((element) => {
+    const style = getComputedStyle(element);
     return style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
   });
 }
 """
-# Texts whose contrast with what is behind them is below 4.5 (WCAG 2, 1.4.3), and what the contrast is.
+# Texts whose contrast with their background is below 4.5 (WCAG 2, 1.4.3), and that contrast.
 PALE = """
 () => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
@@ -40,33 +40,33 @@ PALE = """
     return [...canvas.getImageData(0, 0, 1, 1).data];
   };
   const behind = (element) => {
-    for (let of = element; of; of = of.parentElement) {
-      const colour = rgba(getComputedStyle(of).backgroundColor);
+    for (let box = element; box; box = box.parentElement) {
+      const colour = rgba(getComputedStyle(box).backgroundColor);
       if (colour[3] === 255) return colour;
     }
     return [255, 255, 255, 255];
   };
   const linear = (value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
   const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
-  const found = [];
+  const pale = [];
   for (const element of document.querySelectorAll("body *")) {
     const isText = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
     const isShown = element.checkVisibility() && !element.closest(".unseen, .skip");
     if (!isShown || !(isText || element.matches("input, textarea, select"))) continue;
     const [one, other] = [light(rgba(getComputedStyle(element).color)), light(behind(element))];
     const contrast = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
-    if (contrast < 4.5) found.push([element.outerHTML.slice(0, 120), contrast]);
+    if (contrast < 4.5) pale.push([element.outerHTML.slice(0, 120), contrast]);
   }
-  return found;
+  return pale;
 }
 """
 
 
 def tab_to(page: Page, selector: str, key: str = "Tab") -> None:
-    """Goes on by keyboard until what fits `selector` has the focus; whatever has it on the way shows that."""
+    """Press `key` until an element that matches `selector` has the focus. Check that every focused element shows its focus."""
     for _ in range(MAX_TABS):
         page.keyboard.press(key)
-        # Into a picture's own parts, or out of the page: not ours.
+        # The focus is inside a picture or outside of the page, where the ring is not ours.
         if page.evaluate("document.activeElement === document.body"):
             continue
         assert page.evaluate(RING), page.evaluate("document.activeElement.outerHTML")
@@ -76,7 +76,7 @@ def tab_to(page: Page, selector: str, key: str = "Tab") -> None:
 
 
 def fill_all(visit: Visit) -> None:
-    """Brings every part of the page to sight: weights, a merge, messages, faults, answers, the matrix."""
+    """Show every part of the page: weights, a merge, messages, faults, answers, the matrix."""
     page = visit.page
     visit.pick("math", "safety", "intent")
     visit.ask(prompt=FOX, max_tokens="60")
@@ -92,16 +92,16 @@ def fill_all(visit: Visit) -> None:
 
 @pytest.fixture(scope="module")
 def full(browser: Browser, live: Live) -> Iterator[Visit]:
-    """A page with all its parts. What a test changes of it, it changes back."""
+    """Yield a page that shows all its parts. A test undoes its own changes of the page."""
     with visits_of(browser) as open_page:
-        # At once: a colour on its way to another is neither.
+        # Without transitions: a colour amid a transition has no meaningful contrast.
         visit = open_page(live.url, allowed=(400,), reduced_motion="reduce")
         fill_all(visit)
         yield visit
 
 
 def tree(page: Page) -> list[dict[str, Any]]:
-    """Returns what a screen reader is told: role and name of every node."""
+    """Return the accessibility tree that a screen reader gets: role and name of every node."""
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     return [
         {"role": node["role"]["value"], "name": node.get("name", {}).get("value", ""), "node": node}
@@ -110,7 +110,7 @@ def tree(page: Page) -> list[dict[str, Any]]:
     ]
 
 
-def test_all_of_it_is_done_by_keyboard_alone(visit: Visit, live: Live) -> None:
+def test_the_whole_page_works_by_keyboard_alone(visit: Visit, live: Live) -> None:
     page, keys = visit.page, visit.page.keyboard
     expect(page.locator("#adapters").get_by_role("checkbox")).to_have_count(3)
     tab_to(page, ".skip")
@@ -178,10 +178,10 @@ def test_the_first_link_leads_to_the_request(visit: Visit) -> None:
 
 def test_every_control_has_a_name(full: Visit) -> None:
     nodes = tree(full.page)
-    nameless = [of for of in nodes if of["role"] in CONTROLS and not of["name"].strip()]
-    # What a header of a table's empty corner is, and what groups nothing by itself.
-    assert [of["role"] for of in nameless if of["role"] not in ("group", "list", "gridcell")] == []
-    roles = Counter(of["role"] for of in nodes)
+    nameless = [node for node in nodes if node["role"] in CONTROLS and not node["name"].strip()]
+    # The empty corner of the table and mere groupings may be nameless.
+    assert [node["role"] for node in nameless if node["role"] not in ("group", "list", "gridcell")] == []
+    roles = Counter(node["role"] for node in nodes)
     assert roles["heading"] >= 6
     assert roles["slider"] == 3
     assert roles["gridcell"] >= 9
@@ -189,31 +189,32 @@ def test_every_control_has_a_name(full: Visit) -> None:
     assert {"banner", "main", "navigation", "form"} <= roles.keys()
 
 
-def test_names_are_of_their_own(full: Visit) -> None:
-    named = [(of["role"], of["name"]) for of in tree(full.page) if of["role"] in ("button", "textbox", "slider", "spinbutton")]
+def test_accessible_names_are_unique(full: Visit) -> None:
+    roles = ("button", "textbox", "slider", "spinbutton")
+    named = [(node["role"], node["name"]) for node in tree(full.page) if node["role"] in roles]
     assert [name for name, number in Counter(named).items() if number > 1] == []
 
 
-def test_ids_are_of_their_own_and_refer_to_something(full: Visit) -> None:
-    ids = full.page.evaluate("[...document.querySelectorAll('[id]')].map((of) => of.id)")
+def test_ids_are_unique_and_references_resolve(full: Visit) -> None:
+    ids = full.page.evaluate("[...document.querySelectorAll('[id]')].map((element) => element.id)")
     assert len(ids) == len({*ids})
     referred = full.page.evaluate(
         "['aria-labelledby', 'aria-describedby', 'for'].flatMap((name) =>"
-        " [...document.querySelectorAll(`[${name}]`)].flatMap((of) => of.getAttribute(name).split(' ')))"
+        " [...document.querySelectorAll(`[${name}]`)].flatMap((element) => element.getAttribute(name).split(' ')))"
     )
     assert referred
     assert {*referred} <= {*ids}
 
 
-def test_headings_leave_no_level_out(full: Visit) -> None:
-    levels = full.page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((of) => Number(of.tagName[1]))")
+def test_headings_skip_no_level(full: Visit) -> None:
+    levels = full.page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((heading) => Number(heading.tagName[1]))")
     assert levels[0] == 1
     assert {*levels[1:]} == {2, 3}
     assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
 
 
-def test_all_text_stands_out(full: Visit) -> None:
-    """In light and in dark colours, which are not the same."""
+def test_all_text_has_enough_contrast(full: Visit) -> None:
+    """Check the light and the dark colours, which must differ."""
     backgrounds = []
     for scheme in SCHEMES:
         full.page.emulate_media(color_scheme=scheme)
@@ -226,13 +227,14 @@ def test_all_text_stands_out(full: Visit) -> None:
     assert len({*backgrounds}) == 2
 
 
-def test_it_is_dark_from_the_start_where_that_is_preferred(visiting: Visiting, live: Live, full: Visit) -> None:
+def test_the_page_starts_dark_if_the_user_prefers_dark(visiting: Visiting, live: Live, full: Visit) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     assert visiting(live.url, color_scheme="dark").page.evaluate(background) != full.page.evaluate(background)
 
 
-def test_nothing_moves_where_that_is_not_wanted(full: Visit) -> None:
-    moving = "[...document.querySelectorAll('*')].filter((of) => parseFloat(getComputedStyle(of).transitionDuration) > 0).length"
+def test_nothing_moves_if_the_user_prefers_reduced_motion(full: Visit) -> None:
+    is_moving = "(element) => parseFloat(getComputedStyle(element).transitionDuration) > 0"
+    moving = f"[...document.querySelectorAll('*')].filter({is_moving}).length"
     assert full.page.evaluate(moving) == 0
     full.page.emulate_media(reduced_motion="no-preference")
     assert full.page.evaluate(moving) > 0
@@ -240,8 +242,8 @@ def test_nothing_moves_where_that_is_not_wanted(full: Visit) -> None:
 
 
 @pytest.mark.parametrize(("motion", "behavior"), [("no-preference", "smooth"), ("reduce", "instant")])
-def test_a_run_brings_the_answers_to_sight(visiting: Visiting, live: Live, motion: Any, behavior: str) -> None:
-    """They began 1200 pixels below a phone's top: who pressed Run saw nothing happen."""
+def test_a_run_scrolls_the_answers_into_view(visiting: Visiting, live: Live, motion: Any, behavior: str) -> None:
+    """Regression: the answers began 1200 pixels below the top of a phone, so that a press of Run had no visible effect."""
     visit = visiting(live.url, viewport=PHONE, reduced_motion=motion)
     visit.pick("math")
     visit.page.evaluate(
@@ -254,7 +256,7 @@ def test_a_run_brings_the_answers_to_sight(visiting: Visiting, live: Live, motio
     assert visit.page.evaluate("window.behavior") == behavior
 
 
-def test_where_the_answers_are_in_sight_nothing_scrolls(visiting: Visiting, live: Live) -> None:
+def test_nothing_scrolls_if_the_answers_are_in_view(visiting: Visiting, live: Live) -> None:
     visit = visiting(live.url, viewport={"width": 1280, "height": 1400})
     visit.page.evaluate("() => { window.scrollBy = () => { window.hasScrolled = true; } }")
     visit.ask(prompt=FOX, max_tokens="5")
@@ -270,21 +272,22 @@ def test_a_phone_need_not_scroll_sideways(visiting: Visiting, live: Live, is_ful
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     beyond = visit.page.evaluate(
         "[...document.querySelectorAll('button, input, select, textarea, .card')]"
-        ".filter((of) => of.checkVisibility() && of.getBoundingClientRect().right > innerWidth + 0.5).map((of) => of.outerHTML)"
+        ".filter((part) => part.checkVisibility() && part.getBoundingClientRect().right > innerWidth + 0.5)"
+        ".map((part) => part.outerHTML)"
     )
     assert beyond == []
 
 
-def test_what_is_pressed_is_large_enough(full: Visit) -> None:
-    """WCAG 2.2, 2.5.8: 24 by 24 pixels, of a control or of the label that presses it."""
+def test_pressable_controls_are_large_enough(full: Visit) -> None:
+    """Check WCAG 2.2, 2.5.8: a control, or the label that presses it, has at least 24 by 24 pixels."""
     before = full.page.viewport_size
     assert before is not None
     full.page.set_viewport_size(PHONE)
     small = full.page.evaluate(
         "[...document.querySelectorAll('button, input, select, textarea, [role=grid] td[tabindex]')]"
-        ".filter((of) => of.checkVisibility()).map((of) => (of.closest('label') ?? of))"
-        ".filter((of) => { const box = of.getBoundingClientRect(); return box.width < 24 || box.height < 24; })"
-        ".map((of) => of.outerHTML)"
+        ".filter((control) => control.checkVisibility()).map((control) => (control.closest('label') ?? control))"
+        ".filter((target) => { const box = target.getBoundingClientRect(); return box.width < 24 || box.height < 24; })"
+        ".map((target) => target.outerHTML)"
     )
     full.page.set_viewport_size(before)
     assert small == []
@@ -294,7 +297,7 @@ def test_nothing_shifts_while_answers_come(visit: Visit) -> None:
     visit.pick("math")
     visit.page.locator("#prompt").fill(FOX)
     visit.page.locator("#max_tokens").fill("1500")
-    # Not by mouse: for half a second after a press a browser does not count. That the panes open then is meant.
+    # By script: after a real click a browser ignores shifts for half a second. The shift of the opening panes is intended.
     visit.page.evaluate("document.getElementById('ask').requestSubmit()")
     expect(visit.answer("mix", ".text")).to_be_visible()
     visit.page.evaluate("new Promise((done) => setTimeout(done, 100))")
@@ -306,12 +309,12 @@ def test_nothing_shifts_while_answers_come(visit: Visit) -> None:
     assert visit.page.evaluate("window.shifts") == []
 
 
-def test_who_listens_is_told_the_beginning_and_the_end(visit: Visit) -> None:
+def test_a_screen_reader_is_told_the_beginning_and_the_end(visit: Visit) -> None:
     visit.page.evaluate(
-        "window.said = [];"
-        "new MutationObserver(() => window.said.push(document.getElementById('say').textContent))"
+        "window.announced = [];"
+        "new MutationObserver(() => window.announced.push(document.getElementById('say').textContent))"
         ".observe(document.getElementById('say'), { childList: true })"
     )
     visit.ask(prompt=FOX, max_tokens="50")
-    assert visit.page.evaluate("window.said") == ["Running.", f"Base model answers: {visit.text('base')}"]
+    assert visit.page.evaluate("window.announced") == ["Running.", f"Base model answers: {visit.text('base')}"]
     expect(visit.page.locator(".log").locator("[aria-live], [role=status], [role=log]")).to_have_count(0)

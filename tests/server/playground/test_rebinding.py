@@ -1,4 +1,4 @@
-"""A web page whose own name was made to mean this machine (DNS rebinding), in a real browser."""
+"""DNS rebinding in a real browser: a web page whose own host name resolves to this machine."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ PAGE = "page.example"
 
 @pytest.fixture(scope="module")
 def rebound() -> Iterator[Browser]:
-    """A browser to which the page's name means this machine."""
+    """Yield a browser that resolves the page's name to this machine."""
     need("chromium")
     with sync_playwright() as playwright:
         rules = f"--host-resolver-rules=MAP {PAGE} 127.0.0.1"

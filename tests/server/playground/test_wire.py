@@ -1,4 +1,4 @@
-"""The playground in a browser, above a fake of the API: what a tiny server cannot show."""
+"""The playground in a browser, on top of a fake of the API, for cases that a tiny server cannot show."""
 
 import re
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from tests.server.playground.conftest import Visit, Visiting
 from tests.server.playground.fake_api import FakeApi, done, row, served, sse, token
 from tests.server.playground.test_reach import PALE, SCHEMES
 
-# How many of a canvas's pixels are painted.
+# The number of a canvas's painted pixels.
 NUM_PAINTED = """
 (canvas) => {
-  // A copy, since Chromium warns of a canvas that is read again and again.
+  // A copy, since Chromium warns about a canvas that is read repeatedly.
   const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
   copy.drawImage(canvas, 0, 0);
   const { data } = copy.getImageData(0, 0, canvas.width, canvas.height);
@@ -39,7 +39,7 @@ def fake() -> FakeApi:
 
 @pytest.fixture(autouse=True)
 def url(fake: FakeApi) -> Iterator[str]:
-    """Is there before any page is open, and longer: a page that asks nobody has a fault."""
+    """Yield the URL of the fake. It must start before any page opens and outlive it, since an unanswered page reports errors."""
     with served(fake) as client:
         yield str(client.base_url).rstrip("/")
 
@@ -48,7 +48,7 @@ def sides(visit: Visit, label: str) -> list[str]:
     return [visit.figure(name, label) for name in ("mix", "base")]
 
 
-def test_of_thousands_of_adapters_some_are_drawn_and_all_are_found(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_of_thousands_of_adapters_some_are_drawn_and_all_are_searched(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.adapters = [row(f"adapter-{i:05}") for i in range(10_000)]
     page = visiting(url).page
     boxes = page.locator("#adapters").get_by_role("checkbox")
@@ -67,7 +67,7 @@ def test_of_thousands_of_adapters_some_are_drawn_and_all_are_found(visiting: Vis
     expect(page.get_by_role("slider", name="Weight of adapter-09999")).to_be_visible()
 
 
-def test_an_adapter_is_shown_as_it_is_and_as_it_becomes(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_an_adapter_s_row_is_updated_in_place(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.adapters = [row("math", num_requests=1234), row("safety", tier="loaded", bytes_on_disk=999, num_requests=1)]
     visit = visiting(url)
     items = visit.page.locator("#adapters li")
@@ -78,7 +78,7 @@ def test_an_adapter_is_shown_as_it_is_and_as_it_becomes(visiting: Visiting, url:
     box.focus()
     fake.adapters[0] |= {"tier": "resident", "num_requests": 1235}
     fake.adapters.append(row("new"))
-    # It asks again by itself; a run's end is a reason to.
+    # The page refreshes the list by itself, for example when a run ends.
     visit.page.locator("#prompt").press("Control+Enter")
     box.focus()
     expect(items.nth(0).locator(".tier")).to_have_text("resident")
@@ -88,14 +88,14 @@ def test_an_adapter_is_shown_as_it_is_and_as_it_becomes(visiting: Visiting, url:
     expect(box).to_be_checked()
 
 
-def test_a_page_that_is_open_asks_again(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_an_open_page_refreshes_the_list(visiting: Visiting, url: str, fake: FakeApi) -> None:
     page = visiting(url).page
     expect(page.locator("#adapters li")).to_have_count(2)
     fake.adapters.append(row("new"))
     expect(page.locator("#adapters li")).to_have_count(3)
 
 
-def test_an_adapter_of_which_little_is_told_is_shown_all_the_same(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_an_adapter_with_few_fields_is_shown(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.adapters = [{"name": "bare", "version": "0123456789ab"}, {"name": "old", "version": "ab", "rank": 8, "sparsity": 0.75}]
     fake.stream = [token("x"), sse("done", BARE_DONE)]
     visit = visiting(url)
@@ -118,19 +118,19 @@ def test_the_servers_own_timings_are_shown(visiting: Visiting, url: str, fake: F
     assert sides(visit, "Ended") == ["end of text"] * 2
 
 
-def test_a_stream_is_read_however_it_is_cut(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_a_stream_is_parsed_however_it_is_split(visiting: Visiting, url: str, fake: FakeApi) -> None:
     visit = visiting(url)
     for number, end in enumerate((b"\n", b"\r\n", b"\r")):
-        said = token(f"{number}é€")
-        text = b"".join([said, b": a comment\n\n", b"event\ndata: {}\n\n", token("\U0001f600\n\n"), done(2)])
-        # A carriage return that is last may be half of an end: only what follows it says.
+        first = token(f"{number}é€")
+        text = b"".join([first, b": a comment\n\n", b"event\ndata: {}\n\n", token("\U0001f600\n\n"), done(2)])
+        # A final carriage return may be half of a line end; only the next byte decides.
         fake.stream = [bytes([byte]) for byte in text.replace(b"\n", end) + b"\n"]
         visit.ask(prompt="x")
         assert visit.text("base") == f"{number}é€\U0001f600\n\n"
         assert visit.figure("base", "Ended") == "end of text"
 
 
-def test_what_a_model_says_is_text(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_model_output_is_shown_as_text(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.stream = [token(MARKUP), done(1, adapter=[{"name": MARKUP, "version": "1", "weight": -1.0, "policy": True}])]
     fake.adapters = [row(MARKUP)]
     visit = visiting(url)
@@ -141,7 +141,7 @@ def test_what_a_model_says_is_text(visiting: Visiting, url: str, fake: FakeApi) 
     expect(visit.page.locator("img, main script")).to_have_count(0)
 
 
-def test_an_answer_comes_as_it_is_said(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_an_answer_is_shown_as_it_streams(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.may_go_on.clear()
     visit = visiting(url)
     visit.page.locator("#prompt").fill("x")
@@ -155,7 +155,7 @@ def test_an_answer_comes_as_it_is_said(visiting: Visiting, url: str, fake: FakeA
     expect(region).not_to_have_attribute("aria-busy", "true")
 
 
-def test_an_error_within_a_stream_leaves_what_was_said(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_an_error_within_a_stream_keeps_the_text_so_far(visiting: Visiting, url: str, fake: FakeApi) -> None:
     detail = {"message": "the engine failed", "type": "InternalServerError", "param": None, "code": 500}
     fake.stream = [token("so far"), sse("error", {"error": detail})]
     visit = visiting(url)
@@ -173,7 +173,7 @@ def test_a_stream_that_ends_too_soon_is_no_answer(visiting: Visiting, url: str, 
     expect(visit.answer("base", ".fault")).to_have_text("The connection ended before the answer did.")
 
 
-def test_a_merge_is_sent_with_what_it_takes(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_a_merge_is_sent_with_its_own_options(visiting: Visiting, url: str, fake: FakeApi) -> None:
     visit = visiting(url)
     visit.pick("math", "safety")
     expect(visit.page.get_by_label("Density")).to_be_hidden()
@@ -243,7 +243,7 @@ def test_an_example_is_a_whole_request(visiting: Visiting, url: str, fake: FakeA
 
 
 @pytest.mark.parametrize(("templates", "is_chat"), [(["chat"], True), (["plain"], False)])
-def test_an_example_is_a_message_where_all_its_adapters_know_chats(
+def test_an_example_is_a_message_if_all_its_adapters_know_chats(
     visiting: Visiting, url: str, fake: FakeApi, templates: list[str], is_chat: bool
 ) -> None:
     fake.adapters = [row("math", templates=["chat", "plain"]), row("safety", templates=templates)]
@@ -260,8 +260,8 @@ def test_an_example_is_a_message_where_all_its_adapters_know_chats(
         assert merged["prompt"].startswith("Question: Mia has 4 bags")
 
 
-def test_a_link_that_sends_no_key_is_shown_where_none_is_needed(visiting: Visiting, url: str, fake: FakeApi) -> None:
-    """With keys the link to /metrics led to a 401."""
+def test_the_metrics_link_is_shown_only_if_no_key_is_needed(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    """Regression: with keys, the link to /metrics led to a 401."""
     visit = visiting(url, allowed=(401,))
     link = visit.page.get_by_role("link", name="Metrics")
     expect(link).to_be_visible()
@@ -291,8 +291,8 @@ def test_a_server_that_wants_a_key_is_given_one(visiting: Visiting, url: str, fa
     visit.ask(prompt="x")
     assert fake.bearers[-1] == "Bearer secret-1"
     assert visit.text("base") == "a b"
-    kept = visit.page.evaluate("[Object.values(sessionStorage), Object.values(localStorage), document.cookie]")
-    assert kept == [["secret-1"], [], ""]
+    stored = visit.page.evaluate("[Object.values(sessionStorage), Object.values(localStorage), document.cookie]")
+    assert stored == [["secret-1"], [], ""]
     for name in ("curl", "Python"):
         visit.page.get_by_role("button", name=f"Copy as {name}").click()
         expect(visit.page.locator(".copied")).to_have_text(f"Copy as {name}")
@@ -304,7 +304,7 @@ def test_a_server_that_wants_a_key_is_given_one(visiting: Visiting, url: str, fa
     expect(visit.page.locator("#adapters li")).to_have_count(2)
     visit.page.get_by_role("button", name="Forget it").click()
     expect(visit.page.locator("#key-hint")).to_have_text("This server wants a key. It stays in this tab.")
-    expect(visit.page.locator("#adapters li")).to_have_count(0)  # they are no matter of another key's
+    expect(visit.page.locator("#adapters li")).to_have_count(0)  # another key may not see them
 
 
 def test_a_server_without_keys_asks_for_none(visiting: Visiting, url: str) -> None:
@@ -313,7 +313,7 @@ def test_a_server_without_keys_asks_for_none(visiting: Visiting, url: str) -> No
     expect(page.get_by_label("API key")).to_be_hidden()
 
 
-def test_throughput_is_hidden_from_who_may_not_see_it(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_throughput_is_hidden_from_keys_that_may_not_monitor(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.may_monitor = False
     page = visiting(url, allowed=(403,)).page
     expect(page.locator("#live-note")).to_have_text("Charts need a key that may read /metrics.")
@@ -321,13 +321,13 @@ def test_throughput_is_hidden_from_who_may_not_see_it(visiting: Visiting, url: s
     expect(page.locator("#adapters li")).to_have_count(2)
 
 
-def test_the_charts_are_drawn_of_what_the_metrics_say(visiting: Visiting, url: str) -> None:
+def test_the_charts_show_the_metrics(visiting: Visiting, url: str) -> None:
     page = visiting(url).page
     figures = page.locator("#charts output")
     expect(figures.nth(1)).to_have_text("3")
     expect(figures.nth(2)).to_have_text("2")
     expect(figures.nth(3)).to_have_text("25%")
-    # 100 more each time, which is each two seconds at most. The first rate is known when there are two samples.
+    # The fake adds 100 tokens a scrape, at most every two seconds. The first rate needs two samples.
     expect(figures.nth(0)).to_have_text(re.compile("^[1-9]"))
     assert 0 < float(figures.nth(0).text_content() or "") <= 60
     charts = page.get_by_role("img", name="over the last 5 minutes")
@@ -340,7 +340,7 @@ def test_the_charts_are_drawn_of_what_the_metrics_say(visiting: Visiting, url: s
         assert chart.locator("canvas").evaluate(NUM_PAINTED) > 0
 
 
-def test_a_chart_tells_the_value_that_is_pointed_at(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_a_chart_shows_the_value_under_the_pointer(visiting: Visiting, url: str, fake: FakeApi) -> None:
     visit = visiting(url)
     page = visit.page
     rates, running = page.locator(".chart").nth(0), page.locator(".chart").nth(1)
@@ -354,7 +354,7 @@ def test_a_chart_tells_the_value_that_is_pointed_at(visiting: Visiting, url: str
     page.mouse.move(box["x"] + 2, box["y"] + 10)
     expect(running.locator("output")).to_have_text("3")
     expect(running.locator(".hint")).to_contain_text("ago")
-    # The oldest rate was 0, which nobody had measured.
+    # Regression: the oldest rate was 0, although it had not been measured.
     expect(rates.locator("output")).to_have_text(re.compile("^[1-9]"))
     page.mouse.move(0, 0)
     expect(running.locator("output")).to_have_text("5")
@@ -362,7 +362,7 @@ def test_a_chart_tells_the_value_that_is_pointed_at(visiting: Visiting, url: str
 
 
 def test_an_adapter_that_is_damaged_is_shown_with_its_first_fault(visiting: Visiting, url: str, fake: FakeApi) -> None:
-    """The list left it out: who had published it looked for it in vain."""
+    """Regression: the list left the adapter out, and its publisher looked for it in vain."""
     fake.faulty = [
         {"name": "broken", "faults": ["adapter_config.json: r is 0, expected at least 1", "no lora.basis", MARKUP]},
         {"name": "torn", "faults": ["adapter_model.safetensors: is cut off"]},
@@ -385,7 +385,7 @@ def test_an_adapter_that_is_damaged_is_shown_with_its_first_fault(visiting: Visi
     expect(damaged).to_have_count(0)
 
 
-def test_of_two_bases_there_is_a_cosine_alone(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_adapters_on_two_bases_have_only_a_cosine(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.adapters = [row(f"adapter-{i}") for i in range(20)]
     page = visiting(url).page
     for i in range(18):
@@ -400,23 +400,23 @@ def test_of_two_bases_there_is_a_cosine_alone(visiting: Visiting, url: str, fake
     expect(page.locator("#compare-detail")).to_contain_text("on two bases")
 
 
-def test_a_figure_stands_out_from_every_colour(visiting: Visiting, url: str, fake: FakeApi) -> None:
+def test_a_figure_has_enough_contrast_on_every_colour(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.adapters = [row(f"adapter-{i}") for i in range(16)]
     page = visiting(url, reduced_motion="reduce").page
     boxes = page.locator("#adapters").get_by_role("checkbox")
-    expect(boxes).to_have_count(16)  # `all` takes those that are there by now
+    expect(boxes).to_have_count(16)  # `all` does not wait for more
     for box in boxes.all():
         box.check()
     page.locator("#compare").scroll_into_view_if_needed()
     expect(page.get_by_role("columnheader")).to_have_count(16)
-    shares = page.evaluate("[...document.querySelectorAll('#matrix td')].map((of) => of.style.getPropertyValue('--share'))")
+    shares = page.evaluate("[...document.querySelectorAll('#matrix td')].map((cell) => cell.style.getPropertyValue('--share'))")
     assert {f"{10 * i:.1f}%" for i in range(11)} <= {*shares}
     for scheme in SCHEMES:
         page.emulate_media(color_scheme=scheme)
         assert page.evaluate(PALE) == [], scheme
 
 
-def test_a_server_that_is_gone_is_told(visiting: Visiting, fake: FakeApi) -> None:
+def test_a_server_that_is_gone_is_reported(visiting: Visiting, fake: FakeApi) -> None:
     with served(fake) as client:
         visit = visiting(str(client.base_url).rstrip("/"))
         expect(visit.page.locator("#adapters li")).to_have_count(2)
@@ -427,7 +427,7 @@ def test_a_server_that_is_gone_is_told(visiting: Visiting, fake: FakeApi) -> Non
     visit.faults[:] = [fault for fault in visit.faults if "ERR_CONNECTION" not in fault]
 
 
-def test_a_proxys_refusal_that_is_no_json_is_told(visiting: Visiting, url: str) -> None:
+def test_a_proxy_s_refusal_without_json_is_shown(visiting: Visiting, url: str) -> None:
     visit = visiting(url, allowed=(502,))
     visit.page.route("**/generate", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
     visit.ask(prompt="x")

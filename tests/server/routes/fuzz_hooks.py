@@ -1,4 +1,4 @@
-"""Loaded by schemathesis: what it may send this server, and what it may hear. Named by SCHEMATHESIS_HOOKS."""
+"""Hooks of schemathesis, which loads this module by SCHEMATHESIS_HOOKS: changes of its requests, and checks of the replies."""
 
 import re
 import zlib
@@ -9,13 +9,13 @@ import schemathesis
 NAMES = ("math", "safety", "intent")
 MODELS = ("tiny", *NAMES, "math+safety", "math:0.7+safety:-0.3")
 ALIAS = "-alias"
-"""What names of adapters end in that are made and deleted."""
+"""The suffix of adapter names that the fuzzed requests create and delete."""
 NUM_TOKENS = 257
 MAX_TOKENS = 8
 CONTENT = re.compile(
     "|".join(
         (
-            # Fields that do not go together: JSON Schema could say it, at the cost of everybody who reads it.
+            # Fields that exclude each other. JSON Schema could express that, at the cost of a readable schema.
             "'density' is for",
             "'merge_seed' is for",
             "'weights' (is for|needs)",
@@ -27,7 +27,7 @@ CONTENT = re.compile(
             "is beside the (model|weights)",
             "ignore_eos: cannot stand beside",
             "max_tokens: is 0 without echo",
-            # What is right for another model, tokenizer, template or store than this one.
+            # Values that would be right for another model, tokenizer, template or store.
             "exceeds the context",
             "and the context holds",
             "expected 0 to",
@@ -47,14 +47,14 @@ CONTENT = re.compile(
             "has already been loaded",
             "needs to be provided|must be provided",
             "expected false: no adapter here",
-            # An integer of JSON Schema that no 64 bits hold.
+            # An integer of JSON Schema that does not fit in 64 bits.
             "valid integer, found -?[0-9.]+e",
-            # What schemathesis writes to try a length does not keep to the pattern.
+            # The values with which schemathesis tests a length do not match the pattern.
             "^(hub_id|revision): String should match pattern",
-            # A schema, a regular expression or a grammar is more than a text of JSON Schema.
+            # JSON Schema describes a schema, a regular expression or a grammar only as a string.
             "that an answer could follow",
             "surrogate pair",
-            # A form's files are more than bytes.
+            # JSON Schema describes a form's files only as bytes.
             "^(config|weights|card|name|body)",
             "adapter_config",
         )
@@ -64,15 +64,15 @@ CONTENT = re.compile(
 
 @schemathesis.hook
 def before_call(_: schemathesis.HookContext, case: schemathesis.Case, __: dict[str, Any]) -> None:
-    """Makes most of what fits the schema something that this server can answer, and soon; else most is of unknown names."""
+    """Change most requests that fit the schema so that this server can answer them soon. Otherwise most name unknown adapters."""
     if case.meta is None or not case.meta.generation.mode.is_positive:
         return
-    body, is_kept = case.body, _hash((case.body, case.query, case.path_parameters)) % 4 == 0
+    body, is_unchanged = case.body, _hash((case.body, case.query, case.path_parameters)) % 4 == 0
     if isinstance(body, dict) and body.get("timeout_s"):
-        body["timeout_s"] = max(60, body["timeout_s"])  # to answer 504 is right where the client has no time
+        body["timeout_s"] = max(60, body["timeout_s"])  # a 504 is right if the client's own timeout is too short
     if case.method == "DELETE" and case.path_parameters.get("name") in NAMES:
-        case.path_parameters["name"] += ALIAS  # or there would soon be nothing to ask
-    if is_kept:
+        case.path_parameters["name"] += ALIAS  # or no adapter would be left soon
+    if is_unchanged:
         return
     if case.path.endswith("/alias"):
         case.path_parameters["name"] = _pick(NAMES, case.path_parameters["name"]) + ALIAS
@@ -92,7 +92,7 @@ def _make_answerable(body: dict[str, Any]) -> None:
             body[field] = _pick(NAMES, body[field])
         elif body.get(field):
             named = zip(body[field], NAMES, strict=False)
-            body[field] = [of | {"name": name} if isinstance(of, dict) else name for of, name in named]
+            body[field] = [item | {"name": name} if isinstance(item, dict) else name for item, name in named]
     for field in ("max_tokens", "max_completion_tokens", "min_tokens"):
         if body.get(field):
             body[field] = body[field] % MAX_TOKENS + 1
@@ -104,7 +104,7 @@ def _make_answerable(body: dict[str, Any]) -> None:
 
 
 def _unfit(body: dict[str, Any]) -> set[str]:
-    # Fields that would have the body refused beside its others.
+    # Fields for which the body would be refused because of its other fields.
     merge = body.get("merge")
     unfit = {"logit_bias", "weights", "best_of", "grammar" if body.get("ignore_eos") else "ignore_eos"}
     unfit |= {"density"} if merge == "linear" else set()
@@ -117,7 +117,7 @@ def _unfit(body: dict[str, Any]) -> set[str]:
 
 def _tokens(value: Any) -> Any:
     if isinstance(value, list):
-        return [_tokens(of) for of in value]
+        return [_tokens(item) for item in value]
     return int(value) % NUM_TOKENS if isinstance(value, int | float) else value
 
 
@@ -130,20 +130,20 @@ def _hash(value: object) -> int:
 
 
 @schemathesis.check
-def what_fits_the_schema_is_refused_for_its_content_alone(
+def a_request_that_fits_the_schema_is_refused_only_for_its_content(
     _: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
 ) -> None:
-    """A 400 to what fits the schema must be one of those that no schema could say."""
+    """Check that a 400 to a request that fits the schema has a reason that no schema can express."""
     if response.status_code == 400 and case.meta is not None and case.meta.generation.mode.is_positive:
         message = response.json()["error"]["message"]
-        assert CONTENT.search(message), f"no reason of content: {message}"
+        assert CONTENT.search(message), f"a reason that the schema should express: {message}"
 
 
 @schemathesis.check
 def every_refusal_has_the_shape_of_errors(
     _: schemathesis.CheckContext, response: schemathesis.Response, __: schemathesis.Case
 ) -> None:
-    """Whatever is refused is refused in one form."""
+    """Check that every refusal has the same shape."""
     if response.status_code >= 400:
         error = response.json()["error"]
         assert error["code"] == response.status_code

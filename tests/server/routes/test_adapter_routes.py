@@ -1,4 +1,4 @@
-"""Adapters that come, change and go, over a socket: what each route does, and what it refuses."""
+"""The routes that add, change and remove adapters, over a socket: their effects and their refusals."""
 
 import shutil
 import threading
@@ -22,15 +22,17 @@ from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.rig import write_adapter
 from tests.server.routes.test_http import refusal
 
+MODULE_FIELDS = ("module", "num_rows", "num_entries", "num_kept", "density", "empty_rows", "max_abs")
+
 
 @pytest.fixture(scope="module")
 def office(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
-    """A server that was started with an empty store. Each test has names of its own."""
-    with open_office(writer_model, writer, tmp_path_factory.mktemp("office"), max_rank=8) as found:
-        yield found
+    """Yield a server that was started with an empty store. Each test uses its own names."""
+    with open_office(writer_model, writer, tmp_path_factory.mktemp("office"), max_rank=8) as opened:
+        yield opened
 
 
-def test_an_upload_is_served_at_once_as_what_it_is(office: Office) -> None:
+def test_an_upload_is_served_at_once(office: Office) -> None:
     folder = office.draft("first", 1)
     (folder / "README.md").write_text("# The *first*")
     reply = office.upload("first", folder)
@@ -60,22 +62,19 @@ def test_an_adapter_is_shown_with_its_card_and_modules(office: Office) -> None:
     folder = office.store.find("shown").folder
     write_record(folder, read_config(folder), "# A card")
     office.client.put("/adapters/shown-too/alias", json={"adapter": "shown"}).raise_for_status()
-    found = office.client.get("/adapters/shown").json()
+    detail = office.client.get("/adapters/shown").json()
     row = office.row("shown")
     assert row
-    assert {key: found[key] for key in row} == row
-    assert (found["versions"], found["aliases"], found["card"]) == ([adapter.version], ["shown-too"], "# A card")
-    assert (found["targets"], found["basis"]) == (list(adapter.config.target_modules), "seed 0, stream 0")
-    expected = [
-        {key: getattr(of, key) for key in ("module", "num_rows", "num_entries", "num_kept", "density", "empty_rows", "max_abs")}
-        for of in statistics(adapter)
-    ]
-    assert [{key: of[key] for key in expected[0]} for of in found["modules"]] == expected
-    assert found["total"]["num_kept"] == adapter.nnz
-    assert found["total"]["norm_delta"] > 0
+    assert {key: detail[key] for key in row} == row
+    assert (detail["versions"], detail["aliases"], detail["card"]) == ([adapter.version], ["shown-too"], "# A card")
+    assert (detail["targets"], detail["basis"]) == (list(adapter.config.target_modules), "seed 0, stream 0")
+    expected = [{key: getattr(module, key) for key in MODULE_FIELDS} for module in statistics(adapter)]
+    assert [{key: module[key] for key in expected[0]} for module in detail["modules"]] == expected
+    assert detail["total"]["num_kept"] == adapter.nnz
+    assert detail["total"]["norm_delta"] > 0
 
 
-def test_a_new_version_is_what_the_name_means_and_the_old_one_is_asked_for_by_version(office: Office) -> None:
+def test_a_name_means_its_new_version_and_the_old_one_is_reached_by_version(office: Office) -> None:
     old, new = office.have("moving", 3), office.have("moving", 4)
     assert office.generate("moving")["adapter"][0]["version"] == new.version
     assert office.generate(f"moving@{old.version}")["adapter"][0]["version"] == old.version
@@ -85,13 +84,13 @@ def test_a_new_version_is_what_the_name_means_and_the_old_one_is_asked_for_by_ve
     assert [row["name"] for row in office.client.get("/adapters").json()["adapters"]].count("moving") == 1
 
 
-def test_the_same_again_changes_nothing(office: Office) -> None:
+def test_the_same_upload_again_changes_nothing(office: Office) -> None:
     adapter = office.have("same", 5)
     assert office.upload("same", office.draft("same", 5)).status_code == 201
     assert office.client.get("/adapters/same").json()["versions"] == [adapter.version]
 
 
-def test_a_name_goes_back_to_a_version_by_an_alias(office: Office) -> None:
+def test_an_alias_moves_a_name_back_to_an_earlier_version(office: Office) -> None:
     old, new = office.have("back", 6), office.have("back", 7)
     row = office.client.put("/adapters/back/alias", json={"adapter": f"back@{old.version}"}).json()
     assert row["version"] == old.version
@@ -100,7 +99,7 @@ def test_a_name_goes_back_to_a_version_by_an_alias(office: Office) -> None:
     assert office.store.find("back").version == old.version
 
 
-def test_an_alias_means_what_it_was_told_and_moves(office: Office) -> None:
+def test_an_alias_names_an_adapter_or_a_version_and_can_be_moved(office: Office) -> None:
     one, other = office.have("one", 8), office.have("other", 9)
     for reference, adapter in (("one", one), (f"other@{other.version}", other)):
         row = office.client.put("/adapters/either/alias", json={"adapter": reference}).json()
@@ -114,7 +113,7 @@ def test_an_alias_means_what_it_was_told_and_moves(office: Office) -> None:
     assert "'either' is an alias" in error["message"]
     error = refusal(office.client.delete("/adapters/other"), 409)
     assert "'either' means other@" in error["message"]
-    assert office.generate("other")["adapter"][0]["version"] == other.version, "who is refused has lost nothing"
+    assert office.generate("other")["adapter"][0]["version"] == other.version, "a refused deletion changes nothing"
     for action in ("pin", "load", "unpin"):
         assert office.post(f"/adapters/either/{action}").json()["name"] == "either"
     assert office.client.delete("/adapters/either").json() == {"name": "either", "versions": [], "num_using": 0}
@@ -123,7 +122,7 @@ def test_an_alias_means_what_it_was_told_and_moves(office: Office) -> None:
     assert office.client.delete("/adapters/other").status_code == 200
 
 
-def test_what_is_unloaded_is_gone_and_comes_back(office: Office) -> None:
+def test_an_unloaded_adapter_is_gone_until_it_is_loaded_again(office: Office) -> None:
     old, new = office.have("away", 10), office.have("away", 11)
     before = office.num_resident
     text = office.generate("away")["text"]
@@ -141,7 +140,7 @@ def test_what_is_unloaded_is_gone_and_comes_back(office: Office) -> None:
     assert office.generate(f"away@{old.version}")["adapter"][0]["version"] == old.version
 
 
-def test_a_version_is_unloaded_alone(office: Office) -> None:
+def test_one_version_can_be_unloaded_alone(office: Office) -> None:
     old, new = office.have("partly", 12), office.have("partly", 13)
     error = refusal(office.post(f"/adapters/partly@{new.version}/unload"), 409)
     assert f"partly@{new.version} is what 'partly' means" in error["message"]
@@ -150,7 +149,7 @@ def test_a_version_is_unloaded_alone(office: Office) -> None:
     assert office.generate("partly")["adapter"][0]["version"] == new.version
 
 
-def test_what_is_deleted_is_gone_for_good(office: Office) -> None:
+def test_a_deleted_adapter_is_gone_for_good(office: Office) -> None:
     old, new = office.have("gone", 14), office.have("gone", 15)
     refusal(office.client.delete(f"/adapters/gone@{new.version}"), 409)
     assert office.client.delete(f"/adapters/gone@{old.version}").json()["versions"] == [old.version]
@@ -163,11 +162,11 @@ def test_what_is_deleted_is_gone_for_good(office: Office) -> None:
     assert office.ask("gone").status_code == 404
 
 
-def test_an_alias_of_what_is_being_deleted_is_not_written(office: Office) -> None:
-    """Was written, and refused: then the files could not be deleted, and were served again after the next start."""
+def test_an_alias_of_an_adapter_under_deletion_is_not_written(office: Office) -> None:
+    """Regression: the alias was written, then refused. The files could not be deleted, and were served again after a restart."""
     office.have("doomed", 44)
     is_over = threading.Event()
-    office.service.engine._commands.put(lambda _: is_over.wait(LIMIT_S))  # the request cannot end before
+    office.service.engine._commands.put(lambda _: is_over.wait(LIMIT_S))  # the request cannot end earlier
     with ThreadPoolExecutor(1) as pool:
         try:
             asked = pool.submit(office.ask, "doomed")
@@ -182,14 +181,14 @@ def test_an_alias_of_what_is_being_deleted_is_not_written(office: Office) -> Non
     wait_until(lambda: not office.store.versions("doomed"), "the files to go")
 
 
-def test_what_is_unloaded_can_be_deleted(office: Office) -> None:
+def test_an_unloaded_adapter_can_be_deleted(office: Office) -> None:
     office.have("hidden", 16)
     office.post("/adapters/hidden/unload")
     assert office.client.delete("/adapters/hidden").status_code == 200
     assert office.store.versions("hidden") == []
 
 
-def test_a_folder_that_training_left_is_loaded_and_loaded_again(office: Office) -> None:
+def test_a_folder_written_by_training_is_loaded_and_reloaded(office: Office) -> None:
     place = office.store.root / "trained"
     first = write_adapter(place, office.base, seed=17)
     assert office.ask("trained").status_code == 404
@@ -198,14 +197,14 @@ def test_a_folder_that_training_left_is_loaded_and_loaded_again(office: Office) 
     second = write_adapter(place, office.base, seed=18)
     assert office.post("/adapters/trained/load").json()["version"] == second.version
     assert office.generate("trained")["text"] != text
-    assert office.client.get("/adapters/trained").json()["versions"] == [second.version], "the first is nowhere any more"
+    assert office.client.get("/adapters/trained").json()["versions"] == [second.version], "the first version is overwritten"
     third = office.have("trained", 19)
     assert office.client.get("/adapters/trained").json()["versions"] == [third.version, second.version]
     assert office.generate(f"trained@{second.version}")["adapter"][0]["version"] == second.version
 
 
-def test_a_folder_that_is_renamed_when_a_version_comes_is_still_read(office: Office) -> None:
-    """What was admitted before has the folder's old name."""
+def test_a_folder_renamed_by_a_new_version_is_still_read(office: Office) -> None:
+    """Check requests that were admitted before the renaming and know the folder's old name."""
     first = write_adapter(office.store.root / "renamed", office.base, seed=20)
     office.post("/adapters/renamed/load")
     plain = office.service.registry.by_name["renamed"]
@@ -218,7 +217,7 @@ def test_a_folder_that_is_renamed_when_a_version_comes_is_still_read(office: Off
     assert office.client.get("/adapters/renamed").json()["modules"]
 
 
-def test_a_pinned_adapter_stays_resident_whatever_it_means(office: Office) -> None:
+def test_a_pinned_name_stays_resident_across_versions(office: Office) -> None:
     old = office.have("kept", 22)
     assert office.post("/adapters/kept/pin").json()["is_pinned"] is True
     residents = office.service.engine._engine.adapter_cache.residents
@@ -239,14 +238,14 @@ def test_a_pinned_adapter_stays_resident_whatever_it_means(office: Office) -> No
     assert office.client.delete("/adapters/kept").status_code == 200
 
 
-def test_what_a_tenants_policy_needs_is_not_withdrawn(office: Office) -> None:
+def test_an_adapter_of_a_tenant_s_policy_cannot_be_withdrawn(office: Office) -> None:
     old, new = office.have("guard", 24), office.have("guard", 25)
     try:
         office.service.required = lambda: ["guard"]
         for request in ("POST /adapters/guard/unload", "DELETE /adapters/guard"):
             error = refusal(office.client.request(*request.split()), 409)
             assert "'guard' is added to all requests of a tenant" in error["message"]
-        assert office.client.delete(f"/adapters/guard@{old.version}").status_code == 200, "nobody needs this version"
+        assert office.client.delete(f"/adapters/guard@{old.version}").status_code == 200, "no policy needs this version"
         newest = office.have("guard", 26)
         office.service.required = lambda: [f"guard@{new.version[:5]}"]
         refusal(office.client.delete(f"/adapters/guard@{new.version}"), 409)
@@ -274,13 +273,15 @@ def test_the_list_is_in_order_and_comes_in_pages(office: Office) -> None:
     refusal(office.client.get("/adapters?limit=0"), 400)
 
 
-def test_a_caller_sees_what_it_may_use_alone(office: Office) -> None:
+def test_a_caller_sees_only_the_adapters_it_may_use(office: Office) -> None:
     office.have("open-1", 28)
     office.have("secret", 29)
     office.client.put("/adapters/open-2/alias", json={"adapter": "secret"}).raise_for_status()
     rows = office.client.get("/adapters", headers=GUEST).json()["adapters"]
     assert [row["name"] for row in rows] == ["open-1", "open-2"]
-    assert {(row["num_using"], row["last_used"], row["num_requests"]) for row in rows} == {(None, None, None)}, "others' use"
+    assert {(row["num_using"], row["last_used"], row["num_requests"]) for row in rows} == {(None, None, None)}, (
+        "the use by other callers is hidden"
+    )
     hidden = refusal(office.client.get("/adapters/secret", headers=GUEST), 404)
     absent = refusal(office.client.get("/adapters/sacred", headers=GUEST), 404)
     assert hidden["message"].replace("secret", "sacred") == absent["message"]
@@ -291,8 +292,8 @@ def test_a_caller_sees_what_it_may_use_alone(office: Office) -> None:
 
 
 @pytest.mark.slow
-def test_who_waits_for_details_takes_no_thread_from_others(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are 40 threads, and admission needs one."""
+def test_waiting_for_details_takes_no_thread_from_other_requests(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send 60 requests for details: there are 40 threads, and admission needs one of them."""
     office.have("slow", 40)
     may_go_on = threading.Event()
 
@@ -353,7 +354,7 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 @pytest.mark.parametrize("request_line", [line for line in CHANGES if "math" in line] + ["GET /adapters/math"])
-def test_what_is_no_name_touches_nothing(office: Office, request_line: str, name: str) -> None:
+def test_an_invalid_adapter_name_changes_nothing(office: Office, request_line: str, name: str) -> None:
     method, path = request_line.split()
     before = sorted(office.store.root.rglob("*"))
     reply = office.client.request(method, path.replace("math", name), json={"adapter": "nobody"})
@@ -363,7 +364,7 @@ def test_what_is_no_name_touches_nothing(office: Office, request_line: str, name
 
 
 @pytest.mark.parametrize("reference", ["../secret", "/etc/passwd", "a/b", "secret@..", "", "\0", "x" * 300])
-def test_an_alias_means_no_path(office: Office, reference: str) -> None:
+def test_an_alias_cannot_name_a_path(office: Office, reference: str) -> None:
     assert refusal(office.client.put("/adapters/path/alias", json={"adapter": reference}), 400)["param"] == "adapter"
 
 
@@ -379,7 +380,7 @@ def test_the_api_describes_uploads(office: Office) -> None:
     assert {"200", "202"} <= set(paths["/adapters/{name}"]["delete"]["responses"])
 
 
-def test_a_damaged_folder_is_not_loaded_and_all_its_faults_are_told(office: Office) -> None:
+def test_a_damaged_folder_is_not_loaded_and_all_its_faults_are_reported(office: Office) -> None:
     write_adapter(office.store.root / "torn", office.base, seed=30)
     (office.store.root / "torn" / WEIGHTS_FILE).write_bytes(b"nothing of the kind")
     config = office.store.root / "torn" / CONFIG_FILE

@@ -1,4 +1,4 @@
-"""What is uploaded, or fetched from the hub, is taken whole or refused whole; and how much of it is read."""
+"""Uploads and fetches from the hub: each is accepted whole or refused whole, within the limits on its size."""
 
 import json
 import os
@@ -30,19 +30,19 @@ MAX_BODY = 4096
 
 @pytest.fixture(scope="module")
 def office(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
-    """A server for adapters of rank 6 at most, that loads from the hub."""
+    """Yield a server for adapters of rank 6 at most that may fetch from the hub."""
     place = tmp_path_factory.mktemp("uploads")
     settings = {"max_rank": 6, "max_upload_bytes": MAX_UPLOAD, "max_body_bytes": MAX_BODY, "hub": True}
-    with open_office(writer_model, writer, place, **settings) as found:
-        yield found
+    with open_office(writer_model, writer, place, **settings) as opened:
+        yield opened
 
 
 @pytest.fixture
 def unchanged(office: Office) -> Iterator[None]:
-    """Asserts that a test leaves the store, and what can be asked for, as it was."""
+    """Assert that a test leaves the store and the list of adapters as they were."""
 
     def state() -> tuple[Any, ...]:
-        # Scratch is hidden, and hidden files are listed too. A lock may stay as a file that nobody holds.
+        # Hidden files, such as temporary ones, are listed too. The file of a released lock may stay.
         files = {path for path in office.store.root.rglob("*") if path.parent.name != LOCKS_FOLDER}
         return [*office.store.list()], office.client.get("/adapters").json(), files - {office.store.root / LOCKS_FOLDER}
 
@@ -52,7 +52,7 @@ def unchanged(office: Office) -> Iterator[None]:
 
 
 def changed(folder: Path, **section: Any) -> bytes:
-    """Returns the config of an adapter with other fields, sealed: sound by itself."""
+    """Return the config of an adapter with changed fields, sealed so that it is sound by itself."""
     config = read_config(folder)
     lori = config.lori.model_copy(update={key: value for key, value in section.items() if key != "r"})
     _, content = seal_config("x", config.model_copy(update={"lori": lori} | ({"r": section["r"]} if "r" in section else {})))
@@ -60,13 +60,13 @@ def changed(folder: Path, **section: Any) -> bytes:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_form_lacks_nothing_and_has_nothing_more(office: Office) -> None:
+def test_a_form_with_missing_or_unknown_fields_is_refused(office: Office) -> None:
     folder = office.draft("form", 1)
     files = {"config": (folder / CONFIG_FILE).read_bytes(), "weights": (folder / WEIGHTS_FILE).read_bytes()}
     for field in ("name", "config", "weights"):
         error = refusal(office.send({"name": "form"} | files | {field: None}), 400)
         assert (error["param"], error["message"]) == (field, f"{field}: is missing")
-    for fields, param, said in (
+    for fields, param, message in (
         ({"path": "/etc/passwd"}, "path", "unknown field"),
         ({"adapter_config.json": b"{}"}, "adapter_config.json", "unknown field"),
         ({"": "x"}, "", "unknown field"),
@@ -75,7 +75,7 @@ def test_a_form_lacks_nothing_and_has_nothing_more(office: Office) -> None:
     ):
         reply = office.send({"name": "form"} | files | fields)
         error = refusal(reply, 413 if param is None else 400)
-        assert said in error["message"]
+        assert message in error["message"]
         assert error["param"] == param
     twice = [("config", ("c", b"{}")), ("config", ("c", b"{}")), ("weights", ("w", b""))]
     error = refusal(office.client.post("/adapters", data={"name": "form"}, files=twice), 400)
@@ -86,14 +86,14 @@ def test_a_form_lacks_nothing_and_has_nothing_more(office: Office) -> None:
     "name", ["../form", "/form", "a/b", "..", "Form", "form@123", "", " form", "f" * 65, "f" * 100_000, "for\0m", "fôrm"]
 )
 @pytest.mark.usefixtures("unchanged")
-def test_no_name_is_a_path(office: Office, name: str) -> None:
+def test_a_name_that_is_a_path_is_refused(office: Office, name: str) -> None:
     error = refusal(office.upload(name, office.draft("form", 1)), 400)
     assert error["param"] == "name"
     assert len(error["message"]) < 1000
 
 
-def test_a_name_of_a_file_in_the_form_is_of_no_consequence(office: Office) -> None:
-    """The helper calls each `../field`."""
+def test_the_file_names_in_a_form_are_ignored(office: Office) -> None:
+    """Upload files that `Office.send` names `../field`."""
     office.have("traversal", 2)
     assert {path.name for path in office.store.find("traversal").folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
     assert not (office.store.root.parent / "config").exists()
@@ -128,7 +128,7 @@ def test_a_malformed_body_is_refused(office: Office, body: bytes, content_type: 
 
 @pytest.mark.usefixtures("unchanged")
 def test_a_file_with_very_many_faults_is_refused_in_few_words(office: Office, caplog: pytest.LogCaptureFixture) -> None:
-    """The answer had 38 MB."""
+    """Regression: the answer had 38 MB."""
     folder = office.draft("many", 3)
     config = json.loads((folder / CONFIG_FILE).read_bytes())
     for more in ({f"field-{i}": i for i in range(20_000)}, {"x" * 500_000: 1}, {"base_model_name_or_path": ["x" * 500_000]}):
@@ -173,7 +173,7 @@ def test_a_bad_file_is_refused_with_the_list_of_its_faults(office: Office) -> No
     assert len(error["faults"]) >= 2
     assert any("content digest is" in fault for fault in error["faults"])
     assert any("it was changed, or is damaged" in fault for fault in error["faults"])
-    for changes, said in (
+    for changes, message in (
         ({"config": b"{}"}, "base_model_name_or_path"),
         ({"config": b"\xff\xfe"}, "JSON"),
         ({"config": b"[" * 100_000}, "JSON"),
@@ -182,14 +182,14 @@ def test_a_bad_file_is_refused_with_the_list_of_its_faults(office: Office) -> No
         ({"config": b"", "weights": b""}, "JSON"),
         ({"config": changed(folder, base_digest="1" * 64)}, "trained on the base"),
     ):
-        found = office.upload("bad", folder, **changes)
-        assert found.status_code == 400, found.text
-        assert any(said in fault for fault in found.json()["error"]["faults"]), found.text
+        refused = office.upload("bad", folder, **changes)
+        assert refused.status_code == 400, refused.text
+        assert any(message in fault for fault in refused.json()["error"]["faults"]), refused.text
     assert office.ask("bad").status_code == 404
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_rank_that_nothing_was_prepared_for_is_told_with_the_flag(office: Office) -> None:
+def test_a_rank_above_max_rank_is_refused_with_the_flag(office: Office) -> None:
     error = refusal(office.upload("high", office.draft("high", 5, rank=7)), 409)
     assert (
         error["message"] == "'high' cannot be served now: it has rank 7, expected 6 at most: start the server with --max-rank 7"
@@ -197,8 +197,8 @@ def test_a_rank_that_nothing_was_prepared_for_is_told_with_the_flag(office: Offi
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_rank_that_nobody_can_serve_costs_nothing(office: Office) -> None:
-    """A was drawn for it first."""
+def test_an_impossible_rank_is_refused_before_its_basis_is_drawn(office: Office) -> None:
+    """Regression: A was drawn for the adapter before it was refused."""
     folder = office.draft("hostile", 6)
     content = json.loads(changed(folder))
     content["r"] = 4096
@@ -207,13 +207,13 @@ def test_a_rank_that_nobody_can_serve_costs_nothing(office: Office) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_basis_that_nothing_was_prepared_for_is_told(office: Office) -> None:
+def test_an_unprepared_basis_is_refused(office: Office) -> None:
     error = refusal(office.upload("basis", office.draft("basis", 7, stream=5)), 409)
     assert "it is on the basis (seed 0, stream 5), expected (seed 0, stream 0)" in error["message"]
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_an_adapter_with_an_a_of_its_own_is_told_how_it_moves(office: Office) -> None:
+def test_an_adapter_with_its_own_a_is_refused(office: Office) -> None:
     adapter = AdapterStore(office.draft("own", 8).parent).find("own-8").load()
     tensors = {m: adapter.basis.draw(m, 4, adapter.shape_of(m)[1]) * 2 for m in adapter.modules}
     basis = Explicit.from_tensors(tensors)
@@ -224,7 +224,7 @@ def test_an_adapter_with_an_a_of_its_own_is_told_how_it_moves(office: Office) ->
     assert "its own A" in refusal(office.upload("own", office.drafts / "own-a"), 409)["message"]
 
 
-def test_a_peft_export_of_ours_is_taken_for_what_it_is(office: Office) -> None:
+def test_our_own_peft_export_is_recognized(office: Office) -> None:
     folder = office.draft("peft", 9)
     adapter = AdapterStore(folder.parent).find(folder.name).load()
     export_peft(adapter, office.drafts / "peft-9-exported")
@@ -238,7 +238,7 @@ def test_a_peft_export_of_ours_is_taken_for_what_it_is(office: Office) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_an_upload_too_long_is_413_as_it_comes(office: Office) -> None:
+def test_an_upload_that_grows_too_long_is_413(office: Office) -> None:
     def chunks() -> Iterator[bytes]:
         yield b'--b\r\nContent-Disposition: form-data; name="weights"; filename="w"\r\n\r\n'
         for _ in range(5):
@@ -250,17 +250,17 @@ def test_an_upload_too_long_is_413_as_it_comes(office: Office) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_json_body_is_not_as_long_as_an_upload(office: Office) -> None:
+def test_a_json_body_has_a_shorter_limit_than_an_upload(office: Office) -> None:
     body = json.dumps({"hub_id": "a/b", "name": "x" * MAX_BODY}).encode()
     reply = office.client.post("/adapters", content=body, headers={"content-type": "application/json"})
     assert str(MAX_BODY) in refusal(reply, 413)["message"]
 
 
 def head(office: Office, length: int, headers: dict[str, str]) -> socket.socket:
-    """Says that an upload of `length` bytes comes, and sends none of it."""
+    """Send the headers of an upload of `length` bytes, and no body; return the connection."""
     connection = socket.create_connection((office.client.base_url.host, office.client.base_url.port or 0), timeout=LIMIT_S)
-    told = {"host": "x", "content-type": "multipart/form-data; boundary=b", "content-length": str(length)} | headers
-    lines = ["POST /adapters HTTP/1.1", *(f"{key}: {value}" for key, value in told.items()), "", ""]
+    fields = {"host": "x", "content-type": "multipart/form-data; boundary=b", "content-length": str(length)} | headers
+    lines = ["POST /adapters HTTP/1.1", *(f"{key}: {value}" for key, value in fields.items()), "", ""]
     connection.sendall("\r\n".join(lines).encode())
     return connection
 
@@ -269,7 +269,7 @@ def head(office: Office, length: int, headers: dict[str, str]) -> socket.socket:
     ("length", "headers", "status"),
     [(1 << 30, ADMIN, 413), (MAX_UPLOAD + 1, ADMIN, 413), (MAX_UPLOAD, GUEST, 403), (MAX_UPLOAD, {}, 401)],
 )
-def test_what_is_refused_anyway_is_refused_before_it_is_sent(
+def test_an_upload_that_will_be_refused_is_refused_before_its_body(
     office: Office, length: int, headers: dict[str, str], status: int
 ) -> None:
     with closing(head(office, length, headers)) as connection:
@@ -277,7 +277,7 @@ def test_what_is_refused_anyway_is_refused_before_it_is_sent(
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_client_that_leaves_in_its_upload_leaves_nothing(office: Office, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_leaves_during_its_upload_leaves_nothing_behind(office: Office, caplog: pytest.LogCaptureFixture) -> None:
     with closing(head(office, 1000, ADMIN)) as connection:
         connection.sendall(b"--b\r\n")
     assert office.client.get("/ready").status_code == 200
@@ -292,7 +292,7 @@ def test_other_routes_keep_their_limit(office: Office, route: str) -> None:
 
 
 class Hub:
-    """A hub that has one adapter."""
+    """A fake hub with one adapter."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, list[str]()
@@ -332,13 +332,13 @@ def test_an_adapter_comes_from_the_hub(office: Office, hub: Hub, body: dict[str,
     ("fault", "status"), [(AdapterError("the hub has no own/math"), 400), (UnreachableError("the hub cannot be reached"), 503)]
 )
 @pytest.mark.usefixtures("unchanged")
-def test_what_the_hub_refuses_is_told(office: Office, hub: Hub, fault: Exception, status: int) -> None:
+def test_a_refusal_of_the_hub_is_reported(office: Office, hub: Hub, fault: Exception, status: int) -> None:
     hub.fault = fault
     assert str(fault) in refusal(office.client.post("/adapters", json={"hub_id": "own/math"}), status)["message"]
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_an_adapter_on_the_hub_is_no_larger_than_an_upload(office: Office, hub: Hub) -> None:
+def test_the_upload_limit_holds_for_the_hub_too(office: Office, hub: Hub) -> None:
     (hub.folder / WEIGHTS_FILE).write_bytes(bytes(MAX_UPLOAD))
     assert str(MAX_UPLOAD) in refusal(office.client.post("/adapters", json={"hub_id": "own/math"}), 400)["message"]
 
@@ -352,7 +352,7 @@ def test_a_bad_folder_on_the_hub_is_refused_whole(office: Office, hub: Hub) -> N
 
 
 @pytest.mark.slow
-def test_nothing_comes_from_the_hub_unless_the_operator_says_so(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
+def test_nothing_is_fetched_from_the_hub_without_its_flag(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     with open_office(writer_model, writer, tmp_path) as office:
         error = refusal(office.client.post("/adapters", json={"hub_id": "own/math"}), 400)
         assert "start it with --hub" in error["message"]
@@ -373,12 +373,12 @@ def test_a_server_without_a_store_says_how_to_have_one(writer_model: Path, write
 
 
 @pytest.mark.slow
-def test_a_store_that_cannot_be_written_is_told_and_nothing_changes(
+def test_a_store_that_cannot_be_written_is_reported_and_nothing_changes(
     writer_model: Path, writer: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_office(writer_model, writer, tmp_path) as office:
         office.have("math", 1)
-        monkeypatch.setattr(os, "access", lambda *_: False)  # as root, permissions keep nobody out
+        monkeypatch.setattr(os, "access", lambda *_: False)  # permissions do not restrict root
         for reply in (office.upload("math", office.draft("math", 2)), office.client.delete("/adapters/math")):
             assert "may not write" in refusal(reply, 409)["message"]
         monkeypatch.undo()

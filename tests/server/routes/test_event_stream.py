@@ -1,4 +1,4 @@
-"""A stream of events: what is sent while there is none, and that its place is given back."""
+"""Streams of events: the comments sent between events, and the return of the stream's place."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -13,17 +13,17 @@ SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "pat
 
 
 class Client:
-    """Hears what an app sends; leaves when it is told to."""
+    """An ASGI client that records the bodies an app sends, and leaves when `leaves` is set."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
-        self.has_heard = asyncio.Event()
+        self.has_received = asyncio.Event()
         self.leaves = asyncio.Event()
 
     async def send(self, message: Message) -> None:
         if body := message.get("body"):
             self.bodies.append(body)
-            self.has_heard.set()
+            self.has_received.set()
 
     async def receive(self) -> Message:
         await self.leaves.wait()
@@ -31,14 +31,14 @@ class Client:
 
 
 def stream(events: AsyncGenerator[bytes, None], keep_alive_s: float) -> tuple[EventStream, list[str]]:
-    """A stream, and what happens to its place."""
+    """Return a stream, and a list that records the return of its place."""
     ended: list[str] = []
     place = AsyncExitStack()
     place.callback(ended.append, "given back")
     return EventStream(events, place, LIMIT_S, keep_alive_s), ended
 
 
-def test_a_client_that_waits_hears_comments_between_events() -> None:
+def test_a_waiting_client_gets_comments_between_events() -> None:
     async def test() -> None:
         client = Client()
 
@@ -46,8 +46,8 @@ def test_a_client_that_waits_hears_comments_between_events() -> None:
             for event in (b"one", b"two"):
                 yield event
                 while client.bodies[-1] != KEEP_ALIVE:
-                    client.has_heard.clear()
-                    await client.has_heard.wait()
+                    client.has_received.clear()
+                    await client.has_received.wait()
 
         response, ended = stream(events(), keep_alive_s=0.01)
         await response(SCOPE, client.receive, client.send)

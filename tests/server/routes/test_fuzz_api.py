@@ -1,4 +1,4 @@
-"""schemathesis reads what the API says of itself, and tries it: at the bounds, at random, within and without the schemas."""
+"""A fuzz test: schemathesis reads the API's description and sends requests at the bounds, at random, valid and invalid."""
 
 import json
 import os
@@ -21,13 +21,13 @@ from tests.tiny import save_tiny_model, tiny_llama_config
 HERE = Path(__file__).parent
 NUM_EXAMPLES = 2000
 PER_OPERATION = 40
-"""At random, beside those of bounds, of links and of the description itself."""
+"""Random requests per operation, beside those at bounds, from links and from the description's examples."""
 LIMIT_S = 600
 
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A server whose context is so short that no answer takes long; the client has an admin's key."""
+    """Yield a server whose context is so short that no answer takes long. Its client has an admin's key."""
     place = tmp_path_factory.mktemp("fuzz")
     model = save_tiny_model(place / "tiny", tiny_llama_config(EOS + 1, max_position_embeddings=256))
     write_adapters(place / "adapters", load_base_model(str(model), torch.float32))
@@ -39,10 +39,10 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def tried(live: Live, report: Path) -> tuple[str, Counter[int]]:
-    """Runs schemathesis; returns what it found wrong, and how often it was answered what."""
+    """Run schemathesis; return its report of faults, empty if there are none, and the number of replies by status."""
     program = [sys.executable, "-m", "schemathesis.cli", "--no-color", "--config-file", str(HERE / "fuzz.toml")]
-    # DELETE /adapters/compare is one of an adapter of that name: that path allows more than is said of it. What was deleted is
-    # there again after PUT /adapters/{name}/alias or /v1/load_lora_adapter, of which use_after_free does not know.
+    # DELETE /adapters/compare deletes an adapter of that name, so that path allows more methods than described. A deleted name
+    # exists again after PUT /adapters/{name}/alias or /v1/load_lora_adapter, which use_after_free does not know.
     excluded = "allow_header_conformance,use_after_free"
     flags = ["--checks", "all", "--exclude-checks", excluded, "--max-examples", str(PER_OPERATION)]
     flags += ["--header", f"Authorization: {bearer(ADMIN)['Authorization']}", "--request-timeout", "60", "--workers", "2"]
@@ -50,7 +50,7 @@ def tried(live: Live, report: Path) -> tuple[str, Counter[int]]:
     flags += ["--generation-deterministic", "--continue-on-failure", "--warnings", "off"]
     ran = subprocess.run(
         [*program, "run", f"{live.url}/openapi.json", *flags],
-        cwd=report.parent,  # where it leaves what it found
+        cwd=report.parent,  # schemathesis writes its files there
         env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.server.routes.fuzz_hooks", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
@@ -65,12 +65,12 @@ def tried(live: Live, report: Path) -> tuple[str, Counter[int]]:
 
 
 @pytest.mark.slow
-def test_whatever_is_sent_the_api_answers_as_it_says(fuzzed: Live, tmp_path: Path) -> None:
+def test_the_api_answers_every_request_as_described(fuzzed: Live, tmp_path: Path) -> None:
     wrong, answers = tried(fuzzed, tmp_path / "report.ndjson")
     assert not wrong, wrong
     assert answers.total() >= NUM_EXAMPLES
     assert not [status for status in answers if status >= 500]
-    assert answers[200] >= answers.total() / 10, "requests that are answered are tried, too"
+    assert answers[200] >= answers.total() / 10, "too few requests were valid"
     assert {401, 404, 405} <= answers.keys()
     fuzzed.wait_for(running=0, waiting=0)
     assert fuzzed.client.get("/ready").status_code == 200

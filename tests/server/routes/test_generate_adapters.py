@@ -1,4 +1,4 @@
-"""POST /generate's adapters over a real socket: names, versions and weights, merges as `lori.merge` makes them, refusals."""
+"""The adapters of POST /generate over a real socket: names, versions, weights, merges that equal `lori.merge`, refusals."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,35 +32,35 @@ FOX = "The quick brown fox jumps over the lazy dog. "
 
 @pytest.fixture(scope="module")
 def parents(adapters: Path, writer: BaseModel) -> dict[str, Adapter]:
-    """The adapters that the server has, as `lori` reads them."""
+    """Return the server's adapters as `lori` reads them."""
     return {name: entry.load(writer.identity) for name, entry in AdapterStore(adapters).current().items()}
 
 
 @pytest.fixture
 def versions(live: Live) -> dict[str, str]:
-    return {of["name"]: of["version"] for of in live.client.get("/adapters").json()["adapters"]}
+    return {row["name"]: row["version"] for row in live.client.get("/adapters").json()["adapters"]}
 
 
 def named(reply: dict[str, Any]) -> list[tuple[str, str, float, bool]]:
-    return [(of["name"], of["version"], of["weight"], of["policy"]) for of in reply["adapter"]]
+    return [(term["name"], term["version"], term["weight"], term["policy"]) for term in reply["adapter"]]
 
 
 def error(live: Live, status: int = 400, **body: object) -> dict[str, Any]:
     reply = live.client.post("/generate", json={"prompt": "x"} | body)
     assert reply.status_code == status, reply.text
-    found: dict[str, Any] = reply.json()["error"]
-    return found
+    content: dict[str, Any] = reply.json()["error"]
+    return content
 
 
 def scores(model: PreTrainedModel, ids: Sequence[int]) -> list[float]:
-    """The log-probability of each token but the first after those before it."""
+    """Return the log-probability of each token but the first, given the tokens before it."""
     with torch.inference_mode():
         rows = model(torch.tensor([[*ids]])).logits[0, :-1].log_softmax(-1)
     return rows.gather(1, torch.tensor([ids[1:]]).T)[:, 0].tolist()
 
 
 def check_folded(live: Live, model: PreTrainedModel, body: dict[str, Any]) -> dict[str, Any]:
-    """Checks that the reply to `body` says what `model` does, token by token, and returns it."""
+    """Check that the reply to `body` equals the output of `model`, token by token; return the reply."""
     reply = live.generate(prompt=FOX, max_tokens=16, echo=True, logprobs=0, **body)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model.name_or_path)
     ids = list(encode(tokenizer, reply["text"]).ids)
@@ -85,32 +85,32 @@ def test_a_version_s_first_digits_name_it(live: Live, versions: dict[str, str], 
         assert named(reply) == [("math", versions["math"], 1.0, False)]
 
 
-def test_versions_that_are_not_there_are_unknown(live: Live, versions: dict[str, str]) -> None:
+def test_unknown_versions_are_404(live: Live, versions: dict[str, str]) -> None:
     wrong = "".join("0" if digit != "0" else "1" for digit in versions["math"])
     for reference in (f"math@{wrong}", f"math@{versions['safety']}", "math@", f"math@{versions['math']}0", "@", ""):
-        found = error(live, 404, adapter=reference)
-        assert (found["type"], found["param"]) == ("NotFoundError", "adapter")
-        assert found["message"].startswith(f"there is no adapter {reference!r}: ")
+        refusal = error(live, 404, adapter=reference)
+        assert (refusal["type"], refusal["param"]) == ("NotFoundError", "adapter")
+        assert refusal["message"].startswith(f"there is no adapter {reference!r}: ")
     assert "did you mean 'math'?" in error(live, 404, adapter=f"math@{wrong}")["message"]
 
 
-def test_digits_that_could_be_several_versions_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_ambiguous_version_digits_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with versioned(tokenizer) as client:
-        for reference, status, said in (
+        for reference, status, message in (
             ("math@ab", 400, "'math@ab' could be math@ab1000000000 or math@ab2000000000"),
             ("math@ab3", 404, "there is no adapter 'math@ab3': did you mean 'math'?"),
         ):
             reply = client.post("/generate", json={"prompt": "x", "adapter": ["safety", reference]})
             assert reply.status_code == status
             assert reply.json()["error"]["param"] == "adapter"
-            assert said in reply.json()["error"]["message"]
+            assert message in reply.json()["error"]["message"]
         reply = client.post("/generate", json={"prompt": "x", "adapter": ["math@ab2", "math"]})
-        assert [of["version"] for of in reply.json()["adapter"]] == ["ab2000000000", "ab1000000000"]
+        assert [term["version"] for term in reply.json()["adapter"]] == ["ab2000000000", "ab1000000000"]
 
 
 @contextmanager
 def versioned(tokenizer: PreTrainedTokenizerFast) -> Iterator[httpx.Client]:
-    """A server of nothing but names: math in two versions that begin alike, and safety."""
+    """Serve adapters without files: math in two versions whose digests begin alike, and safety; yield a client."""
     registry = Registry(
         [registered("math", "ab1" + "0" * 61), registered("safety", "c" * 64)], [registered("math", "ab2" + "0" * 61)]
     )
@@ -120,7 +120,7 @@ def versioned(tokenizer: PreTrainedTokenizerFast) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_adapters_with_their_weights_are_names_and_weights(live: Live, versions: dict[str, str]) -> None:
+def test_weighted_adapters_equal_names_with_separate_weights(live: Live, versions: dict[str, str]) -> None:
     apart = live.generate(prompt=FOX, adapter=["math", "intent"], weights=[1.0, -0.5], max_tokens=16)
     together = [{"name": "math", "weight": 1}, {"name": "intent", "weight": -0.5}]
     reply = live.generate(prompt=FOX, adapter=together, max_tokens=16)
@@ -157,7 +157,7 @@ WEIGHTS = (1.0, 0.75)
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_a_merge_says_what_its_adapter_says_folded_in(
+def test_a_merge_generates_the_text_of_its_folded_adapter(
     live: Live, writer_model: Path, parents: dict[str, Adapter], name: str
 ) -> None:
     body, options = MERGES[name]
@@ -172,21 +172,21 @@ def test_a_merge_says_what_its_adapter_says_folded_in(
     model = fold(load_base_model(str(writer_model), torch.float32).model, [(made, 1.0)])
     reply = check_folded(live, model, {"adapter": ["math", "safety"], "weights": WEIGHTS, **body})
     assert {key: value for key, value in reply["merge"].items() if value is not None} == dict(options.used)
-    assert [of["weight"] for of in reply["adapter"]] == [1.0, 0.75]
+    assert [term["weight"] for term in reply["adapter"]] == [1.0, 0.75]
 
 
-def test_every_merge_says_something_else(live: Live) -> None:
+def test_every_merge_gives_different_scores(live: Live) -> None:
     asked = {"prompt": FOX, "adapter": ["math", "safety"], "weights": WEIGHTS, "max_tokens": 0, "echo": True, "logprobs": 0}
-    said = {tuple(live.generate(**asked, **body)["logprobs"]["token_logprobs"][1:]) for body, _ in MERGES.values()}
+    scored = {tuple(live.generate(**asked, **body)["logprobs"]["token_logprobs"][1:]) for body, _ in MERGES.values()}
     other_seed = live.generate(**asked, merge="dare_linear", density=0.6, merge_seed=8)["logprobs"]["token_logprobs"]
-    assert len(said | {tuple(other_seed[1:])}) == len(MERGES) + 1
+    assert len(scored | {tuple(other_seed[1:])}) == len(MERGES) + 1
 
 
-def test_without_weights_each_of_a_merge_has_1_nth(live: Live) -> None:
+def test_without_weights_each_adapter_of_a_merge_weighs_1_nth(live: Live) -> None:
     body = {"prompt": FOX, "adapter": ["math", "safety"], "merge": "ties", "max_tokens": 16}
-    bare, said = live.generate(**body), live.generate(**body, weights=[0.5, 0.5])
-    assert [of["weight"] for of in bare["adapter"]] == [0.5, 0.5]
-    assert bare["text"] == said["text"]
+    bare, weighted = live.generate(**body), live.generate(**body, weights=[0.5, 0.5])
+    assert [term["weight"] for term in bare["adapter"]] == [0.5, 0.5]
+    assert bare["text"] == weighted["text"]
 
 
 def test_a_merge_s_order_makes_no_difference(live: Live) -> None:
@@ -201,7 +201,7 @@ def test_a_merge_s_order_makes_no_difference(live: Live) -> None:
     assert one["adapter"] == other["adapter"][::-1]
 
 
-def test_a_merge_streams_and_tells_its_options(live: Live) -> None:
+def test_a_streamed_merge_reports_its_options(live: Live) -> None:
     body = {"prompt": FOX, "adapter": ["math", "safety"], "merge": "dare_ties", "density": 0.4, "merge_seed": 3, "max_tokens": 8}
     reply = live.generate(**body)
     assert reply["merge"] == {"method": "dare_ties", "density": 0.4, "sign": "total", "seed": 3}
@@ -216,7 +216,7 @@ MATH, SAFETY = {"name": "math", "weight": 1}, {"name": "safety", "weight": 1}
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "said"),
+    ("body", "param", "message"),
     [
         pytest.param({"adapter": ["math", MATH]}, "adapter.1", "valid string, found {'name'", id="names and weights mixed"),
         pytest.param({"adapter": [MATH, "safety"]}, "adapter.1", "found 'safety'", id="weights and names mixed"),
@@ -249,13 +249,13 @@ MATH, SAFETY = {"name": "math", "weight": 1}, {"name": "safety", "weight": 1}
         pytest.param({"adapter": ["math", "intent"], "merge": "ties"}, "merge", "ties needs adapters on one basis", id="bases"),
     ],
 )
-def test_what_does_not_go_together_is_refused_by_its_name(live: Live, body: dict[str, Any], param: str | None, said: str) -> None:
-    found = error(live, **body)
-    assert found["param"] == param
-    assert said in found["message"]
+def test_conflicting_fields_are_refused_by_name(live: Live, body: dict[str, Any], param: str | None, message: str) -> None:
+    refusal = error(live, **body)
+    assert refusal["param"] == param
+    assert message in refusal["message"]
 
 
 @pytest.mark.parametrize("long", [["n" * 200] * 64, [{"name": "n" * 200, "weight": 1}] * 64])
 def test_many_long_names_are_refused_in_a_few_words(live: Live, long: list[Any]) -> None:
-    found = error(live, 404, adapter=long)
-    assert len(found["message"]) < 400
+    refusal = error(live, 404, adapter=long)
+    assert len(refusal["message"]) < 400

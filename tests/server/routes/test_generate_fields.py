@@ -1,4 +1,4 @@
-"""POST /generate's fields over a real socket: each does what it says, by transformers' own logits and processors."""
+"""The fields of POST /generate over a real socket, checked against transformers' own logits and processors."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ from tests.server.rig import EOS, greedy
 FOX = "The quick brown fox jumps over the lazy dog. "
 UMLAUTS = "aé€ b😀c"
 FOR_EVER = 4000
-"""Tokens, with the prompt: seconds of work for a tiny model, and half of the server's KV memory."""
+"""Tokens with the prompt. They take a tiny model seconds, and half of the server's KV memory."""
 USAGE = "vllm:kv_cache_usage_perc"
 Edit = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
-"""From a row of logits, the prompt and the output so far to what the next token is the likeliest of."""
+"""A function of a row of logits, the prompt and the output so far. It returns the logits from which the next token is chosen."""
 
 
 def ids_of(writer: BaseModel, text: str) -> list[int]:
@@ -41,7 +41,7 @@ def next_logits(writer: BaseModel, ids: Sequence[int]) -> torch.Tensor:
 
 
 def by_hand(writer: BaseModel, prompt: str, num_tokens: int, edit: Edit) -> str:
-    """Returns the text of the likeliest tokens of transformers' logits as `edit` changes them."""
+    """Return the text of the likeliest tokens of transformers' logits after `edit`."""
     ids, output = ids_of(writer, prompt), list[int]()
     for _ in range(num_tokens):
         output.append(int(edit(next_logits(writer, [*ids, *output]), ids, output).argmax()))
@@ -53,8 +53,8 @@ def by_hand(writer: BaseModel, prompt: str, num_tokens: int, edit: Edit) -> str:
 def error(live: Live, status: int = 400, **body: object) -> dict[str, Any]:
     reply = live.client.post("/generate", json={"prompt": "x"} | body)
     assert reply.status_code == status, reply.text
-    found: dict[str, Any] = reply.json()["error"]
-    return found
+    content: dict[str, Any] = reply.json()["error"]
+    return content
 
 
 def stream(live: Live, **body: object) -> list[tuple[str, dict[str, Any]]]:
@@ -76,7 +76,7 @@ def stream(live: Live, **body: object) -> list[tuple[str, dict[str, Any]]]:
         pytest.param({"max_tokens": 8, "logprobs": 1, "temperature": 1.0, "seed": 5, "n": 2}, id="choices"),
     ],
 )
-def test_token_ids_are_answered_as_their_text(live: Live, writer: BaseModel, prompt: str, body: dict[str, Any]) -> None:
+def test_token_ids_get_the_same_answer_as_their_text(live: Live, writer: BaseModel, prompt: str, body: dict[str, Any]) -> None:
     text = live.generate(prompt=prompt, **body)
     tokens = live.generate(prompt=ids_of(writer, prompt), **body)
     assert tokens["text"] == text["text"]
@@ -89,7 +89,7 @@ def test_token_ids_are_answered_as_their_text(live: Live, writer: BaseModel, pro
             continue
         for part in ("tokens", "text_offset"):
             assert one["logprobs"][part] == other["logprobs"][part]
-        values, expected = ([v for v in of["logprobs"]["token_logprobs"] if v is not None] for of in (one, other))
+        values, expected = ([v for v in choice["logprobs"]["token_logprobs"] if v is not None] for choice in (one, other))
         assert values == pytest.approx(expected, abs=1e-4)
 
 
@@ -110,7 +110,7 @@ def test_half_a_character_and_the_end_of_text_may_be_in_a_prompt(live: Live, wri
 WARM = {"temperature": 1.0, "top_k": 20, "seed": 11, "max_tokens": 16}
 
 
-def test_several_answers_are_told_apart_and_cost_one_prompt(live: Live) -> None:
+def test_several_answers_differ_and_cost_one_prompt(live: Live) -> None:
     prompt = f"Several: {FOX}"
     reply = live.generate(prompt=prompt, n=4, logprobs=1, **WARM)
     choices = reply["choices"]
@@ -132,12 +132,12 @@ def test_the_first_answer_is_the_one_that_the_seed_gives_alone(live: Live) -> No
     assert alone["seed"] == five["seed"] == 11
 
 
-def test_without_drawing_all_answers_are_one(live: Live) -> None:
+def test_without_sampling_all_answers_are_equal(live: Live) -> None:
     reply = live.generate(prompt=FOX, n=3, max_tokens=12)
     assert [choice["text"] for choice in reply["choices"]] == [live.generate(prompt=FOX, max_tokens=12)["text"]] * 3
 
 
-def test_answers_end_apart(live: Live) -> None:
+def test_each_answer_ends_by_itself(live: Live) -> None:
     whole = live.generate(prompt=FOX, n=4, **WARM)["choices"]
     stop = whole[2]["text"][4:6]
     cut = live.generate(prompt=FOX, n=4, stop=stop, **WARM)
@@ -145,18 +145,18 @@ def test_answers_end_apart(live: Live) -> None:
         place = one["text"].find(stop)
         assert other["text"] == (one["text"] if place < 0 else one["text"][:place])
         assert other["finish_reason"] == ("length" if place < 0 else "stop_sequence")
-    assert len({choice["finish_reason"] for choice in cut["choices"]}) == 2, "or nothing is shown"
+    assert len({choice["finish_reason"] for choice in cut["choices"]}) == 2, "otherwise the test shows nothing"
     assert cut["usage"]["completion_tokens"] < 4 * 16
 
 
-def test_a_stream_of_several_answers_tells_whose_each_event_is(live: Live) -> None:
+def test_every_event_of_a_stream_names_its_answer(live: Live) -> None:
     body = {"prompt": FOX, "n": 3, "logprobs": 0, "echo": True, **WARM}
     whole = live.generate(**body)
     heard = stream(live, **body)
     texts, ends, num_scores = [""] * 3, [0] * 3, [0] * 3
     for name, data in heard:
         index = data["index"]
-        assert not ends[index], "nothing after its end"
+        assert not ends[index], "no event follows the end of its answer"
         if name == "token":
             texts[index] += data["text"]
             num_scores[index] += len(data["logprobs"]["tokens"])
@@ -218,22 +218,22 @@ def test_the_likeliest_token_is_that_of_the_changed_logits(
 ) -> None:
     reply = live.generate(prompt=FOX, max_tokens=25, **fields)
     assert reply["text"] == by_hand(writer, FOX, 25, edit)
-    assert reply["text"] != live.generate(prompt=FOX, max_tokens=25)["text"], "or nothing is shown"
+    assert reply["text"] != live.generate(prompt=FOX, max_tokens=25)["text"], "otherwise the test shows nothing"
 
 
 def test_a_bias_forces_and_forbids_a_token(live: Live, writer: BaseModel) -> None:
     letter = str(ids_of(writer, "Q")[0])
     assert live.generate(prompt=FOX, max_tokens=6, logit_bias={letter: 100})["text"] == "QQQQQQ"
-    said = live.generate(prompt=FOX, max_tokens=25)["text"]
-    forbidden = {str(token): -100 for token in ids_of(writer, said)}
+    text = live.generate(prompt=FOX, max_tokens=25)["text"]
+    forbidden = {str(token): -100 for token in ids_of(writer, text)}
     other = live.generate(prompt=FOX, max_tokens=25, logit_bias=forbidden)["text"]
-    assert not {*other} & {*said}
+    assert not {*other} & {*text}
 
 
 def test_the_same_token_written_twice_has_both_biases(live: Live, writer: BaseModel) -> None:
     token = ids_of(writer, "Q")[0]
-    said = live.generate(prompt=FOX, max_tokens=4)["text"]
-    assert live.generate(prompt=FOX, max_tokens=4, logit_bias={f"{token}": 100, f"0{token}": -100})["text"] == said
+    text = live.generate(prompt=FOX, max_tokens=4)["text"]
+    assert live.generate(prompt=FOX, max_tokens=4, logit_bias={f"{token}": 100, f"0{token}": -100})["text"] == text
 
 
 CUTOFFS: list[tuple[dict[str, Any], Any]] = [
@@ -255,7 +255,7 @@ def test_tokens_are_drawn_among_those_that_a_cutoff_leaves(
     assert 2 <= len(left) < 60
     assert drawn <= left
     assert len(drawn) > 1
-    assert not {choice["text"] for choice in live.generate(**asked, seed=0)["choices"]} <= left, "or nothing is cut off"
+    assert not {choice["text"] for choice in live.generate(**asked, seed=0)["choices"]} <= left, "otherwise nothing is cut off"
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
@@ -286,7 +286,7 @@ def test_an_answer_may_end_after_its_stop_text(live: Live) -> None:
         assert (last, done["finish_reason"]) == ("done", "stop_sequence")
 
 
-def test_including_a_stop_text_that_is_not_said_changes_nothing(live: Live) -> None:
+def test_including_a_stop_text_that_does_not_occur_changes_nothing(live: Live) -> None:
     whole = live.generate(prompt=FOX, max_tokens=20)["text"]
     reply = live.generate(prompt=FOX, max_tokens=20, stop=[whole[-1] + "never"], include_stop=True)
     assert (reply["text"], reply["finish_reason"]) == (whole, "length")
@@ -324,9 +324,9 @@ def test_ignoring_the_end_of_text_goes_on(live: Live) -> None:
 
 def test_a_request_whose_time_is_up_is_504_and_frees_its_place(live: Live) -> None:
     live.wait_for(running=0, waiting=0)
-    found = error(live, 504, prompt="long", max_tokens=FOR_EVER, timeout_s=0.05)
-    assert (found["type"], found["param"], found["code"]) == ("TimeoutError", None, 504)
-    assert found["message"] == "not done within 0.05 s"
+    refusal = error(live, 504, prompt="long", max_tokens=FOR_EVER, timeout_s=0.05)
+    assert (refusal["type"], refusal["param"], refusal["code"]) == ("TimeoutError", None, 504)
+    assert refusal["message"] == "not done within 0.05 s"
     live.wait_for(running=0, waiting=0)
     assert live.metric(USAGE) == 0
     assert error(live, 504, prompt="long", max_tokens=FOR_EVER, timeout_s=1e-9, n=3)["code"] == 504
@@ -343,7 +343,7 @@ def test_a_stream_whose_time_is_up_ends_with_an_error(live: Live) -> None:
 
 @pytest.mark.slow
 def test_lower_priorities_run_earlier(live: Live) -> None:
-    """There is no memory for either until one of the first two is done; of these the one that came last begins."""
+    """Fill the memory with two requests, so that two more wait. Of these the last has the lower priority, and begins first."""
     live.wait_for(running=0, waiting=0)
     order: list[str] = []
     with ThreadPoolExecutor(4) as pool:
@@ -358,7 +358,7 @@ def test_lower_priorities_run_earlier(live: Live) -> None:
         ask("c", max_tokens=600, priority=5)
         live.wait_for(waiting=1)
         ask("d", max_tokens=600, priority=-5)
-        wait_until(lambda: all(future.done() for future in first), "those that came before")
+        wait_until(lambda: all(future.done() for future in first), "the first two requests")
     assert order.index("d") < order.index("c")
 
 
@@ -376,20 +376,20 @@ def test_timings_are_not_negative_and_add_up(live: Live) -> None:
         assert set(done["timings"]) == set(timings)
 
 
-def test_what_was_computed_before_is_told(live: Live) -> None:
+def test_cached_tokens_are_reported(live: Live) -> None:
     prompt = "Nobody asked this before, and it is longer than three blocks of sixteen tokens are."
     first, again = (live.generate(prompt=prompt, max_tokens=2)["usage"] for _ in range(2))
     assert first["cached_tokens"] == 0
     assert again == first | {"cached_tokens": len(prompt) // 16 * 16}
     with_adapter = live.generate(prompt=prompt, max_tokens=2, adapter="math")["usage"]
-    assert with_adapter["cached_tokens"] == 0, "another model's keys"
+    assert with_adapter["cached_tokens"] == 0, "the adapter makes it another model, with other keys and values"
 
 
 # --- refusals
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "said"),
+    ("body", "param", "message"),
     [
         pytest.param({"prompt": []}, "prompt", "at least 1 item", id="no tokens"),
         pytest.param({"prompt": [1, 2, "a"]}, "prompt.2", "valid integer, found 'a'", id="text among tokens"),
@@ -434,19 +434,19 @@ def test_what_was_computed_before_is_told(live: Live) -> None:
         pytest.param({f"f{i}": 0 for i in range(64)}, None, "too many fields: 65, expected at most 64", id="many unknown fields"),
     ],
 )
-def test_a_field_that_is_not_sound_is_refused_by_its_name(live: Live, body: dict[str, Any], param: str | None, said: str) -> None:
-    found = error(live, **body)
-    assert found["param"] == param
-    assert said in found["message"]
+def test_an_invalid_field_is_refused_by_its_name(live: Live, body: dict[str, Any], param: str | None, message: str) -> None:
+    refusal = error(live, **body)
+    assert refusal["param"] == param
+    assert message in refusal["message"]
     if param:
-        assert found["message"].startswith(f"{param}: ")
+        assert refusal["message"].startswith(f"{param}: ")
 
 
 @pytest.mark.parametrize(
     "field", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "timeout_s"]
 )
 @pytest.mark.parametrize("number", ["1e999", "-1e999"])
-def test_no_number_is_infinite(live: Live, field: str, number: str) -> None:
+def test_an_infinite_number_is_refused(live: Live, field: str, number: str) -> None:
     content = f'{{"prompt": "x", "{field}": {number}}}'
     reply = live.client.post("/generate", content=content, headers={"content-type": "application/json"})
     assert reply.status_code == 400
@@ -454,9 +454,9 @@ def test_no_number_is_infinite(live: Live, field: str, number: str) -> None:
 
 
 def test_many_unknown_fields_inside_a_message_are_one_fault(live: Live) -> None:
-    """Each was an error of its own: a body of a megabyte took a second of everybody's time."""
+    """Regression: each was an error of its own, and a body of a megabyte blocked all clients for a second."""
     many = {f"field {place}": "" for place in range(100)}
     reply = live.client.post("/generate", json={"messages": [{"role": "user", "content": "x"} | many]})
     assert reply.json()["error"]["message"] == "messages.0: too many fields: 102, expected at most 64"
-    found = error(live, adapter=[{"name": "math", "weight": 1} | many])
-    assert found["message"] == "adapter.0: too many fields: 102, expected at most 64"
+    refusal = error(live, adapter=[{"name": "math", "weight": 1} | many])
+    assert refusal["message"] == "adapter.0: too many fields: 102, expected at most 64"

@@ -1,4 +1,4 @@
-"""Answers that are held to JSON schemas fit them: to any schema, and by a real model."""
+"""Answers under a JSON schema fit it, for random schemas and for a real model."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ WARM = SamplingParams(temperature=1.0)
 
 @pytest.fixture(scope="module")
 def rig(writer_model: Path) -> Rig:
-    """One engine for the whole file; it is idle between tests."""
+    """Return one engine for the whole file. It is idle between tests."""
     return build(writer_model, num_blocks=256, max_step_tokens=64)
 
 
@@ -58,13 +58,13 @@ SCHEMAS: st.SearchStrategy[Any] = st.recursive(
     ),
     max_leaves=6,
 )
-"""Whose texts end after few tokens."""
+"""Schemas whose answers end after few tokens."""
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(SCHEMAS, min_size=1, max_size=4), st.integers(0, 2**31))
-def test_what_is_said_to_any_schema_fits_it(rig: Rig, schemas: list[Any], seed: int) -> None:
+def test_an_answer_under_any_schema_fits_it(rig: Rig, schemas: list[Any], seed: int) -> None:
     ask = GenerateRequest(prompt="Say something.", max_tokens=600, sampling=replace(WARM, seed=seed))
     heard = rig.run(
         [replace(ask, sampling=replace(ask.sampling, grammar=Grammar("json_schema", json.dumps(schema)))) for schema in schemas]
@@ -91,7 +91,7 @@ TIMES = arrays({"type": "string", "format": "date-time"}, 1, 1)
 
 
 @pytest.mark.model
-def test_the_embedded_model_says_what_fits_at_temperature_1() -> None:
+def test_the_embedded_model_s_answers_fit_their_schemas_at_temperature_1() -> None:
     settings = Settings(model=str(embedded_model()), demo_adapters=False, threads=1, kv_cache_gib=0.5, max_batch=32)
     rig = rig_of(load_service(settings))
     schemas = [PERSON, TREE, ANSWER, TIMES, {"type": "string", "maxLength": 40}, {"enum": ["positive", "negative", "neutral"]}]

@@ -1,4 +1,4 @@
-"""Over a real socket, against a real server in a process of its own: routes, refusals, streams, disconnects, metrics."""
+"""A real server in a process of its own, over a real socket: routes, refusals, streams, disconnects, metrics."""
 
 import asyncio
 import gzip
@@ -36,12 +36,12 @@ from tests.server.rig import FakeEngine, greedy
 FOX = "The quick brown fox jumps over the lazy dog. "
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 times 7?"}]
 FOR_EVER = 4000
-"""Tokens, with the prompt: seconds of work for a tiny model, and half of the server's KV memory."""
+"""Tokens with the prompt. They take a tiny model seconds, and half of the server's KV memory."""
 USAGE = "vllm:kv_cache_usage_perc"
 
 
 def lasting(reply: dict[str, Any]) -> dict[str, Any]:
-    """What two replies to one body have in common: neither their ids and times, nor how much of the prompt was known already."""
+    """Return the part that two replies to one body have in common: without ids, timings and the number of cached tokens."""
     usage = {key: count for key, count in reply["usage"].items() if key != "cached_tokens"}
     return {**reply, "id": None, "timings": None, "usage": usage}
 
@@ -73,7 +73,7 @@ def test_messages_are_answered_with_the_adapters_template(live: Live) -> None:
     ("model", "template", "written"),
     [(None, None, "chat"), ("math", None, "chat"), ("intent", None, "plain"), ("math+safety", "plain", "plain")],
 )
-def test_every_route_writes_messages_in_one_template_and_says_which(
+def test_every_route_writes_messages_in_the_same_template_and_names_it(
     live: Live, model: str | None, template: str | None, written: str
 ) -> None:
     asked = {"messages": MESSAGES, "template": template}
@@ -87,7 +87,7 @@ def test_every_route_writes_messages_in_one_template_and_says_which(
     assert text["template"] is None
 
 
-def test_a_name_a_list_and_weights_are_resolved_and_told(live: Live) -> None:
+def test_a_name_a_list_and_weights_are_resolved_and_reported(live: Live) -> None:
     versions = {a["name"]: a["version"] for a in live.client.get("/adapters").json()["adapters"]}
 
     def resolved(**weights: float) -> list[dict[str, object]]:
@@ -143,7 +143,7 @@ def test_the_answer_ends_before_a_stop_string(live: Live) -> None:
         assert reply["finish_reason"] == "stop_sequence"
 
 
-def test_the_seed_of_a_reply_says_it_again(live: Live) -> None:
+def test_the_seed_of_a_reply_reproduces_it(live: Live) -> None:
     first = live.generate(prompt=FOX, temperature=1.0, max_tokens=30)
     again = live.generate(prompt=FOX, temperature=1.0, max_tokens=30, seed=first["seed"])
     other = live.generate(prompt=FOX, temperature=1.0, max_tokens=30, seed=first["seed"] + 1)
@@ -169,7 +169,7 @@ def stream(live: Live, **body: object) -> list[tuple[str, dict[str, Any]]]:
         pytest.param({"prompt": FOX, "temperature": 1.5, "seed": 11, "stop": ["e", "zz"], "max_tokens": 50}, id="stop"),
     ],
 )
-def test_a_stream_says_what_a_reply_says(live: Live, body: dict[str, Any]) -> None:
+def test_a_stream_has_the_content_of_a_whole_reply(live: Live, body: dict[str, Any]) -> None:
     whole = live.generate(**{"seed": 1} | body)
     *tokens, (last, done) = stream(live, **{"seed": 1} | body)
     assert {name for name, _ in tokens} <= {"token"}
@@ -236,7 +236,7 @@ def test_metrics_move_with_what_happens(live: Live) -> None:
     assert live.metric(USAGE) == 0
 
 
-def test_metrics_say_where_the_adapters_are(live: Live) -> None:
+def test_metrics_show_the_tiers_of_the_adapters(live: Live) -> None:
     live.generate(prompt=FOX, max_tokens=2, adapter=["math", "intent"])
     live.wait_for(running=0, waiting=0)
     assert live.metric("lori:adapters_registered") == 3
@@ -248,10 +248,10 @@ def test_metrics_say_where_the_adapters_are(live: Live) -> None:
     num_read = live.metric("lori:adapter_load_seconds_count")
     assert num_read == live.metric("lori:adapters_loaded") >= 2
     live.generate(prompt=FOX, max_tokens=2, adapter=["math", "intent"])
-    assert live.metric("lori:adapter_load_seconds_count") == num_read, "what is resident is not read again"
+    assert live.metric("lori:adapter_load_seconds_count") == num_read, "resident adapters are not read again"
 
 
-def test_what_counts_up_is_a_counter(live: Live) -> None:
+def test_metrics_that_count_up_are_counters(live: Live) -> None:
     families = {f.name: f.type for f in text_string_to_metric_families(live.client.get("/metrics").text)}
     counters = ("vllm:num_preemptions", "vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "lori:adapter_evictions")
     for name in (*counters, "lori:adapter_load_failures", "lori:adapter_requests", "vllm:request_success"):
@@ -267,10 +267,10 @@ def test_an_unknown_adapter_is_404_with_near_names(live: Live) -> None:
     assert (error["type"], error["param"], error["code"]) == ("NotFoundError", "adapter", 404)
 
 
-def bad(name: str, body: object, field: str | None, *said: str) -> Any:
-    """A body, the `param` that its refusal must have, and what its message must say."""
+def bad(name: str, body: object, field: str | None, *parts: str) -> Any:
+    """Return a bad body, the `param` of its refusal, and the parts that the refusal's message must have."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return pytest.param(content, field, said, id=name)
+    return pytest.param(content, field, parts, id=name)
 
 
 BAD = [
@@ -342,7 +342,7 @@ BAD = [
 
 
 def refusal(reply: httpx.Response, status: int) -> dict[str, Any]:
-    """Returns the error of a reply, whose shape must be the one of every error."""
+    """Return the error of a reply. Fail unless the reply has `status` and the shape of every error."""
     assert reply.status_code == status, reply.text
     assert set(reply.json()) == {"error"}
     error: dict[str, Any] = reply.json()["error"]
@@ -359,18 +359,18 @@ def assert_answers(live: Live) -> None:
     assert len(live.generate(prompt="x", max_tokens=1)["text"]) == 1
 
 
-@pytest.mark.parametrize(("content", "field", "said"), BAD)
-def test_a_bad_body_is_refused_and_hurts_nobody(live: Live, content: bytes, field: str | None, said: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("content", "field", "parts"), BAD)
+def test_a_bad_body_is_refused_and_hurts_nobody(live: Live, content: bytes, field: str | None, parts: tuple[str, ...]) -> None:
     reply = live.client.post("/generate", content=content, headers={"content-type": "application/json"})
     error = refusal(reply, 400)
     assert error["param"] == field
-    for part in said:
+    for part in parts:
         assert part in error["message"]
     assert_answers(live)
 
 
 def test_brackets_of_any_depth_are_refused(live: Live) -> None:
-    """Somewhere between what JSON can read and what cannot be read lies what can be read, but not shown."""
+    """Try many depths: some bodies can be parsed, some cannot, and some can be parsed but not printed."""
     for depth in range(40, 1100, 20):
         content = b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}"
         reply = live.client.post("/generate", content=content, headers={"content-type": "application/json"})
@@ -379,7 +379,7 @@ def test_brackets_of_any_depth_are_refused(live: Live) -> None:
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
-def test_a_body_that_is_not_said_to_be_json_is_refused(live: Live, content_type: str | None) -> None:
+def test_a_body_without_a_json_content_type_is_refused(live: Live, content_type: str | None) -> None:
     headers = {"content-type": content_type} if content_type else {}
     refusal(live.client.post("/generate", content=b'{"prompt": "x"}', headers=headers), 400)
     assert_answers(live)
@@ -392,8 +392,8 @@ def test_a_body_too_long_is_413_by_its_header(live: Live) -> None:
     assert_answers(live)
 
 
-def test_a_body_too_long_is_413_as_it_comes(live: Live) -> None:
-    """In chunks, nobody says beforehand how long it will be."""
+def test_a_body_that_grows_too_long_is_413(live: Live) -> None:
+    """Send the body in chunks, which do not announce its length."""
 
     def chunks() -> Iterator[bytes]:
         yield b'{"prompt": "'
@@ -409,7 +409,7 @@ def test_a_body_too_long_is_413_as_it_comes(live: Live) -> None:
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
 def test_a_compressed_body_is_refused_by_the_header_s_name(live: Live, path: str) -> None:
-    """It was read as if it were not compressed."""
+    """Regression: the body was read as if it were not compressed."""
     reply = live.client.post(path, content=gzip.compress(b'{"prompt": "x"}'), headers={"content-encoding": "gzip"})
     assert refusal(reply, 400)["message"] == "Content-Encoding is 'gzip', expected identity or none"
     assert reply.headers["connection"] == "close"
@@ -417,7 +417,7 @@ def test_a_compressed_body_is_refused_by_the_header_s_name(live: Live, path: str
 
 
 @pytest.mark.parametrize("headers", [{"Content-Encoding": "identity"}, {"Content-Encoding": "Identity"}])
-def test_a_body_said_to_have_no_coding_is_read(live: Live, headers: dict[str, str]) -> None:
+def test_a_body_with_the_identity_coding_is_read(live: Live, headers: dict[str, str]) -> None:
     assert live.client.post("/generate", json={"prompt": "x", "max_tokens": 2}, headers=headers).status_code == 200
 
 
@@ -435,8 +435,8 @@ def test_a_wrong_method_is_405(live: Live, method: str, path: str) -> None:
     assert_answers(live)
 
 
-def test_a_wrong_method_is_told_the_right_one(live: Live) -> None:
-    """RFC 9110, section 15.5.6: a 405 must say what is allowed."""
+def test_a_405_names_the_allowed_methods(live: Live) -> None:
+    """Check RFC 9110, section 15.5.6: a 405 must name the allowed methods."""
     for path, allowed in (
         ("/generate", "POST"),
         ("/adapters", "GET, POST"),
@@ -457,7 +457,7 @@ def test_an_unknown_path_is_404(live: Live, path: str) -> None:
 
 @contextmanager
 def hanging(live: Live, **body: object) -> Iterator[socket.socket]:
-    """Sends a request on a connection of its own, and leaves without an answer when the block ends."""
+    """Send a request on a connection of its own, and close it without reading an answer when the block ends."""
     content = json.dumps(body).encode()
     head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
     with closing(socket.create_connection(("127.0.0.1", live.port), timeout=60)) as connection:
@@ -475,7 +475,7 @@ def is_answered(connection: socket.socket) -> bool:
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_client_that_leaves_while_it_is_served_frees_its_place(live: Live, is_stream: bool) -> None:
-    """Another client, who came before it and wants as much, is still being served when its place is free."""
+    """Free the place at once, while an earlier client that asks for as much is still being served."""
     live.wait_for(running=0, waiting=0)
     with hanging(live, prompt="a", max_tokens=FOR_EVER) as other:
         live.wait_for(running=1)
@@ -487,9 +487,9 @@ def test_a_client_that_leaves_while_it_is_served_frees_its_place(live: Live, is_
                 while b"event: token" not in heard:
                     heard += connection.recv(4096)
             with_both = live.metric(USAGE)
-            assert with_both > 0.35, "as much as its prompt takes"
+            assert with_both > 0.35, "the usage includes at least the long prompt"
         live.wait_for(running=1)
-        assert live.metric(USAGE) < with_both - 0.2, "the other goes on growing"
+        assert live.metric(USAGE) < with_both - 0.2, "the departed client's blocks are free, though the other grows"
         assert not is_answered(other)
     live.wait_for(running=0)
     assert live.metric(USAGE) == 0
@@ -498,7 +498,7 @@ def test_a_client_that_leaves_while_it_is_served_frees_its_place(live: Live, is_
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_client_that_leaves_while_it_waits_frees_its_place(live: Live, is_stream: bool) -> None:
     live.wait_for(running=0, waiting=0)
-    # No two begin alike, or they would share their blocks.
+    # The prompts have no common prefix, or they would share blocks.
     one_body, other_body = ({"prompt": letter * 2500, "max_tokens": FOR_EVER - 2500} for letter in "ab")
     with hanging(live, **one_body) as one, hanging(live, **other_body) as other:
         live.wait_for(running=2)
@@ -507,7 +507,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(live: Live, is_stre
             assert live.metric(RUNNING) == 2
         live.wait_for(waiting=0)
         assert live.metric(RUNNING) == 2
-        assert not is_answered(one), "its place is not what the third one got"
+        assert not is_answered(one), "the third client did not take the place of the first"
         assert not is_answered(other)
     live.wait_for(running=0)
 
@@ -536,7 +536,7 @@ def test_twenty_clients_at_once_have_the_texts_they_have_alone(live: Live) -> No
 
 @contextmanager
 def served(tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, **settings: int) -> Iterator[tuple[httpx.Client, Service]]:
-    """An app in this process, with a fake for its engine, and its service."""
+    """Serve an app with a fake engine in this process; yield a client and the service."""
     service = Service(
         settings=Settings(**{"allow_host": [HOST]} | settings),
         base_model="fake",
@@ -583,7 +583,7 @@ def test_a_dead_engine_makes_the_server_unready_and_unhealthy(tokenizer: PreTrai
 
 
 class SlowAdmission:
-    """A fake of admission that takes until `may_go_on`."""
+    """A fake admission that blocks until `may_go_on` is set."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission, self.max_context = admission, admission.max_context
@@ -594,7 +594,7 @@ class SlowAdmission:
         return self._admission.admit(ask)
 
 
-def test_requests_that_are_being_admitted_have_their_places(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_requests_under_admission_occupy_their_places(tokenizer: PreTrainedTokenizerFast) -> None:
     with served(tokenizer, FakeEngine(), max_requests=2) as (client, service), ThreadPoolExecutor(2) as pool:
         slow = service.admission = cast(Any, SlowAdmission(service.admission))
         first = [pool.submit(client.post, "/generate", json={"prompt": "x", "stream": is_stream}) for is_stream in (False, True)]
@@ -602,7 +602,7 @@ def test_requests_that_are_being_admitted_have_their_places(tokenizer: PreTraine
         refusal(client.post("/generate", json={"prompt": "x"}), 429)
         slow.may_go_on.set()
         assert [reply.result().status_code for reply in first] == [200, 200]
-        wait_until(lambda: service.num_requests == 0, "their ends")
+        wait_until(lambda: service.num_requests == 0, "the ends of both requests")
         assert client.post("/generate", json={"prompt": "x"}).status_code == 200
 
 
@@ -614,7 +614,7 @@ def test_a_request_that_is_refused_gives_its_place_back(tokenizer: PreTrainedTok
 
 
 class LoudEngine(FakeEngine):
-    """Says a megabyte in every step."""
+    """A fake engine that generates a megabyte of text in every step."""
 
     def submit(self, request: Request, emit: Emit) -> None:
         super().submit(request, lambda event: emit(TextEvent("x" * 2**20) if isinstance(event, TextEvent) else event))
@@ -629,11 +629,11 @@ def test_a_client_that_does_not_read_its_stream_loses_its_place(tokenizer: PreTr
         address = (client.base_url.host, client.base_url.port)
         with socket.create_connection(address) as silent:
             silent.sendall(head.encode() + body)
-            wait_until(lambda: bool(engine.said), "its first step")
-            wait_until(lambda: service.num_requests == 0, "its place")
+            wait_until(lambda: bool(engine.emitted), "the first step")
+            wait_until(lambda: service.num_requests == 0, "the place to be freed")
             assert client.post("/generate", json={"prompt": "x"}).status_code == 200
             read = 0
-            with suppress(ConnectionResetError):  # the system ends a connection of which nothing is taken
+            with suppress(ConnectionResetError):  # the system resets a connection whose client reads nothing
                 while chunk := silent.recv(2**20):
                     read += len(chunk)
             assert 0 < read < 64 * 2**20, "not the whole answer"

@@ -1,4 +1,4 @@
-"""Bodies with more in them than a request can use: refused by the field, before they are parsed or tokenized."""
+"""Bodies with more values or text than a request can use. They are refused by field, before they are parsed or tokenized."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ from tests.server.live import LIMIT_S
 from tests.server.rig import FakeEngine
 
 CONTEXT = 100
-"""Tokens that the fake's context holds."""
+"""The fake server's context, in tokens."""
 JSON = {"Content-Type": "application/json"}
 
 
@@ -78,7 +78,7 @@ def test_a_text_that_is_only_tokenized_may_be_longer_but_not_without_end(
 
 
 class StuckAdmission:
-    """A fake of admission that takes until `may_go_on` for one tenant's long prompts."""
+    """A fake admission that blocks the long prompts of one tenant until `may_go_on` is set."""
 
     def __init__(self, admission: Any) -> None:
         self._admission, self.max_context = admission, admission.max_context
@@ -92,8 +92,8 @@ class StuckAdmission:
 
 
 @pytest.mark.slow
-def test_a_tenant_s_long_texts_stand_in_nobody_else_s_way(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Forty of them took every thread in which requests are admitted."""
+def test_a_tenant_s_long_texts_do_not_block_other_tenants(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Regression: forty long texts occupied every thread in which requests are admitted."""
     long, short = {"prompt": "x" * (LONG + 1)}, {"prompt": "x", "max_tokens": 2}
     keys = write_keys(tmp_path)
     with served(tokenizer, FakeEngine(), keys) as (client, service), ThreadPoolExecutor(50) as pool:
@@ -110,10 +110,8 @@ def test_a_tenant_s_long_texts_stand_in_nobody_else_s_way(tokenizer: PreTrainedT
         assert {reply.result().status_code for reply in waiting} == {400}
 
 
-def test_after_a_long_body_none_is_parsed_for_a_while(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four of them, one after the other, were one long wait for everybody else."""
+def test_after_a_long_body_parsing_pauses(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: four long bodies in a row blocked all other clients for the sum of their parsing times."""
     rests: list[tuple[float, bool]] = []
 
     async def rest(seconds: float) -> None:
@@ -132,7 +130,7 @@ def test_after_a_long_body_none_is_parsed_for_a_while(
 
 
 def test_one_long_body_of_each_client_waits_to_be_parsed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """All of them waited in one line, and those of one tenant before the first of another."""
+    """Regression: all long bodies waited in one queue, where all of one tenant's came before the first of another's."""
     entered: list[str] = []
 
     class Recorded(TenantSemaphores):
@@ -148,8 +146,8 @@ def test_one_long_body_of_each_client_waits_to_be_parsed(tokenizer: PreTrainedTo
         assert entered == ["tenant acme", "tenant other"]
 
 
-def test_what_a_long_body_becomes_when_it_is_parsed_takes_room_too(tokenizer: PreTrainedTokenizerFast) -> None:
-    """A number of five digits takes 6 bytes of a body, and 44 as Python has it."""
+def test_the_parsed_values_of_a_long_body_count_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check that parsed values are counted: a number of five digits takes 6 bytes of a body, and 44 as a Python object."""
     lists = [[250] * (CONTEXT - 2)] * 200
     with served(tokenizer, FakeEngine(), max_bodies_mib=7, max_body_bytes=200_000) as (client, service):
         body = {"prompt": lists, "max_tokens": 1}
@@ -161,20 +159,20 @@ def test_what_a_long_body_becomes_when_it_is_parsed_takes_room_too(tokenizer: Pr
         assert client.post("/v1/completions", json=body | {"prompt": lists[:100]}).status_code == 200
 
 
-def test_a_body_of_as_many_values_as_are_read_fits_the_least_bound(tokenizer: PreTrainedTokenizerFast) -> None:
-    """It was told to try again, for ever."""
+def test_a_body_of_the_most_values_fits_the_smallest_bound(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Regression: every try of this body was answered with "try again"."""
     body = {"prompt": [[1] * (CONTEXT - 2)] * 1000, "max_tokens": 1}
     with served(tokenizer, FakeEngine(), max_bodies_mib=4) as (client, _):
         error = refusal(client.post("/v1/completions", json=body), 400)
         assert error["param"] == "prompt"
 
 
-def test_the_schema_still_says_what_a_token_is() -> None:
+def test_the_schema_describes_a_token() -> None:
     described = generation.GenerateBody.model_json_schema()["properties"]["prompt"]["anyOf"][0]["oneOf"][1]
     assert described["items"] == {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**31}
 
 
-def test_the_answer_names_a_token_that_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_refusal_names_the_invalid_token(tokenizer: PreTrainedTokenizerFast) -> None:
     with served(tokenizer, FakeEngine()) as (client, _):
 
         def message(token: float) -> str:

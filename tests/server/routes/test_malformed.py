@@ -1,4 +1,4 @@
-"""Ten thousand malformed bodies, and a thousand requests that are none: all refused, while another client is answered."""
+"""Ten thousand malformed bodies and a thousand malformed requests: all are refused, while another client is answered."""
 
 import http.client
 import json
@@ -24,7 +24,7 @@ from tests.server.malformed import UPGRADE, Maker, Raw, raw, raw_kinds
 NUM_BODIES, NUM_RAW, NUM_THREADS = 10_000, 1_000, 4
 MAX_BODY_BYTES = 2**20
 SLACK_BYTES = 128 * 2**20
-"""What the server may hold more after all than after a tenth: a leak of bodies would be gigabytes."""
+"""The most that the server's memory may grow from the first tenth of the bodies to the last. A leak would be gigabytes."""
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 
 KEY = f"Authorization: {bearer(ADMIN)['Authorization']}\r\n".encode()
@@ -32,7 +32,7 @@ KEY = f"Authorization: {bearer(ADMIN)['Authorization']}\r\n".encode()
 
 @pytest.fixture(scope="module")
 def attacked(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """A server that has as many places as there are clients: one that is not given back would be missed."""
+    """Yield a server with as many places as there are clients, so that a place that is not freed would be missed."""
     place = tmp_path_factory.mktemp("attacked")
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
     flags += ["--kv-cache-gib", "0.004", "--max-requests", str(NUM_THREADS + 1), "--keys", str(write_keys(place))]
@@ -43,7 +43,7 @@ def attacked(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPa
 
 @dataclass(slots=True)
 class Healthy:
-    """A client that asks on and on, and must be answered the same."""
+    """A client that repeats a request, and must always get the same answer."""
 
     live: Live
     num_answers: int = 0
@@ -58,41 +58,41 @@ class Healthy:
 
 
 def send_bodies(live: Live, seed: int, count: int, statuses: Counter[int]) -> None:
-    """Sends malformed bodies one after the other, each of which must be refused in the shape of errors."""
+    """Send malformed bodies one after the other. Fail unless each is refused in the shape of errors."""
     maker, connection = Maker(seed, MAX_BODY_BYTES), http.client.HTTPConnection("127.0.0.1", live.port, timeout=LIMIT_S)
     with closing(connection):
         for _ in range(count):
             sent = maker.body()
             connection.request(sent.method, sent.path, sent.content, {**sent.headers, **bearer(ADMIN)})
             reply = connection.getresponse()
-            said = reply.read()
-            assert 400 <= reply.status < 500, (sent.path, sent.headers, sent.content[:2000], reply.status, said[:500])
-            error = json.loads(said)["error"]
+            body = reply.read()
+            assert 400 <= reply.status < 500, (sent.path, sent.headers, sent.content[:2000], reply.status, body[:500])
+            error = json.loads(body)["error"]
             assert error["code"] == reply.status
             assert error["message"]
-            assert len(said) < 4000, (sent.content[:200], said)
+            assert len(body) < 4000, (sent.content[:200], body)
             statuses[reply.status] += 1
 
 
 def send_raw(live: Live, seed: int, count: int, statuses: Counter[int]) -> None:
-    """Send raw bytes, each on a connection of its own, and check what is answered to each."""
+    """Send raw bytes, each on a connection of its own, and check the answers."""
     random, key = Random(seed), f"Authorization: {bearer(ADMIN)['Authorization']}\r\n"
     for _ in range(count):
         check_raw(live, raw(random, key), statuses)
 
 
 def check_raw(live: Live, sent: Raw, statuses: Counter[int]) -> None:
-    """Send `sent` and check its answers. The client ends its side at once where it was cut, else when it has all answers."""
+    """Send `sent` and check its answers. The client ends its side at once if `sent` is cut, otherwise after all answers."""
     heard, is_closed = b"", False
     with closing(socket.create_connection(("127.0.0.1", live.port), LIMIT_S)) as connection:
-        with suppress(ConnectionError) if sent.is_cut else nullcontext():  # it may be closed before all is sent
+        with suppress(ConnectionError) if sent.is_cut else nullcontext():  # the server may close before everything is sent
             connection.sendall(sent.content)
         while not is_closed and not sent.is_cut and (sent.closes or len(STATUS.findall(heard)) < len(sent.answers)):
             heard += (chunk := connection.recv(65536))
             is_closed = not chunk
         if not sent.is_cut and not is_closed:
-            assert live.client.get("/health").status_code == 200  # meanwhile an answer too many would come
-        with suppress(ConnectionError):  # the client left: nobody owes it anything
+            assert live.client.get("/health").status_code == 200  # gives an answer too many the time to arrive
+        with suppress(ConnectionError):  # the client has left, and the server may reset the connection
             if not is_closed:
                 connection.shutdown(socket.SHUT_WR)
             while chunk := connection.recv(65536):
@@ -103,7 +103,7 @@ def check_raw(live: Live, sent: Raw, statuses: Counter[int]) -> None:
     statuses.update(answered)
 
 
-def test_who_asks_for_a_web_socket_is_answered_as_any_other(attacked: Live) -> None:
+def test_a_web_socket_request_is_answered_as_any_other(attacked: Live) -> None:
     headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     reply = attacked.client.get("/generate", headers=headers | {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="})
     assert reply.status_code == 405
@@ -111,9 +111,9 @@ def test_who_asks_for_a_web_socket_is_answered_as_any_other(attacked: Live) -> N
 
 
 def statuses_of(live: Live, head: bytes, body: bytes, *, is_one_segment: bool) -> list[int]:
-    """Send a request, then another for a route that there is not, and return the statuses of all answers but `100 Continue`.
+    """Send a request, then another for an unknown route, and return the statuses of all answers but `100 Continue`.
 
-    Where it is not one segment, the body follows when the server has asked for it: it cannot arrive together with the head.
+    Unless `is_one_segment`, the body is sent only when the server asks for it, so it cannot arrive together with the head.
     """
     heard = b""
     with closing(socket.create_connection(("127.0.0.1", live.port), LIMIT_S)) as connection:
@@ -128,7 +128,7 @@ def statuses_of(live: Live, head: bytes, body: bytes, *, is_one_segment: bool) -
         while {*STATUS.findall(heard)} <= {b"100"}:
             heard += (chunk := connection.recv(4096))
             assert chunk, heard
-        with suppress(ConnectionError):  # it may be closed after the first answer
+        with suppress(ConnectionError):  # the server may close after the first answer
             connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%b\r\n" % KEY)
             while chunk := connection.recv(4096):
                 heard += chunk
@@ -155,7 +155,7 @@ def statuses_of(live: Live, head: bytes, body: bytes, *, is_one_segment: bool) -
 def test_the_body_behind_an_offer_of_another_protocol_is_read_and_answered_once(
     attacked: Live, offer: bytes, body: bytes, status: int, is_chunked: bool, is_one_segment: bool
 ) -> None:
-    """The offer is ignored, as RFC 9110 (7.8) has it: the request is answered as any other, and the body is no request."""
+    """Check RFC 9110, section 7.8: the offer is ignored, the request is answered as any other, and its body is no request."""
     head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + KEY + offer
     framing = b"Transfer-Encoding: chunked\r\n" if is_chunked else b"Content-Length: %d\r\n" % len(body)
     content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if is_chunked else body
@@ -187,16 +187,16 @@ def test_malformed_requests_are_refused_while_others_are_answered(attacked: Live
                     for sending in [pool.submit(send, attacked, seed, count, counter) for seed in seeds]:
                         sending.result()
                 assert not asking.done(), asking.result()
-                assert healthy.num_answers > before, "it was answered meanwhile"
+                assert healthy.num_answers > before, "the healthy client was answered meanwhile"
                 num_bytes = num_bytes or server.memory_info().rss
         finally:
             healthy.is_over.set()
         asking.result()
     assert statuses.total() == NUM_BODIES
-    assert 429 not in statuses, "every place was given back"
+    assert 429 not in statuses, "every place was freed"
     assert raw_statuses.keys() >= {100, 200, 400, 404, 405, 431}
     assert server.memory_info().rss < num_bytes + SLACK_BYTES
     attacked.wait_for(running=0, waiting=0)
-    wait_until(lambda: attacked.metric("lori:requests_under_way") == 0, "all places")
+    wait_until(lambda: attacked.metric("lori:requests_under_way") == 0, "all places to be freed")
     assert attacked.client.get("/ready").status_code == 200
     assert "Traceback" not in attacked.log.read_text()

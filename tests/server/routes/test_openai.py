@@ -1,4 +1,4 @@
-"""OpenAI's routes, asked by the official client."""
+"""OpenAI's routes, called by the official client."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
 
 
 def lori(reply: Any) -> dict[str, Any]:
-    """What this server says beside what OpenAI's do."""
+    """Return the fields of a reply that this server adds to OpenAI's."""
     extra: dict[str, Any] = reply.model_extra["lori"]
     return extra
 
@@ -92,8 +92,8 @@ def test_a_conversation_is_answered(live: Live, client: openai.OpenAI) -> None:
 NULLS = ("temperature", "top_p", "n", "stop", "presence_penalty", "frequency_penalty", "logit_bias", "user", "stream_options")
 
 
-def test_what_is_null_is_absent(live: Live) -> None:
-    """As OpenAI's clients write None."""
+def test_a_null_field_counts_as_absent(live: Live) -> None:
+    """Send null for optional fields, as OpenAI's clients do for None."""
     for route, body, more in (
         ("completions", {"prompt": FOX}, ("max_tokens", "echo", "logprobs", "best_of", "suffix", "weights")),
         ("chat/completions", {"messages": MESSAGES, "max_tokens": 8}, ("logprobs", "top_logprobs", "tools", "metadata")),
@@ -108,13 +108,13 @@ def test_what_is_null_is_absent(live: Live) -> None:
     assert live.client.post("/v1/completions", json={"prompt": FOX, "temprature": None}).status_code == 400
 
 
-def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+def test_an_answer_can_be_sent_back_unchanged(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "math", "max_tokens": 8, "temperature": 0}
-    said = client.chat.completions.create(messages=MESSAGES, **asked).choices[0].message
+    first = client.chat.completions.create(messages=MESSAGES, **asked).choices[0].message
     more = {"role": "user", "content": "And 13?", "name": "bob"}
     replies = [
         client.chat.completions.create(messages=[*MESSAGES, answer, more], **asked)  # type: ignore[list-item]  # plain dicts
-        for answer in (said.model_dump(), {"role": "assistant", "content": said.content})
+        for answer in (first.model_dump(), {"role": "assistant", "content": first.content})
     ]
     assert replies[0].choices[0].message == replies[1].choices[0].message
 
@@ -132,14 +132,14 @@ def test_a_part_of_a_character_has_no_bytes_of_its_own(client: openai.OpenAI, wr
 
 
 @pytest.mark.slow
-def test_a_chat_has_all_the_room_that_the_context_has(client: openai.OpenAI) -> None:
+def test_a_chat_may_fill_the_whole_context(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(model=BASE, messages=MESSAGES, temperature=0, stop=["\x00"])
     assert reply.usage is not None
-    assert reply.usage.total_tokens == client.models.list().data[0].model_extra["max_model_len"]  # type: ignore[index]  # it is there
+    assert reply.usage.total_tokens == client.models.list().data[0].model_extra["max_model_len"]  # type: ignore[index]  # the server sends this field
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_chat_streams_what_it_answers_whole(client: openai.OpenAI, n: int) -> None:
+def test_a_streamed_chat_equals_the_whole_reply(client: openai.OpenAI, n: int) -> None:
     asked: dict[str, Any] = {"model": "math", "messages": MESSAGES, "max_tokens": 20, "seed": 5, "n": n}
     asked |= {"logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**asked)
@@ -170,7 +170,7 @@ def test_a_stream_begins_with_the_role_and_ends_with_done(live: Live) -> None:
     assert not any("usage" in line for line in lines)
 
 
-def test_every_reply_names_what_computed_it(live: Live, client: openai.OpenAI) -> None:
+def test_every_reply_has_the_system_fingerprint(live: Live, client: openai.OpenAI) -> None:
     name = live.generate(prompt=FOX, max_tokens=1)["system_fingerprint"]
     assert name == fingerprint(torch.float32, torch.device("cpu"), None)
     chat = {"model": "math", "messages": MESSAGES, "max_tokens": 1}
@@ -185,7 +185,7 @@ def test_every_reply_names_what_computed_it(live: Live, client: openai.OpenAI) -
 
 
 def test_one_prompt_sent_several_times_is_drawn_several_times(client: openai.OpenAI) -> None:
-    """One seed for all drew the same tokens for each; the seed that is told draws all of them again."""
+    """Regression: one seed for all prompts drew the same tokens for each. The seed of the reply reproduces all of them."""
     asked: dict[str, Any] = {"model": "math", "prompt": [FOX] * 4, "max_tokens": 20, "temperature": 1}
     reply = client.completions.create(**asked)
     texts = [choice.text for choice in reply.choices]
@@ -230,7 +230,7 @@ def test_echoed_log_probabilities_are_those_of_transformers(client: openai.OpenA
             assert max(logprobs.top_logprobs[place].values()) == pytest.approx(float(expected[place - 1].max()), abs=1e-3)
 
 
-def test_models_are_listed_with_what_they_stand_on(live: Live, client: openai.OpenAI) -> None:
+def test_models_are_listed_with_their_parents_and_versions(live: Live, client: openai.OpenAI) -> None:
     cards = {card.id: card.model_extra or {} for card in client.models.list()}
     assert list(cards) == [BASE, "intent", "math", "safety"]
     assert (cards[BASE]["parent"], cards[BASE]["root"]) == (None, BASE)
@@ -267,7 +267,7 @@ def test_an_unknown_model_is_refused_in_vllms_words(client: openai.OpenAI, model
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "said"),
+    ("body", "param", "message"),
     [
         ({"model": "math:0.5+safety"}, "model", "1 weights for 2 adapters"),
         ({"model": "math:99"}, "model", "expected -16 to 16"),
@@ -290,16 +290,16 @@ def test_an_unknown_model_is_refused_in_vllms_words(client: openai.OpenAI, model
         ({"max_tokens": 100000}, "max_tokens", "exceeds the context"),
     ],
 )
-def test_what_cannot_be_is_refused_by_field(live: Live, body: dict[str, Any], param: str | None, said: str) -> None:
+def test_an_invalid_completion_is_refused_by_field(live: Live, body: dict[str, Any], param: str | None, message: str) -> None:
     reply = live.client.post("/v1/completions", json={"prompt": FOX} | body)
     error = reply.json()["error"]
-    assert reply.status_code == error["code"] == (404 if "no adapter" in said else 400)
+    assert reply.status_code == error["code"] == (404 if "no adapter" in message else 400)
     assert (error["param"] or "").startswith(param or "")
-    assert said in error["message"]
+    assert message in error["message"]
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "said"),
+    ("body", "param", "message"),
     [
         ({"tools": [{"type": "function"}]}, "tools", "at most 0 items"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system', 'developer'"),
@@ -309,20 +309,20 @@ def test_what_cannot_be_is_refused_by_field(live: Live, body: dict[str, Any], pa
         ({"messages": []}, "messages", "at least 1 item"),
     ],
 )
-def test_a_chat_that_cannot_be_is_refused_by_field(live: Live, body: dict[str, Any], param: str | None, said: str) -> None:
+def test_an_invalid_chat_is_refused_by_field(live: Live, body: dict[str, Any], param: str | None, message: str) -> None:
     reply = live.client.post("/v1/chat/completions", json={"messages": MESSAGES} | body)
     error = reply.json()["error"]
     assert reply.status_code == error["code"] == 400
     assert (error["param"] or "").startswith(param or "")
-    assert said in error["message"]
+    assert message in error["message"]
 
 
 WRITTEN: dict[str, Any] = {"no_stop_trim": False, "skip_special_tokens": True, "return_hidden_states": False}
-"""What vllm-router 0.1.17 writes into every body that it passes on."""
+"""Fields that vllm-router 0.1.17 writes into every body that it forwards."""
 IN_CHATS = {"continue_final_message": False, "separate_reasoning": True, "stream_reasoning": True, "include_reasoning": True}
 
 
-def test_what_vllm_router_writes_into_bodies_changes_nothing(live: Live) -> None:
+def test_the_fields_that_vllm_router_adds_change_nothing(live: Live) -> None:
     for route, body, written in (
         ("completions", {"prompt": FOX, "echo": False}, WRITTEN),
         ("chat/completions", {"messages": MESSAGES, "logprobs": False}, WRITTEN | IN_CHATS),
@@ -335,7 +335,7 @@ def test_what_vllm_router_writes_into_bodies_changes_nothing(live: Live) -> None
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 @pytest.mark.parametrize("field", WRITTEN)
-def test_its_fields_say_only_what_is_so(live: Live, route: str, field: str) -> None:
+def test_other_values_of_vllm_router_s_fields_are_refused(live: Live, route: str, field: str) -> None:
     body = {"prompt": FOX} if route == "completions" else {"messages": MESSAGES}
     reply = live.client.post(f"/v1/{route}", json=body | {field: not WRITTEN[field]})
     assert reply.status_code == 400
@@ -343,14 +343,14 @@ def test_its_fields_say_only_what_is_so(live: Live, route: str, field: str) -> N
 
 
 def test_a_body_from_which_vllm_router_took_the_adapter_is_refused(live: Live) -> None:
-    """Of /generate it passes on what SGLang knows: the base model must not answer in the place of an adapter."""
+    """Send a body as the router forwards it to /generate, with SGLang's fields only. The base model must not answer it."""
     body = {"prompt": FOX, "stream": False, "return_logprob": False, "return_hidden_states": False}
     reply = live.client.post("/generate", json=body)
     assert reply.status_code == 400
     assert "return_logprob" in reply.json()["error"]["message"]
 
 
-def test_tokens_and_back(live: Live, writer: BaseModel) -> None:
+def test_text_is_tokenized_and_detokenized(live: Live, writer: BaseModel) -> None:
     ids = encode(writer.tokenizer, FOX).ids
     reply = live.client.post("/tokenize", json={"prompt": FOX, "model": "math", "return_token_strs": True}).json()
     assert (reply["tokens"], reply["count"]) == (ids, len(ids))
@@ -407,7 +407,7 @@ def test_generate_follows_a_grammar(live: Live, grammar: dict[str, Any], pattern
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "param", "said"),
+    ("path", "body", "param", "message"),
     [
         ("/generate", {"grammar": {"type": "regex", "pattern": "(("}}, "grammar", "regex"),
         ("/generate", {"grammar": {"type": "json_schema", "schema": {"type": "nothing"}}}, "grammar", "json_schema"),
@@ -418,9 +418,9 @@ def test_generate_follows_a_grammar(live: Live, grammar: dict[str, Any], pattern
         ("/v1/completions", {"response_format": {"type": "text"}, "grammar": {"type": "json_object"}}, None, "found both"),
     ],
 )
-def test_a_format_that_cannot_be_is_refused(live: Live, path: str, body: dict[str, Any], param: str | None, said: str) -> None:
+def test_an_invalid_format_is_refused(live: Live, path: str, body: dict[str, Any], param: str | None, message: str) -> None:
     reply = live.client.post(path, json={"prompt": FOX} | body)
     error = reply.json()["error"]
     assert reply.status_code == 400, reply.text
     assert (error["param"] or "").startswith(param or "")
-    assert said in error["message"]
+    assert message in error["message"]

@@ -1,4 +1,4 @@
-"""What the API says of itself: whole, true to its own schemas, and shown with nothing from elsewhere."""
+"""The API's description: complete, true to its own schemas, and shown without external files."""
 
 import re
 from collections.abc import Iterator
@@ -21,29 +21,29 @@ from tests.server.live import Live
 
 Document = dict[str, Any]
 EXAMPLES = ("/generate", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
-"""Routes whose examples anybody may send."""
+"""Routes whose examples every caller may send."""
 
 
 @pytest.fixture(scope="module")
 def document(tokenizer: PreTrainedTokenizerFast) -> Document:
-    """The description without keys."""
+    """Return the description of a server without keys."""
     return create_app(make_service(tokenizer)).openapi()
 
 
 def operations(document: Document) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields method and path, and the operation."""
+    """Yield the method and path of each operation, and the operation."""
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield f"{method} {path}", operation
 
 
 def check(document: Document, schema: dict[str, Any], value: object) -> None:
-    """Raises where `value` is not what `schema` says."""
+    """Raise if `value` does not match `schema`."""
     jsonschema_rs.validator_for({**schema, "components": document["components"]}).validate(value)
 
 
 def references(part: object) -> Iterator[str]:
-    """Yields what refers to another part of the document."""
+    """Yield the references to other parts of the document."""
     if isinstance(part, dict):
         yield from (value for key, value in part.items() if key == "$ref")
     for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
@@ -63,7 +63,7 @@ def test_every_route_is_described(document: Document) -> None:
             assert response["headers"]["X-Request-ID"], (name, status)
 
 
-def test_every_reference_is_there(document: Document) -> None:
+def test_every_reference_resolves(document: Document) -> None:
     for reference in references(document):
         part = document
         for key in reference.removeprefix("#/").split("/"):
@@ -99,7 +99,7 @@ def test_bounds_are_exact(document: Document) -> None:
     assert (repr(seed["minimum"]), repr(seed["exclusiveMaximum"])) == ("0", "9223372036854775808")
 
 
-def test_a_body_that_is_not_sound_is_400_as_this_server_says_it(document: Document) -> None:
+def test_an_invalid_body_is_described_as_400_in_our_own_shape(document: Document) -> None:
     for name, operation in operations(document):
         assert "ValidationError" not in str(operation), name
         if "requestBody" in operation:
@@ -107,17 +107,17 @@ def test_a_body_that_is_not_sound_is_400_as_this_server_says_it(document: Docume
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
-def test_every_status_of_the_error_table_is_one_that_routes_can_name(document: Document) -> None:
+def test_every_status_of_the_error_table_is_described(document: Document) -> None:
     named = {int(status) for _, operation in operations(document) for status in operation["responses"]}
     statuses = {status for status, _ in TABLE.values()}
     assert statuses <= REFUSALS.keys()
     assert statuses <= named
 
 
-def test_too_many_requests_are_told_when_to_try_again(document: Document) -> None:
-    found = [operation["responses"]["429"] for _, operation in operations(document) if "429" in operation["responses"]]
-    assert found
-    assert all("Retry-After" in response["headers"] for response in found)
+def test_every_429_is_described_with_retry_after(document: Document) -> None:
+    refusals = [operation["responses"]["429"] for _, operation in operations(document) if "429" in operation["responses"]]
+    assert refusals
+    assert all("Retry-After" in response["headers"] for response in refusals)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
@@ -133,7 +133,7 @@ def test_streams_are_described_event_by_event(document: Document, path: str) -> 
         assert "ErrorReply" in data
 
 
-def test_keys_are_asked_for_where_they_are_needed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_operations_that_need_a_key_say_so(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     document = create_app(make_service(tokenizer, write_keys(tmp_path))).openapi()
     for path, methods in document["paths"].items():
         for operation in methods.values():
@@ -142,7 +142,7 @@ def test_keys_are_asked_for_where_they_are_needed(tokenizer: PreTrainedTokenizer
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
-def test_without_keys_nothing_is_said_of_them(document: Document) -> None:
+def test_without_keys_the_description_does_not_mention_them(document: Document) -> None:
     assert "securitySchemes" not in document["components"]
     assert not any("401" in operation["responses"] for _, operation in operations(document))
 
@@ -156,7 +156,7 @@ def test_every_body_is_read_as_strict_json() -> None:
         assert isinstance(route, JsonRoute), route.path
 
 
-def test_a_method_that_is_not_described_is_told_those_that_are(live: Live) -> None:
+def test_an_undescribed_method_is_405_with_the_described_ones(live: Live) -> None:
     for path, methods in live.client.get("/openapi.json").json()["paths"].items():
         reply = live.client.options(re.sub(r"{\w+}", "math", path))
         assert reply.status_code == 405, path
@@ -176,13 +176,15 @@ def test_the_examples_of_bodies_are_answered(live: Live, path: str) -> None:
 
 def test_a_summary_is_plain_text(live: Live) -> None:
     document = live.client.get("/openapi.json").json()
-    summaries = {of["operationId"]: of["summary"] for operations in document["paths"].values() for of in operations.values()}
+    summaries = {
+        operation["operationId"]: operation["summary"] for path in document["paths"].values() for operation in path.values()
+    }
     assert [summary for summary in summaries.values() if re.search(r"[`*\[]", summary)] == []
     assert summaries["completions"].endswith("“model” names the adapters")
     assert "`" in document["info"]["description"]
 
 
-def test_the_viewer_loads_nothing_from_elsewhere(live: Live) -> None:
+def test_the_viewer_loads_nothing_external(live: Live) -> None:
     page = live.client.get("/docs").text
     assert not re.search(r"(https?:)?//[\w.]", page)
     assets = re.findall(r'(?:src|href)="([^"]+)"', page)

@@ -1,4 +1,4 @@
-"""vLLM's routes for LoRA adapters: its bodies, texts and statuses, and no path that is ever read."""
+"""vLLM's routes for LoRA adapters, with its bodies, texts and statuses. Paths are refused and never read."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +14,8 @@ LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 @pytest.fixture(scope="module")
 def office(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
-    with open_office(writer_model, writer, tmp_path_factory.mktemp("vllm"), max_rank=4, hub=True) as found:
-        yield found
+    with open_office(writer_model, writer, tmp_path_factory.mktemp("vllm"), max_rank=4, hub=True) as opened:
+        yield opened
 
 
 def test_an_adapter_of_the_store_is_loaded_and_unloaded(office: Office) -> None:
@@ -32,7 +32,7 @@ def test_an_adapter_of_the_store_is_loaded_and_unloaded(office: Office) -> None:
     assert office.store.find("math").version == adapter.version, "its files stay"
 
 
-def test_a_name_that_is_there_is_loaded_in_place_alone(office: Office) -> None:
+def test_an_existing_name_is_replaced_only_with_load_inplace(office: Office) -> None:
     old, new = office.have("placed", 2), office.have("placed", 3)
     error = refusal(office.post(LOAD, lora_name="placed", lora_path=f"placed@{old.version}"), 400)
     assert error["message"] == (
@@ -45,7 +45,7 @@ def test_a_name_that_is_there_is_loaded_in_place_alone(office: Office) -> None:
     assert office.store.find("placed").version == new.version, "the store is not changed"
 
 
-def test_another_name_means_it_until_the_server_ends(office: Office) -> None:
+def test_another_name_refers_to_an_adapter_until_the_server_ends(office: Office) -> None:
     adapter = office.have("source", 4)
     assert office.post(LOAD, lora_name="called", lora_path="source").status_code == 200
     assert office.generate("called")["adapter"] == [
@@ -58,7 +58,7 @@ def test_another_name_means_it_until_the_server_ends(office: Office) -> None:
     assert office.client.delete("/adapters/source").status_code == 200
 
 
-def test_a_name_of_another_adapter_never_means_this_one(office: Office) -> None:
+def test_the_name_of_another_adapter_cannot_be_taken(office: Office) -> None:
     office.have("safety", 5)
     office.have("other", 6)
     office.post("/adapters/safety/unload")
@@ -72,12 +72,12 @@ def test_a_name_of_another_adapter_never_means_this_one(office: Office) -> None:
         ({"lora_name": "x", "lora_path": ""}, "Both 'lora_name' and 'lora_path' must be provided."),
     ],
 )
-def test_an_empty_field_is_told_as_vllm_does(office: Office, body: dict[str, str], message: str) -> None:
+def test_an_empty_field_is_refused_in_vllm_s_words(office: Office, body: dict[str, str], message: str) -> None:
     error = refusal(office.client.post(LOAD, json=body), 400)
     assert (error["message"], error["type"]) == (message, "InvalidUserInput")
 
 
-def test_what_is_not_there_is_404_as_vllm_says_it(office: Office) -> None:
+def test_an_unknown_adapter_is_404_in_vllm_s_words(office: Office) -> None:
     error = refusal(office.post(LOAD, lora_name="x", lora_path="nobody"), 404)
     assert (error["message"], error["type"]) == ("Loading lora x failed: No adapter found for nobody", "NotFoundError")
     error = refusal(office.post(UNLOAD, lora_name="nobody"), 404)
@@ -105,7 +105,7 @@ def test_a_path_is_refused_unread(office: Office, path: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "X", "a" * 65, "x@123"])
-def test_a_name_is_no_path(office: Office, name: str) -> None:
+def test_a_name_that_is_a_path_is_refused(office: Office, name: str) -> None:
     assert refusal(office.post(LOAD, lora_name=name, lora_path="math"), 400)["param"] == "lora_name"
 
 
@@ -134,4 +134,4 @@ def test_an_adapter_on_the_hub_is_loaded_and_stored(office: Office, path: str, m
     assert asked == ["hf://own/math@main"]
     assert office.generate("from-hub")["adapter"][0]["version"] == office.store.find("from-hub").version
     refusal(office.post(LOAD, lora_name="from-hub", lora_path=path), 400)
-    assert len(asked) == 1, "what is not to be replaced is not fetched"
+    assert len(asked) == 1, "without load_inplace, an existing adapter is not fetched again"

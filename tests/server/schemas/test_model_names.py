@@ -1,4 +1,4 @@
-"""What `model` names, and what names it."""
+"""Model names: parsing them, and writing them for adapters and weights."""
 
 import pytest
 from hypothesis import given
@@ -25,7 +25,7 @@ def test_a_model_is_named_as_it_is_asked_for(adapters: list[str], weights: list[
 
 
 @given(st.lists(st.decimals(-16, 16, places=3).map(float), min_size=1, max_size=4))
-def test_what_a_name_says_is_what_it_was_made_of(weights: list[float]) -> None:
+def test_parsing_a_name_gives_its_adapters_and_weights_back(weights: list[float]) -> None:
     adapters = [f"adapter-{number}" for number in range(len(weights))]
     named = parse_model(model_of(adapters, weights), BASE)
     assert named.adapters == tuple(adapters)

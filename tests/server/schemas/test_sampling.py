@@ -1,4 +1,4 @@
-"""Bodies make the engine's sampling parameters: each can be sent, and means what the engine's field of its name means."""
+"""Conversion of bodies to the engine's sampling parameters: each can be sent, and has the meaning of the engine's field."""
 
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -39,7 +39,7 @@ PARAMS = {
     "include_stop": True,
     "echo": True,
 }
-"""Values of the parameters that bodies express otherwise, or that only some bodies have."""
+"""Values of the parameters that bodies express in another form, or that only some bodies have."""
 GENERATE = GenerateBody(prompt="x", logprobs=3, include_stop=True, echo=True, **SHARED_VALUES)
 COMPLETION = CompletionBody(prompt="x", logprobs=3, include_stop_str_in_output=True, echo=True, **SHARED_VALUES)
 CHAT = ChatBody.model_validate(
@@ -70,19 +70,19 @@ def test_every_parameter_of_the_engine_can_be_sent(body: Body, lacks: set[str]) 
 
 @pytest.mark.parametrize("kind", [GenerateBody, CompletionBody, ChatBody])
 def test_a_field_of_a_parameters_name_has_its_type_and_its_default(kind: type[Body]) -> None:
-    """Fields of this kind are passed on by name, which no type checker sees."""
+    """Check the fields that are passed on by name, which no type checker sees."""
     types, wire_types = get_type_hints(SamplingParams), get_type_hints(kind)
     passed_on = [name for name in SHARED if name in kind.model_fields]
     assert {"temperature", "top_k", "ignore_eos"} <= set(passed_on)
     for name in passed_on:
         assert wire_types[name] == types[name]
-        if kind is GenerateBody or name != "temperature":  # which is 1 at OpenAI
+        if kind is GenerateBody or name != "temperature":  # OpenAI's default temperature is 1
             assert kind.model_fields[name].default == getattr(SamplingParams(), name)
     assert types.keys() >= CONVERTED
 
 
 @pytest.mark.parametrize("kind", [GenerateBody, CompletionBody, ChatBody])
-def test_seeds_are_random_by_default_and_kept_where_given(kind: type[Body]) -> None:
+def test_seeds_are_random_unless_they_are_given(kind: type[Body]) -> None:
     assert len({smallest(kind).to_sampling().seed for _ in range(20)}) > 15
     assert smallest(kind, seed=0).to_sampling().seed == 0
 
@@ -103,5 +103,5 @@ def test_a_response_format_is_a_grammar() -> None:
 
 
 @pytest.mark.parametrize(("values", "expected"), [({}, None), ({"logprobs": True}, 0), ({"logprobs": False}, None)])
-def test_a_chat_has_alternatives_only_where_it_names_their_number(values: dict[str, bool], expected: int | None) -> None:
+def test_a_chat_has_alternatives_only_if_it_names_their_number(values: dict[str, bool], expected: int | None) -> None:
     assert smallest(ChatBody, **values).to_sampling().num_logprobs == expected

@@ -1,4 +1,4 @@
-"""Whole answers of one request or several, and what becomes of them when one fails or their client leaves."""
+"""Answers of one request or several, and their end when one fails or the client leaves."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -30,13 +30,13 @@ FOR_EVER = 10**9
 
 @dataclass
 class FailingEngine(FakeEngine):
-    """A fake that tells the requests in `failing` of an error, of the kind that is said, in place of their second text."""
+    """A fake engine that sends the requests in `failing` an error of the given kind in place of their second text."""
 
     failing: dict[str, ErrorKind] = field(default_factory=dict)
 
     def submit(self, request: Request, emit: Emit) -> None:
         def fail(event: Event) -> None:
-            if self.said[request.id] == 2:
+            if self.emitted[request.id] == 2:
                 event = ErrorEvent(f"{request.id} is broken", self.failing[request.id])
                 self.emits.pop(request.id, None)
             emit(event)
@@ -46,7 +46,7 @@ class FailingEngine(FakeEngine):
 
 @pytest.fixture
 def serve(tokenizer: PreTrainedTokenizerFast) -> Callable[[FakeEngine], Any]:
-    """Returns a service on a fake, which runs inside a block."""
+    """Return a context manager that runs a service on a fake engine."""
 
     @asynccontextmanager
     async def serving(engine: FakeEngine) -> AsyncGenerator[Service, None]:
@@ -81,7 +81,7 @@ def texts(answers: list[Answer]) -> list[str]:
     return [answer.text for answer in answers]
 
 
-def test_an_answer_is_all_that_was_said() -> None:
+def test_an_answer_s_text_joins_its_parts() -> None:
     first, second = (TokenLogprob("a", place, -1.0, {}) for place in (0, 1))
     answer = Answer(DoneEvent("length", 1, 2), ["a", "", "b"], [first, second])
     assert answer.text == "ab"
@@ -90,13 +90,13 @@ def test_an_answer_is_all_that_was_said() -> None:
 def test_each_choice_has_an_answer_of_its_own(serve: Serve) -> None:
     class Counting(FakeEngine):
         def submit(self, request: Request, emit: Emit) -> None:
-            def tell(event: Event) -> None:
+            def count(event: Event) -> None:
                 if isinstance(event, TextEvent):
                     score = TokenLogprob(str(event.choice), 0, -1.0, {})
                     event = replace(event, text=str(event.choice), logprobs=(score,))
                 emit(event)
 
-            super().submit(request, tell)
+            super().submit(request, count)
 
     async def test() -> None:
         async with serve(Counting(num_steps=3)) as service:
@@ -112,7 +112,7 @@ def test_each_choice_has_an_answer_of_its_own(serve: Serve) -> None:
     ("kind", "expected"),
     [("engine", EngineError), ("adapter", AdapterFailedError), ("timeout", OutOfTimeError), ("stop", StoppedError)],
 )
-def test_a_failure_is_raised_as_what_it_is(serve: Serve, kind: ErrorKind, expected: type[EngineError]) -> None:
+def test_a_failure_is_raised_as_the_error_of_its_kind(serve: Serve, kind: ErrorKind, expected: type[EngineError]) -> None:
     async def test() -> None:
         async with serve(FailingEngine(failing={"one": kind, "two": kind})) as service:
             with pytest.raises(EngineError, match="one is broken") as caught:
@@ -120,7 +120,7 @@ def test_a_failure_is_raised_as_what_it_is(serve: Serve, kind: ErrorKind, expect
             assert type(caught.value) is expected
             with pytest.raises(EngineError, match="two is broken") as caught:
                 await collect_all(service, named("two"))
-            assert type(caught.value) is expected, "no group of errors"
+            assert type(caught.value) is expected, "a single error, not a group"
 
     run(test())
 
@@ -142,7 +142,7 @@ def test_several_requests_run_together_and_are_answered_in_their_order(serve: Se
     run(test())
 
 
-def test_one_failure_ends_all(serve: Serve) -> None:
+def test_one_failure_ends_all_requests(serve: Serve) -> None:
     async def test() -> None:
         engine = FailingEngine(num_steps=FOR_EVER, failing={"two": "adapter"})
         async with serve(engine) as service:
@@ -165,12 +165,12 @@ def test_two_failures_are_one_error(serve: Serve) -> None:
     run(test())
 
 
-def test_cancelling_whoever_collects_aborts_all(serve: Serve) -> None:
+def test_cancelling_the_collecting_task_aborts_all_requests(serve: Serve) -> None:
     async def test() -> None:
         engine = FakeEngine(num_steps=FOR_EVER)
         async with serve(engine) as service:
             task = asyncio.create_task(collect_all(service, named("one", "two")))
-            await until(lambda: len(engine.said) == 2)
+            await until(lambda: len(engine.emitted) == 2)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -197,7 +197,7 @@ def test_the_events_of_several_requests_come_with_their_places(serve: Serve) -> 
 
 
 def test_a_failure_among_several_is_an_event_and_the_others_go_on(serve: Serve) -> None:
-    """It is for who listens to end them: a stream has said something already."""
+    """Leave it to the reader to end the others, since a stream has sent text already."""
 
     async def test() -> None:
         async with serve(FailingEngine(num_steps=4, failing={"two": "engine"})) as service:
@@ -208,7 +208,7 @@ def test_a_failure_among_several_is_an_event_and_the_others_go_on(serve: Serve) 
     run(test())
 
 
-def test_closing_aborts_all(serve: Serve) -> None:
+def test_closing_the_events_aborts_all_requests(serve: Serve) -> None:
     async def test() -> None:
         engine = FakeEngine(num_steps=FOR_EVER)
         async with serve(engine) as service:
@@ -244,19 +244,19 @@ def test_closing_before_the_first_event_leaves_nothing_behind(serve: Serve) -> N
     run(test())
 
 
-def test_a_fault_of_ours_while_one_is_heard_is_raised_and_ends_all(serve: Serve) -> None:
-    """It ended the stream as if all were done."""
+def test_our_own_exception_during_a_stream_is_raised_and_ends_all_requests(serve: Serve) -> None:
+    """Regression: the exception ended the stream as if all requests were done."""
 
     async def test() -> None:
         engine = FakeEngine(num_steps=FOR_EVER)
         async with serve(engine) as service:
             generate = service.engine.generate
 
-            async def broken(of: Request) -> AsyncGenerator[Event, None]:
-                async with aclosing(generate(of)) as events:
+            async def broken(admitted: Request) -> AsyncGenerator[Event, None]:
+                async with aclosing(generate(admitted)) as events:
                     async for event in events:
                         yield event
-                        if of.id == "two":
+                        if admitted.id == "two":
                             raise ValueError("a fault of ours")
 
             service.engine.generate = broken  # type: ignore[method-assign]
@@ -270,7 +270,7 @@ def test_a_fault_of_ours_while_one_is_heard_is_raised_and_ends_all(serve: Serve)
 
 
 def client(*messages: str, leaves: bool = False) -> HttpRequest:
-    """A client that sends `messages`, and then leaves or waits."""
+    """Return the request of a client that sends `messages`, and then leaves or waits."""
     sent = [*messages, *(["http.disconnect"] if leaves else [])]
 
     async def receive() -> dict[str, Any]:
@@ -285,9 +285,9 @@ def test_an_answer_reaches_the_client_that_waits(serve: Serve) -> None:
     async def test() -> None:
         async with serve(FakeEngine(num_steps=3)) as service:
             for http, name in ((client(), "one"), (client("http.request"), "two")):
-                found = await until_disconnect(http, collect(service, *named(name)))
-                assert found is not None
-                assert texts(found) == ["xxx"]
+                answers = await until_disconnect(http, collect(service, *named(name)))
+                assert answers is not None
+                assert texts(answers) == ["xxx"]
 
     run(test())
 
@@ -297,8 +297,8 @@ def test_when_the_client_leaves_its_requests_are_aborted(serve: Serve, messages:
     async def test() -> None:
         engine = FakeEngine(num_steps=FOR_EVER)
         async with serve(engine) as service:
-            found = await until_disconnect(client(*messages, leaves=True), collect_all(service, named("one", "two")))
-            assert found is None
+            answers = await until_disconnect(client(*messages, leaves=True), collect_all(service, named("one", "two")))
+            assert answers is None
             assert service.engine.num_requests == 0
             await until(lambda: not engine.emits)
 

@@ -1,4 +1,4 @@
-"""One client's slow grammars neither have another's refused nor keep it waiting for long."""
+"""Slow grammars of one client: other clients' grammars are neither refused nor delayed for long."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ async def stays() -> bool:
 
 @dataclass
 class FakeAdmission:
-    """Knows the grammars it has checked. Those called slow take long, and their check ends when a test lets it."""
+    """A fake admission that knows the grammars it has checked. The check of a slow grammar blocks until a test sets `may_end`."""
 
     is_checking: threading.Event = field(default_factory=threading.Event)
     may_end: threading.Event = field(default_factory=threading.Event)
@@ -69,14 +69,14 @@ def run(test: Coroutine[object, object, None]) -> None:
 
 
 async def begin_slow(checks: GrammarChecks, admission: FakeAdmission, number: int, tenant: str) -> list[asyncio.Task[None]]:
-    """Begins the checks of slow grammars and waits until the first is under way."""
+    """Begin the checks of slow grammars, and wait until the first is under way."""
     begun = [asyncio.create_task(checks.check(Grammar("regex", f"slow {i}"), tenant, stays)) for i in range(number)]
     await asyncio.to_thread(admission.is_checking.wait, LIMIT_S)
     return begun
 
 
 @pytest.mark.parametrize("tenant", ["", "other"])
-def test_a_usual_grammar_passes_those_that_take_long(checks: GrammarChecks, admission: FakeAdmission, tenant: str) -> None:
+def test_a_quick_grammar_overtakes_slow_ones(checks: GrammarChecks, admission: FakeAdmission, tenant: str) -> None:
     async def test() -> None:
         slow = await begin_slow(checks, admission, MAX_PER_TENANT, "hostile" if tenant else "")
         await checks.check(USUAL, tenant, stays)
@@ -87,12 +87,12 @@ def test_a_usual_grammar_passes_those_that_take_long(checks: GrammarChecks, admi
     run(test())
 
 
-def test_without_keys_none_is_refused_because_others_wait(checks: GrammarChecks, admission: FakeAdmission) -> None:
+def test_without_keys_no_grammar_is_refused_because_others_wait(checks: GrammarChecks, admission: FakeAdmission) -> None:
     async def test() -> None:
         slow = await begin_slow(checks, admission, 100, "")
-        mine = asyncio.create_task(checks.check(SLOW, "", stays))
+        last = asyncio.create_task(checks.check(SLOW, "", stays))
         admission.may_end.set()
-        await asyncio.gather(mine, *slow)
+        await asyncio.gather(last, *slow)
         assert admission.checked[-1] == SLOW, "first come, first served"
 
     run(test())
@@ -111,7 +111,7 @@ def test_a_tenant_has_its_share_of_places_and_no_more(checks: GrammarChecks, adm
     run(test())
 
 
-def test_one_that_was_checked_before_waits_for_nothing(checks: GrammarChecks, admission: FakeAdmission) -> None:
+def test_a_grammar_that_was_checked_before_does_not_wait(checks: GrammarChecks, admission: FakeAdmission) -> None:
     async def test() -> None:
         await checks.check(USUAL, "hostile", stays)
         slow = await begin_slow(checks, admission, MAX_PER_TENANT, "hostile")
@@ -134,7 +134,7 @@ def test_a_check_that_fails_gives_its_place_back(checks: GrammarChecks, admissio
 
 @pytest.mark.parametrize("num_asked", [1, 2])
 def test_nothing_is_checked_for_a_client_that_has_left(checks: GrammarChecks, admission: FakeAdmission, num_asked: int) -> None:
-    """Those that left would have kept their places until their grammars were tried for nobody."""
+    """Regression: a departed client kept its place until its grammar was checked for nobody."""
     answers = [False] * (num_asked - 1) + [True]
 
     async def has_left() -> bool:
@@ -157,14 +157,14 @@ NUMBERS = count()
 
 
 def slow_body() -> dict[str, object]:
-    """A schema that takes longer than any may, another one each time."""
+    """Return a body with a new schema whose check exceeds the time limit."""
     schema = {"allOf": [{"type": "integer", "multipleOf": 1_000_003 + 2 * next(NUMBERS)}]}
     return {"prompt": "x", "max_tokens": 4, "grammar": {"type": "json_schema", "schema": schema}}
 
 
 @contextmanager
 def flood(server: Live, num_clients: int, headers: dict[str, str]) -> Iterator[list[int]]:
-    """Sends slow grammars without pause until the block ends; yields the statuses of the answers so far."""
+    """Send slow grammars without pause until the block ends; yield the growing list of the answers' statuses."""
     statuses: list[int] = []
     is_over, is_answered = threading.Event(), threading.Event()
 
@@ -191,12 +191,12 @@ def assert_neighbour_is_served(server: Live, headers: dict[str, str]) -> None:
         reply = server.client.post("/generate", json=body, headers=headers)
         assert reply.status_code == 200, reply.text
     reply = server.client.post("/generate", json=slow_body(), headers=headers)
-    assert reply.status_code == 400, "it is tried, too, and not refused for others"
+    assert reply.status_code == 400, "the slow grammar is checked, and not refused because of other clients"
     assert "takes more than" in reply.text
 
 
-def test_one_client_s_slow_grammars_have_nobody_s_refused(live: Live) -> None:
-    """With more than eight at once another client's grammar was 429, however small it was."""
+def test_one_client_s_slow_grammars_do_not_get_others_refused(live: Live) -> None:
+    """Regression: with more than eight slow grammars at once, another client's grammar was 429, however small it was."""
     with flood(live, 12, {}) as statuses:
         assert_neighbour_is_served(live, {})
     assert {*statuses} == {400}
@@ -211,11 +211,11 @@ def test_a_client_that_leaves_gives_its_place_up_when_its_turn_comes(live: Live)
         for _ in range(num_gone):
             with closing(socket.create_connection(("127.0.0.1", live.port))) as connection:
                 connection.sendall(head % len(request) + request)
-        wait_until(lambda: live.log.read_text().count(" 499") >= num_gone, "the end of what nobody waits for")
+        wait_until(lambda: live.log.read_text().count(" 499") >= num_gone, "the end of the departed clients' requests")
 
 
 @pytest.mark.slow
-def test_a_tenant_s_slow_grammars_have_only_its_own_refused(writer_model: Path, tmp_path: Path) -> None:
+def test_a_tenant_s_slow_grammars_get_only_its_own_refused(writer_model: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
     flags += ["--keys", str(write_keys(tmp_path)), "--open-metrics"]
     with start_forked(tmp_path / "log", *flags) as server, flood(server, MAX_PER_TENANT + 4, bearer(ACME)) as statuses:

@@ -1,4 +1,4 @@
-"""What a service counts of its requests, and which it lets in."""
+"""A service's counts of its requests, and its admission of them."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -55,7 +55,7 @@ def test_all_choices_count_but_their_prompt_counts_once(tokenizer: PreTrainedTok
 
 @pytest.fixture
 def service(tokenizer: PreTrainedTokenizerFast) -> Service:
-    """One of two places, with the adapters math and guard."""
+    """Return a service with two places and the adapters math and guard."""
     registry = Registry([registered("math", ONE), registered("guard", TWO)])
     admission = Admission(tokenizer, registry, 100, max_terms=3)
     engine = EngineThread(cast(Engine, FakeEngine()))
@@ -103,8 +103,8 @@ def test_requests_use_their_adapters_while_they_have_their_places(service: Servi
     run(service, test())
 
 
-def test_where_all_places_are_taken_a_tenant_without_any_gets_one(service: Service) -> None:
-    """One tenant kept all others out by asking for more than the server takes at once."""
+def test_if_all_places_are_taken_a_tenant_without_one_still_gets_one(service: Service) -> None:
+    """Regression: one tenant kept all others out by sending more requests than the server has places."""
 
     async def test() -> None:
         they, we = Caller(tenant="they"), Caller(tenant="we")
@@ -121,7 +121,7 @@ def test_where_all_places_are_taken_a_tenant_without_any_gets_one(service: Servi
 @pytest.mark.parametrize(
     "refused", [GenerateRequest(prompt="x", adapters=("nobody",)), GenerateRequest(prompt="x" * 200), GenerateRequest(prompt="")]
 )
-def test_where_one_of_several_is_refused_none_counts(service: Service, refused: GenerateRequest) -> None:
+def test_if_one_of_several_requests_is_refused_none_counts(service: Service, refused: GenerateRequest) -> None:
     async def test() -> None:
         with pytest.raises((UnknownAdapterError, RefusedError)):
             async with service.admitted([MATH, refused], Caller()):
@@ -134,7 +134,7 @@ def test_where_one_of_several_is_refused_none_counts(service: Service, refused: 
 
 
 class Withdrawing:
-    """A fake of admission, after which an adapter is gone."""
+    """A fake admission that withdraws an adapter after the last request."""
 
     def __init__(self, service: Service, name: str) -> None:
         self._admission, self._registry, self._name = service.admission, service.registry, name
@@ -147,18 +147,18 @@ class Withdrawing:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected", "said"),
+    ("name", "expected", "message"),
     [
         ("math", UnknownAdapterError, "there is no adapter 'math@111111111111': known are 'guard'"),
         ("guard", PolicyError, "the operator's adapters cannot be added"),
     ],
 )
-def test_what_is_withdrawn_while_requests_are_admitted_is_refused_and_counts_nothing(
-    service: Service, name: str, expected: type[Exception], said: str
+def test_an_adapter_withdrawn_during_admission_is_refused_and_nothing_counts(
+    service: Service, name: str, expected: type[Exception], message: str
 ) -> None:
     async def test() -> None:
         service.admission = cast(Any, Withdrawing(service, name))
-        with pytest.raises(expected, match=said):
+        with pytest.raises(expected, match=message):
             async with service.admitted([MATH, GenerateRequest(prompt="last")], Caller(policy=(("guard", 1.0),), tenant="they")):
                 pass
         assert service.num_requests == 0
@@ -169,7 +169,7 @@ def test_what_is_withdrawn_while_requests_are_admitted_is_refused_and_counts_not
 
 
 @pytest.mark.slow
-def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_log_probabilities_of_prompts_in_a_reply_are_bounded(tokenizer: PreTrainedTokenizerFast) -> None:
     engine, metrics = EngineThread(cast(Engine, FakeEngine())), Metrics("fake")
     admission = Admission(tokenizer, Registry([]), MAX_LOGPROBS)
     service = Service(Settings(max_requests=2), "fake", Registry([]), admission, engine, metrics)
@@ -197,8 +197,8 @@ def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokeniz
     run(service, test())
 
 
-def test_so_many_log_probabilities_of_answers_are_in_a_whole_reply_and_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
-    """A chat that may fill a long context, 64 times with 20 alternatives a token, is gigabytes."""
+def test_the_log_probabilities_of_answers_in_a_whole_reply_are_bounded(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Bound them, since 64 answers that fill a long context, with 20 alternatives a token, are gigabytes."""
     engine, metrics = EngineThread(cast(Engine, FakeEngine())), Metrics("fake")
     service = Service(Settings(), "fake", Registry([]), Admission(tokenizer, Registry([]), MAX_LOGPROBS), engine, metrics)
     ask = GenerateRequest(prompt="x", sampling=SamplingParams(num_logprobs=7, num_choices=2), max_tokens=MAX_LOGPROBS // 16)

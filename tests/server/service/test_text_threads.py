@@ -1,4 +1,4 @@
-"""Threads for long texts: one tenant's wait for each other, and another's for none of them."""
+"""Threads for long texts: the texts of one tenant wait for each other, and those of other tenants do not wait for them."""
 
 import threading
 from collections.abc import Callable
@@ -22,7 +22,7 @@ LIMIT_S = 60
 
 
 class Work:
-    """Work in a thread that takes until `may_end`."""
+    """Work that blocks its thread until `may_end` is set."""
 
     def __init__(self) -> None:
         self.has_begun, self.may_end = threading.Event(), threading.Event()
@@ -45,7 +45,7 @@ def anyio_backend() -> str:
 
 
 @pytest.mark.anyio
-async def test_a_tenant_s_long_texts_wait_for_one_another_and_no_other_tenant_s_does() -> None:
+async def test_a_tenant_s_long_texts_wait_only_for_each_other() -> None:
     threads, works = TextThreads(), [Work() for _ in range(3)]
     first, second, other = works
     async with anyio.create_task_group() as group:
@@ -61,7 +61,7 @@ async def test_a_tenant_s_long_texts_wait_for_one_another_and_no_other_tenant_s_
 
 
 @pytest.mark.anyio
-async def test_long_texts_take_no_thread_of_the_others_and_few_in_all() -> None:
+async def test_long_texts_use_few_threads_and_no_default_ones() -> None:
     threads, works = TextThreads(), [Work() for _ in range(MAX_LONG_THREADS + 1)]
     async with anyio.create_task_group() as group:
         for number, work in enumerate(works):
@@ -76,7 +76,7 @@ async def test_long_texts_take_no_thread_of_the_others_and_few_in_all() -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("size", [1, SHORT, SHORT + 1, LONG])
 async def test_many_texts_of_one_tenant_do_not_keep_another_s_from_a_thread(size: int) -> None:
-    """400 texts of 16,384 characters made another tenant's request wait for 16 s and more, for they shared one queue."""
+    """Regression: 400 texts of 16,384 characters delayed another tenant's request by 16 s and more, for all shared one queue."""
     threads, works, other = TextThreads(), [Work() for _ in range(100)], Work()
     other.may_end.set()
     async with anyio.create_task_group() as group:
@@ -104,7 +104,7 @@ async def test_short_texts_do_not_wait_for_longer_ones() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_tenant_s_tasks_wait_for_one_another_and_no_other_tenant_s_does() -> None:
+async def test_a_tenant_s_tasks_wait_only_for_each_other() -> None:
     semaphores, entered, may_end = TenantSemaphores(1), list[str](), anyio.Event()
 
     async def take(tenant: str) -> None:
@@ -130,7 +130,7 @@ async def test_a_tenant_that_has_no_more_long_texts_is_forgotten() -> None:
 
 
 @pytest.mark.anyio
-async def test_after_a_refused_text_its_tenant_s_next_one_waits_and_nobody_else_s(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_refused_text_only_the_same_tenant_s_next_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     resting, may_go_on = anyio.Event(), anyio.Event()
 
     async def rest(_: float) -> None:
@@ -158,6 +158,6 @@ async def test_after_a_refused_text_its_tenant_s_next_one_waits_and_nobody_else_
 
 
 @pytest.mark.anyio
-async def test_what_the_work_raises_is_raised() -> None:
+async def test_an_exception_of_the_work_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         await TextThreads().run(lambda: 1 / 0, "acme", LONG + 1)

@@ -1,4 +1,4 @@
-"""What the Gateway API's endpoint picker reads of /metrics, by its protocol of model servers and docker/inferencepool.yaml."""
+"""The metrics that the Gateway API's endpoint picker reads, by its model server protocol and docker/inferencepool.yaml."""
 
 import threading
 from collections.abc import Iterator
@@ -14,42 +14,42 @@ from tests.server.live import Live
 
 LORA, CACHE = ENGINE["loraSpec"], ENGINE["cacheInfoSpec"]
 NUM_BLOCKS = 512
-"""Of 16 tokens: what the session's server has."""
+"""Blocks of 16 tokens in the KV cache of the session's server."""
 
 
 def scraped(live: Live) -> dict[str, Metric]:
-    """Returns the families that the picker asks for, from where it asks for them."""
+    """Return the metric families that the picker reads, from the path that it reads."""
     text = live.client.get(PARAMETERS["metrics-data-source"]["path"]).text
     wanted = {spec for field, spec in ENGINE.items() if field.endswith("Spec")}
-    found = {family.name: family for family in text_string_to_metric_families(text) if family.name in wanted}
-    assert found.keys() == wanted, "one that is missing has the picker take the server for broken"
-    return found
+    families = {family.name: family for family in text_string_to_metric_families(text) if family.name in wanted}
+    assert families.keys() == wanted, "if a family is missing, the picker considers the server broken"
+    return families
 
 
 def numbers(live: Live) -> list[float]:
-    """Returns how many requests wait and run, and the share of KV memory that they have."""
+    """Return the numbers of waiting and running requests, and the share of KV memory in use."""
     families = scraped(live)
     specs = (ENGINE[f"{name}Spec"] for name in ("queuedRequests", "runningRequests", "kvUsage"))
     return [sample.value for spec in specs for sample in families[spec].samples]
 
 
 def adapters(live: Live, which: str) -> list[str]:
-    """Returns the adapters of the label, split as the picker does."""
+    """Return the adapters in the label of `which`, "running" or "waiting", split as the picker does."""
     [sample] = scraped(live)[LORA].samples
     return [name.strip() for name in sample.labels[f"{which}_lora_adapters"].split(",") if name.strip()]
 
 
 @contextmanager
 def writing(live: Live, letter: str, model: str) -> Iterator[None]:
-    """Has the server write for long, with half of its memory."""
+    """Keep the server generating until the block ends, with half of its memory."""
     body = {"prompt": letter * 2500, "model": model, "stream": True, "max_tokens": 1500, "temperature": 0}
     with live.client.stream("POST", "/v1/completions", json=body) as reply:
-        lines = reply.iter_lines()  # which ends the answer when it is gone
+        lines = reply.iter_lines()  # a reference: the answer ends when the iterator is collected
         next(lines)
         yield
 
 
-def test_each_is_a_gauge_of_one_sample_for_the_one_engine(live: Live) -> None:
+def test_each_of_the_picker_s_metrics_is_a_gauge_with_one_sample(live: Live) -> None:
     for name, family in scraped(live).items():
         assert family.type == "gauge", name
         assert len(family.samples) == 1, name
@@ -57,8 +57,8 @@ def test_each_is_a_gauge_of_one_sample_for_the_one_engine(live: Live) -> None:
     assert (cache.labels["block_size"], cache.labels["num_gpu_blocks"], cache.value) == ("16", str(NUM_BLOCKS), 1)
 
 
-def test_they_follow_what_runs_and_waits(live: Live) -> None:
-    """`model` as it is asked for is found again where it is at work, a merge with its weights, too."""
+def test_the_picker_s_metrics_follow_the_running_and_waiting_requests(live: Live) -> None:
+    """Check that the labels list `model` as requests spell it, including the weights of a merge."""
     live.wait_for(running=0, waiting=0)
     assert numbers(live) == [0, 0, 0]
     assert adapters(live, "running") == adapters(live, "waiting") == []
@@ -79,7 +79,7 @@ def test_they_follow_what_runs_and_waits(live: Live) -> None:
 
 
 @pytest.mark.parametrize("num", [3, 5000])
-def test_no_more_are_told_than_could_be_resident(num: int) -> None:
+def test_no_more_adapters_are_listed_than_can_be_resident(num: int) -> None:
     metrics = Metrics("fake")
     names = [f"adapter-{number:04}" for number in range(num)]
     metrics.watch_requests(lambda: names[:2], lambda: names, 1024)

@@ -1,4 +1,4 @@
-"""What the text log does with text of files and of clients: none of it can pass for a record, or move a terminal's cursor."""
+"""Text of files and clients in the text log: it can neither pass for a record nor move a terminal's cursor."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def stream() -> StringIO:
 
 @pytest.fixture
 def logger(stream: StringIO) -> logging.Logger:
-    """A logger whose lines, in the text format, go to `stream` alone."""
+    """Return a logger that writes in the text format, to `stream` only."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(TextFormatter())
     logger = logging.Logger("a.logger")
@@ -38,7 +38,7 @@ def logger(stream: StringIO) -> logging.Logger:
 
 
 def records(text: str) -> list[str]:
-    """Returns the lines that begin a record; every other one must be set in, and show each of its characters."""
+    """Return the lines that begin a record. Fail unless all other lines are indented, and all characters are printable."""
     lines = text.split("\n")
     assert lines.pop() == ""
     assert all(line.isprintable() for line in lines)
@@ -75,14 +75,14 @@ def test_reports_of_several_lines_keep_them(logger: logging.Logger, stream: Stri
     assert f"{MARGIN}  one\n" in stream.getvalue()
 
 
-def test_text_that_is_printed_anyway_is_left_alone() -> None:
+def test_printable_text_is_left_alone() -> None:
     for text in ("", "a b", "ärger 日本語 🎉", r"\n"):
         assert printable(text) == printable_lines(text) == text
 
 
 @pytest.mark.slow
 def test_a_config_cannot_forge_a_line_of_the_server_s_log(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
-    """Line breaks in a config's keys reached the log as they were."""
+    """Regression: line breaks in a config's keys reached the log unescaped."""
     write_adapter(tmp_path / "store" / "math", writer, seed=1)
     write_adapter(tmp_path / "store" / "evil", writer, seed=2)
     file = tmp_path / "store" / "evil" / CONFIG_FILE
@@ -108,7 +108,7 @@ def test_a_config_cannot_forge_a_line_of_the_server_s_log(writer_model: Path, wr
 
 
 @pytest.mark.slow
-def test_what_ends_the_start_is_printed_likewise(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
+def test_an_error_that_ends_the_start_is_escaped_likewise(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     write_adapter(tmp_path / "store" / "math", writer, seed=1)
     file = tmp_path / "store" / "math" / CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rank_pattern": {"a\nerror: forged\x1b[31m": 0}}))

@@ -1,4 +1,4 @@
-"""What /metrics says of requests and adapters, and that a client cannot add to what it has to say."""
+"""The metrics of requests and adapters; a client cannot add labels to them."""
 
 import sys
 import threading
@@ -32,13 +32,13 @@ def samples(text: str, name: str) -> list[dict[str, str]]:
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
     families = text_string_to_metric_families(metrics.text().decode())
-    [found] = [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
-    return found
+    [number] = [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
+    return number
 
 
 @contextmanager
 def generating(live: Live, letter: str, adapter: object) -> Iterator[None]:
-    """Has the server write for long, with half of its memory."""
+    """Keep the server generating until the block ends, with half of its memory."""
     body = {"prompt": letter * 2500, "adapter": adapter, "stream": True, "max_tokens": 1500}
     with live.client.stream("POST", "/generate", json=body) as reply:
         lines = reply.iter_lines()
@@ -70,14 +70,14 @@ def test_vllm_s_metrics_have_its_labels(live: Live) -> None:
     assert reasons == {"stop", "length", "abort", "error"}
 
 
-def test_who_runs_and_who_waits_is_said_by_adapter(live: Live) -> None:
-    """As one sample, the present one: the gateways of Kubernetes read which adapters are where."""
+def test_running_and_waiting_requests_are_listed_by_adapter(live: Live) -> None:
+    """Check the one, current sample from which the gateways of Kubernetes read where each adapter is."""
     live.wait_for(running=0, waiting=0)
     [idle] = samples(live.client.get("/metrics").text, INFO)
     assert idle == {"max_lora": "1024", "running_lora_adapters": "", "waiting_lora_adapters": ""}
     before = live.metric(INFO)
     with generating(live, "a", ["safety", "math"]), generating(live, "b", "math"):
-        # There is no room for a third one.
+        # There is no memory for a third request.
         thread = threading.Thread(
             target=lambda: live.client.post("/generate", json={"prompt": "c" * 3600, "adapter": "intent", "max_tokens": 1})
         )
@@ -115,17 +115,17 @@ def test_tokens_and_merges_are_counted_by_adapter(live: Live) -> None:
     assert live.metric("lori:requests_under_way") == 0
 
 
-def test_no_label_is_what_a_client_sent(live: Live) -> None:
-    """Else whoever may ask could fill the memory, here and in Prometheus."""
-    mine = "cardinality"
-    live.client.post("/generate", json={"prompt": "x", "adapter": mine})
-    live.client.post("/generate", json={"prompt": "x", "template": mine})
-    live.client.get(f"/{mine}", params={mine: mine}, headers={mine: mine, "x-request-id": mine})
+def test_no_label_holds_text_of_a_client(live: Live) -> None:
+    """Send one text in many places. If it became a label, any client could fill the memory of the server and of Prometheus."""
+    sent = "cardinality"
+    live.client.post("/generate", json={"prompt": "x", "adapter": sent})
+    live.client.post("/generate", json={"prompt": "x", "template": sent})
+    live.client.get(f"/{sent}", params={sent: sent}, headers={sent: sent, "x-request-id": sent})
     live.client.request("PROPFIND", "/health")
-    live.client.get(f"/static/{mine}")
-    live.client.get("/health", headers={"Host": mine})
+    live.client.get(f"/static/{sent}")
+    live.client.get("/health", headers={"Host": sent})
     text = live.client.get("/metrics").text
-    assert mine not in text
+    assert sent not in text
     assert "PROPFIND" not in text
     assert {labels["route"] for labels in samples(text, "lori:http_requests_total")} >= {"none", "/generate", "/health"}
 
@@ -135,51 +135,51 @@ def test_requests_under_way_are_a_gauge(tokenizer: PreTrainedTokenizerFast) -> N
         served(tokenizer, FakeEngine(num_steps=10**9)) as (client, service),
         client.stream("POST", "/generate", json={"prompt": "x", "stream": True}) as reply,
     ):
-        lines = reply.iter_lines()  # which ends the answer when it is gone
+        lines = reply.iter_lines()  # a reference: the answer ends when the iterator is collected
         next(lines)
         assert value(service.metrics, "lori:requests_under_way") == 1
 
 
-def account(num_choices: int = 1, names: tuple[str, ...] = ()) -> Account:
+def make_account(num_choices: int = 1, names: tuple[str, ...] = ()) -> Account:
     terms = tuple(AdapterTerm(name, name, 1.0) for name in names)
     asked = request(num_prompt=5, num_choices=num_choices)
     return Account(Request(**{key: getattr(asked, key) for key in asked.__slots__} | {"terms": terms}), Metrics("fake"))
 
 
 def test_gaps_are_between_tokens() -> None:
-    """Neither the echo of a prompt is a token, nor text that was held back and comes at the end."""
+    """Count neither the echo of a prompt as a token, nor text that was held back and comes at the end."""
     for held_back in (False, True):
-        of = account()
-        of.record(TextEvent("echo", is_prompt=True))
+        account = make_account()
+        account.record(TextEvent("echo", is_prompt=True))
         for _ in range(4):
-            of.record(TextEvent("x"))
+            account.record(TextEvent("x"))
         if held_back:
-            of.record(TextEvent("held back"))
-        of.record(DoneEvent("length", 5, 4))
-        of.close()
-        assert value(of.metrics, "vllm:inter_token_latency_seconds_count") == 3
-        assert value(of.metrics, "vllm:time_to_first_token_seconds_count") == 1
+            account.record(TextEvent("held back"))
+        account.record(DoneEvent("length", 5, 4))
+        account.close()
+        assert value(account.metrics, "vllm:inter_token_latency_seconds_count") == 3
+        assert value(account.metrics, "vllm:time_to_first_token_seconds_count") == 1
 
 
 def test_gaps_are_between_tokens_of_one_choice() -> None:
-    of = account(num_choices=2)
+    account = make_account(num_choices=2)
     for _ in range(3):
         for choice in (0, 1):
-            of.record(TextEvent("x", choice=choice))
+            account.record(TextEvent("x", choice=choice))
     for choice in (0, 1):
-        of.record(DoneEvent("length", 5, 3, choice))
-    of.close()
-    assert value(of.metrics, "vllm:inter_token_latency_seconds_count") == 4
-    assert value(of.metrics, "vllm:prompt_tokens_total") == 5
-    assert value(of.metrics, "vllm:generation_tokens_total") == 6
+        account.record(DoneEvent("length", 5, 3, choice))
+    account.close()
+    assert value(account.metrics, "vllm:inter_token_latency_seconds_count") == 4
+    assert value(account.metrics, "vllm:prompt_tokens_total") == 5
+    assert value(account.metrics, "vllm:generation_tokens_total") == 6
 
 
 def test_timings_are_observed_by_choice() -> None:
-    of = account()
-    of.record(DoneEvent("stop", 5, 1, timings=Timings(queue=1, prefill=2, decode=4)))
-    of.close()
+    account = make_account()
+    account.record(DoneEvent("stop", 5, 1, timings=Timings(queue=1, prefill=2, decode=4)))
+    account.close()
     for part, seconds in (("queue", 1), ("prefill", 2), ("decode", 4)):
-        assert value(of.metrics, f"vllm:request_{part}_time_seconds_sum") == seconds
+        assert value(account.metrics, f"vllm:request_{part}_time_seconds_sum") == seconds
 
 
 @pytest.mark.parametrize(
@@ -193,31 +193,31 @@ def test_timings_are_observed_by_choice() -> None:
     ],
 )
 def test_ends_are_counted_by_vllm_s_reasons(last: DoneEvent | ErrorEvent | None, reason: str) -> None:
-    of = account(names=("math",))
-    of.metrics.watch_adapters(lambda: ["math"], tuple)
-    of.record(TextEvent("x"))
-    of.record(TextEvent("x"))
+    account = make_account(names=("math",))
+    account.metrics.watch_adapters(lambda: ["math"], tuple)
+    account.record(TextEvent("x"))
+    account.record(TextEvent("x"))
     if last:
-        of.record(last)
-    of.close()
-    assert value(of.metrics, "vllm:request_success_total", finished_reason=reason) == 1
-    assert value(of.metrics, "vllm:generation_tokens_total") == 2, "also what came before it was given up"
-    assert value(of.metrics, "lori:adapter_tokens_total", adapter="math", kind="prompt") == 5
+        account.record(last)
+    account.close()
+    assert value(account.metrics, "vllm:request_success_total", finished_reason=reason) == 1
+    assert value(account.metrics, "vllm:generation_tokens_total") == 2, "the tokens before an abort count, too"
+    assert value(account.metrics, "lori:adapter_tokens_total", adapter="math", kind="prompt") == 5
 
 
-def test_of_many_adapters_those_that_are_not_resident_are_left_out() -> None:
+def test_with_many_adapters_only_resident_ones_are_listed() -> None:
     metrics = Metrics("fake")
     names = [f"adapter-{i}" for i in range(MAX_LISTED)]
     metrics.watch_adapters(lambda: names, lambda: {"adapter-7"})
-    told = [labels["adapter"] for labels in samples(metrics.text().decode(), "lori:adapter_resident")]
-    assert told == names
+    listed = [labels["adapter"] for labels in samples(metrics.text().decode(), "lori:adapter_resident")]
+    assert listed == names
     assert value(metrics, "lori:adapter_resident", adapter="adapter-7") == 1
     assert value(metrics, "lori:adapter_resident", adapter="adapter-8") == 0
     names.append("one more")
     assert samples(metrics.text().decode(), "lori:adapter_resident") == [{"adapter": "adapter-7"}]
 
 
-def test_counts_are_told_as_they_are_now() -> None:
+def test_counts_are_current_at_every_scrape() -> None:
     metrics = Metrics("fake")
     metrics.watch_adapters(lambda: ["math", 'qu"o\\te'], tuple)
     for total in (1, 2, 3):
@@ -226,8 +226,8 @@ def test_counts_are_told_as_they_are_now() -> None:
         assert value(metrics, "lori:adapter_requests_total", adapter='qu"o\\te') == total
 
 
-def test_what_is_registered_no_more_is_forgotten_and_told_no_more() -> None:
-    """Where names come and go, /metrics grew for ever."""
+def test_the_counts_of_an_unregistered_adapter_are_dropped() -> None:
+    """Regression: /metrics grew without bound if adapter names came and went."""
     metrics, names = Metrics("fake"), ["math", "gone"]
     metrics.watch_adapters(lambda: names, tuple)
     metrics.count_admitted(names)
@@ -243,8 +243,8 @@ def test_what_is_registered_no_more_is_forgotten_and_told_no_more() -> None:
 
 
 @pytest.mark.slow
-def test_scraping_does_not_meet_the_engine_s_changes() -> None:
-    """A loop over what another thread changes raises; the copies that are read here are made at once."""
+def test_scraping_is_safe_while_the_engine_changes() -> None:
+    """Check that scraping reads atomic copies: a loop over a collection that another thread changes raises."""
     residents = Residents(64, 2**20)
     sequences = [Sequence(request(name=f"a{i}")) for i in range(64)]
     running: dict[Sequence, None] = {}

@@ -1,4 +1,4 @@
-"""What compose's profile `monitoring` asks for is there: a real Prometheus scrapes the server, and every panel has its series."""
+"""Compose's profile `monitoring`: a real Prometheus scrapes the server, and every panel of the dashboard has its series."""
 
 import json
 import math
@@ -23,7 +23,7 @@ METRIC = re.compile(r"\b(?:vllm|lori):\w+")
 
 
 def ask_for_everything(server: Live) -> None:
-    """Sends a request of each kind that a panel tells of."""
+    """Send a request of each kind that a panel shows."""
     server.generate(prompt="base", max_tokens=4)
     server.generate(prompt="one", adapter="math", max_tokens=4)
     server.generate(prompt="both", adapter=["math", "safety"], weights=[1, 0.5], max_tokens=4)
@@ -33,14 +33,14 @@ def ask_for_everything(server: Live) -> None:
 
 
 def has_value(prometheus: Prometheus, query: str) -> bool:
-    """Whether a panel would draw something. From the first scrape on, so that no rate depends on how fast the machine is."""
+    """Return whether a panel would draw something. The range covers all scrapes, so no rate depends on the machine's speed."""
     return any(math.isfinite(value) for value in prometheus.ask(query.replace("$__rate_interval", "1h")))
 
 
 @pytest.mark.needs("prometheus")
 @pytest.mark.parametrize("config", ["prometheus.yml", "prometheus-keys.yml"])
 def test_prometheus_takes_the_config(config: str) -> None:
-    # The key is no file of this machine.
+    # --syntax-only, since the key's file does not exist on this machine.
     command = ["promtool", "check", "config", "--syntax-only", str(MONITORING / config)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -49,10 +49,10 @@ def test_prometheus_takes_the_config(config: str) -> None:
 def test_every_metric_of_the_dashboard_is_the_server_s(live: Live) -> None:
     ask_for_everything(live)
     families = text_string_to_metric_families(live.client.get("/metrics").text)
-    told = {sample.name for family in families for sample in family.samples}
+    exposed = {sample.name for family in families for sample in family.samples}
     asked = {name for query in QUERIES.values() for name in METRIC.findall(query)}
     assert len(asked) > 20
-    assert asked - told == set()
+    assert asked - exposed == set()
 
 
 @pytest.mark.slow

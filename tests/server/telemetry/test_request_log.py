@@ -1,4 +1,4 @@
-"""What the log says of each request, and the id that its answer carries."""
+"""The log line of each request, and the request id in its reply."""
 
 import json
 import logging
@@ -30,10 +30,10 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 
 def line(caplog: pytest.LogCaptureFixture, request_id: str) -> dict[str, Any]:
-    """Returns the one line of a request, when it is there."""
-    wait_until(lambda: any(each["request_id"] == request_id for each in lines(caplog)), "its line")
-    [found] = [each for each in lines(caplog) if each["request_id"] == request_id]
-    return found
+    """Wait for the log line of a request and return it. Fail if there are several."""
+    wait_until(lambda: any(each["request_id"] == request_id for each in lines(caplog)), "the log line")
+    [row] = [each for each in lines(caplog) if each["request_id"] == request_id]
+    return row
 
 
 @pytest.fixture(autouse=True)
@@ -41,19 +41,19 @@ def _level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
 
-@pytest.mark.parametrize("mine", ["7f3a", "a.b_c~d:e/f+g=h@i-J9", "x" * 128])
-def test_an_answer_carries_the_client_s_id(tokenizer: PreTrainedTokenizerFast, mine: str) -> None:
+@pytest.mark.parametrize("sent", ["7f3a", "a.b_c~d:e/f+g=h@i-J9", "x" * 128])
+def test_an_answer_carries_the_client_s_id(tokenizer: PreTrainedTokenizerFast, sent: str) -> None:
     with served(tokenizer, FakeEngine()) as (client, _):
-        reply = client.post("/generate", json={"prompt": "x"}, headers={HEADER: mine})
-        assert reply.headers.get_list(HEADER) == [mine]
+        reply = client.post("/generate", json={"prompt": "x"}, headers={HEADER: sent})
+        assert reply.headers.get_list(HEADER) == [sent]
 
 
-@pytest.mark.parametrize("mine", [b"", b"x" * 129, b"two words", b'quo"te', b"caf\xc3\xa9", b"semi;colon", b"a,b"])
-def test_an_id_that_a_log_cannot_hold_is_replaced(tokenizer: PreTrainedTokenizerFast, mine: bytes) -> None:
+@pytest.mark.parametrize("sent", [b"", b"x" * 129, b"two words", b'quo"te', b"caf\xc3\xa9", b"semi;colon", b"a,b"])
+def test_an_id_that_a_log_cannot_hold_is_replaced(tokenizer: PreTrainedTokenizerFast, sent: bytes) -> None:
     with served(tokenizer, FakeEngine()) as (client, _):
-        told = [client.get("/health", headers=[(HEADER.encode(), mine)]).headers[HEADER] for _ in range(2)]
-        assert all(FRESH.fullmatch(each) for each in told)
-        assert told[0] != told[1]
+        ids = [client.get("/health", headers=[(HEADER.encode(), sent)]).headers[HEADER] for _ in range(2)]
+        assert all(FRESH.fullmatch(each) for each in ids)
+        assert ids[0] != ids[1]
 
 
 class FailingAdmission:
@@ -86,32 +86,32 @@ def test_every_answer_carries_an_id(tokenizer: PreTrainedTokenizerFast, caplog: 
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_the_line_of_a_request_says_how_it_went(
+def test_the_log_line_of_a_request_has_its_outcome(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, is_stream: bool
 ) -> None:
     with served(tokenizer, FakeEngine(num_steps=4)) as (client, _):
         reply = client.post("/generate", json={"prompt": "x", "stream": is_stream}, headers={HEADER: "mine"})
-        said = line(caplog, "mine")
+        row = line(caplog, "mine")
     assert reply.status_code == 200
-    assert (said["method"], said["route"], said["status"], said["client"]) == ("POST", "/generate", 200, "127.0.0.1")
-    assert (said["prompt_tokens"], said["completion_tokens"], said["finish_reason"]) == (1, 4, "length")
-    assert (said["adapters"], said["weights"]) == ([], [])
-    assert 0 < said["first_token_s"] <= said["total_s"]
-    assert said["queue_s"] >= 0
-    assert not said.keys() & {"disconnected", "unfinished", "prompts", "texts", "tenant", "key_id"}
+    assert (row["method"], row["route"], row["status"], row["client"]) == ("POST", "/generate", 200, "127.0.0.1")
+    assert (row["prompt_tokens"], row["completion_tokens"], row["finish_reason"]) == (1, 4, "length")
+    assert (row["adapters"], row["weights"]) == ([], [])
+    assert 0 < row["first_token_s"] <= row["total_s"]
+    assert row["queue_s"] >= 0
+    assert not row.keys() & {"disconnected", "unfinished", "prompts", "texts", "tenant", "key_id"}
 
 
-def test_a_path_that_no_route_has_is_said_as_it_came(
+def test_a_path_without_a_route_is_logged_as_received(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     with served(tokenizer, FakeEngine()) as (client, _):
         client.get("/no%0Awhere?key=secret", headers={HEADER: "mine"})
-        said = line(caplog, "mine")
-    assert (said["route"], said["path"], said["status"]) == ("none", "/no%0Awhere", 404)
-    assert "secret" not in str(said)
+        row = line(caplog, "mine")
+    assert (row["route"], row["path"], row["status"]) == ("none", "/no%0Awhere", 404)
+    assert "secret" not in str(row)
 
 
-def test_probes_have_lines_only_where_they_fail(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
+def test_probes_are_logged_only_if_they_fail(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
     with served(tokenizer, FakeEngine()) as (client, service):
         for path in ("/health", "/ping", "/ready", "/metrics"):
             assert client.get(path).status_code == 200
@@ -122,7 +122,7 @@ def test_probes_have_lines_only_where_they_fail(tokenizer: PreTrainedTokenizerFa
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_the_line_says_that_a_client_left_and_what_it_had_by_then(
+def test_the_log_line_of_a_departed_client_has_its_tokens_so_far(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, is_stream: bool
 ) -> None:
     engine = FakeEngine(num_steps=10**9)
@@ -131,34 +131,34 @@ def test_the_line_says_that_a_client_left_and_what_it_had_by_then(
     with served(tokenizer, engine) as (client, service):
         with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as connection:
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            wait_until(lambda: max(engine.said.values(), default=0) > 5, "some tokens")
+            wait_until(lambda: max(engine.emitted.values(), default=0) > 5, "some tokens")
             if is_stream:
                 assert connection.recv(64)
-        said = line(caplog, "mine")
-        wait_until(lambda: service.num_requests == 0, "its place")
-    assert said["disconnected"] is True
-    assert said["status"] == (200 if is_stream else 499)
-    assert said["finish_reason"] == "cancelled"
-    assert said["completion_tokens"] > 0
-    assert said["prompt_tokens"] == 1
+        row = line(caplog, "mine")
+        wait_until(lambda: service.num_requests == 0, "the place to be freed")
+    assert row["disconnected"] is True
+    assert row["status"] == (200 if is_stream else 499)
+    assert row["finish_reason"] == "cancelled"
+    assert row["completion_tokens"] > 0
+    assert row["prompt_tokens"] == 1
 
 
 @pytest.mark.parametrize("is_asked", [False, True])
-def test_prompts_and_answers_are_logged_only_where_that_is_asked_for(
+def test_prompts_and_answers_are_logged_only_with_log_prompts(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, is_asked: bool
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with served(tokenizer, FakeEngine(num_steps=3), log_prompts=is_asked) as (client, _):
         for stream in (False, True):
             client.post("/generate", json={"prompt": SECRET, "stream": stream}, headers={HEADER: f"mine-{stream}"})
-            said = line(caplog, f"mine-{stream}")
-            assert (said.get("prompts"), said.get("texts")) == (([SECRET], ["xxx"]) if is_asked else (None, None))
+            row = line(caplog, f"mine-{stream}")
+            assert (row.get("prompts"), row.get("texts")) == (([SECRET], ["xxx"]) if is_asked else (None, None))
         client.post("/generate", json={"prompt": SECRET, "adapter": "nobody"})
         client.post("/generate", json={"prompt": SECRET, "temperature": SECRET})
     assert (SECRET in str([vars(record) for record in caplog.records])) is is_asked
 
 
-def test_the_line_says_who_asked_and_never_the_key(
+def test_the_log_line_names_the_caller_and_never_the_key(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -170,12 +170,12 @@ def test_the_line_says_who_asked_and_never_the_key(
     assert (known["status"], known["route"], known["tenant"], known["key_id"]) == (200, "/generate", "acme", "acme-1")
     assert (unknown["status"], unknown["path"]) == (401, "/generate")
     assert not unknown.keys() & {"tenant", "key_id"}
-    said = str([vars(record) for record in caplog.records if not record.name.startswith("http")])
-    assert ACME not in said
-    assert "no-key-of-ours" not in said
+    text = str([vars(record) for record in caplog.records if not record.name.startswith("http")])
+    assert ACME not in text
+    assert "no-key-of-ours" not in text
 
 
-def test_text_shows_what_a_record_has_beside_its_message_on_one_line() -> None:
+def test_the_text_format_shows_the_extra_fields_of_a_record_on_one_line() -> None:
     record = logging.LogRecord("server.request", logging.INFO, "", 0, "%s %d", ("GET", 200), None)
     record.__dict__ |= {"path": "/a\nINFO forged", "adapters": ["math@1"], "total_s": 0.5, "status": 200, "color_message": "no"}
     assert TextFormatter().format(record) == (
@@ -196,14 +196,14 @@ def test_with_json_every_line_is_an_object(json_live: Live) -> None:
         json={"prompt": SECRET, "max_tokens": 3, "adapter": ["math", "safety"], "weights": [1, 0.5]},
         headers={HEADER: "mine"},
     )
-    wait_until(lambda: '"mine"' in json_live.log.read_text(), "its line")
-    said = [json.loads(each) for each in json_live.log.read_text().splitlines()]
-    assert all({"time", "level", "logger", "message"} <= each.keys() for each in said)
-    assert any(each["message"].startswith("Uvicorn running on http://") for each in said)
-    assert not any("color_message" in each for each in said)
-    [mine] = [each for each in said if each.get("request_id") == "mine"]
-    assert mine["adapters"] == [f"{each['name']}@{each['version']}" for each in reply.json()["adapter"]]
-    assert mine["weights"] == [1, 0.5]
-    assert mine["completion_tokens"] == 3
-    assert mine["generations"] == [reply.json()["id"]]
+    wait_until(lambda: '"mine"' in json_live.log.read_text(), "the log line")
+    rows = [json.loads(each) for each in json_live.log.read_text().splitlines()]
+    assert all({"time", "level", "logger", "message"} <= each.keys() for each in rows)
+    assert any(each["message"].startswith("Uvicorn running on http://") for each in rows)
+    assert not any("color_message" in each for each in rows)
+    [own_row] = [each for each in rows if each.get("request_id") == "mine"]
+    assert own_row["adapters"] == [f"{each['name']}@{each['version']}" for each in reply.json()["adapter"]]
+    assert own_row["weights"] == [1, 0.5]
+    assert own_row["completion_tokens"] == 3
+    assert own_row["generations"] == [reply.json()["id"]]
     assert SECRET not in json_live.log.read_text()

@@ -1,4 +1,4 @@
-"""Traces, as a collector hears them, and what is said where they cannot be sent."""
+"""Traces as a collector receives them, and the errors if they cannot be sent."""
 
 import signal
 import sys
@@ -20,8 +20,8 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 @pytest.fixture(scope="module")
 def heard() -> Iterator[Collector]:
-    with collector() as kept:
-        yield kept
+    with collector() as received:
+        yield received
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,10 @@ def spans(heard: Collector, request_id: str) -> list[Span]:
 
 
 def span(heard: Collector, request_id: str) -> Span:
-    """Returns the one span of a request, when it has come."""
-    wait_until(lambda: bool(spans(heard, request_id)), "its span")
-    [found] = spans(heard, request_id)
-    return found
+    """Wait for the span of a request and return it. Fail if there are several."""
+    wait_until(lambda: bool(spans(heard, request_id)), "the span")
+    [one] = spans(heard, request_id)
+    return one
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -54,40 +54,40 @@ def test_a_request_is_one_span_of_its_client_s_trace(traced: Live, heard: Collec
     headers = {"x-request-id": name, "traceparent": f"00-{TRACE}-{PARENT}-01"}
     reply = traced.client.post("/generate", json=body | {"stream": is_stream}, headers=headers)
     assert reply.status_code == 200
-    found = span(heard, name)
-    assert found.trace_id.hex() == TRACE
-    assert found.parent_span_id.hex() == PARENT
-    assert found.kind == Span.SPAN_KIND_SERVER
-    assert found.name == "POST /generate"
-    told: dict[str, Any] = attributes(found)
-    assert told["gen_ai.request.model"] == "tiny-writer"
-    assert told["gen_ai.request.max_tokens"] == 5
-    assert told["gen_ai.request.temperature"] == 0.5
-    assert told["gen_ai.usage.input_tokens"] == 4
-    assert told["gen_ai.usage.output_tokens"] == 5
-    assert told["gen_ai.response.finish_reasons"] == ["length"]
-    assert told["gen_ai.response.id"].startswith("gen-")
-    assert [each.partition("@")[0] for each in told["lori.adapters"]] == ["math", "safety"]
-    assert told["lori.weights"] == [1, 0.5]
-    assert told["lori.merge"] == "linear"
-    assert 0 < told["gen_ai.latency.time_to_first_token"] <= told["gen_ai.latency.e2e"]
-    assert told["gen_ai.latency.time_in_queue"] >= 0
-    assert (found.end_time_unix_nano - found.start_time_unix_nano) / 1e9 >= told["gen_ai.latency.e2e"]
-    assert not [each for each in heard.spans if each.parent_span_id == found.span_id], "no span for each message"
+    received = span(heard, name)
+    assert received.trace_id.hex() == TRACE
+    assert received.parent_span_id.hex() == PARENT
+    assert received.kind == Span.SPAN_KIND_SERVER
+    assert received.name == "POST /generate"
+    values: dict[str, Any] = attributes(received)
+    assert values["gen_ai.request.model"] == "tiny-writer"
+    assert values["gen_ai.request.max_tokens"] == 5
+    assert values["gen_ai.request.temperature"] == 0.5
+    assert values["gen_ai.usage.input_tokens"] == 4
+    assert values["gen_ai.usage.output_tokens"] == 5
+    assert values["gen_ai.response.finish_reasons"] == ["length"]
+    assert values["gen_ai.response.id"].startswith("gen-")
+    assert [each.partition("@")[0] for each in values["lori.adapters"]] == ["math", "safety"]
+    assert values["lori.weights"] == [1, 0.5]
+    assert values["lori.merge"] == "linear"
+    assert 0 < values["gen_ai.latency.time_to_first_token"] <= values["gen_ai.latency.e2e"]
+    assert values["gen_ai.latency.time_in_queue"] >= 0
+    assert (received.end_time_unix_nano - received.start_time_unix_nano) / 1e9 >= values["gen_ai.latency.e2e"]
+    assert not [each for each in heard.spans if each.parent_span_id == received.span_id], "ASGI messages have no spans"
 
 
-def test_a_trace_that_nobody_began_begins_here(traced: Live, heard: Collector) -> None:
+def test_a_request_without_a_trace_begins_one(traced: Live, heard: Collector) -> None:
     traced.client.post("/generate", json={"prompt": "a", "max_tokens": 1}, headers={"x-request-id": "first"})
-    found = span(heard, "first")
-    assert found.parent_span_id == b""
-    assert f"trace_id='{found.trace_id.hex()}'" in traced.log.read_text()
+    received = span(heard, "first")
+    assert received.parent_span_id == b""
+    assert f"trace_id='{received.trace_id.hex()}'" in traced.log.read_text()
 
 
 def test_a_refusal_has_a_span_too(traced: Live, heard: Collector) -> None:
     traced.client.post("/generate", json={"prompt": "a", "adapter": "nobody"}, headers={"x-request-id": "refused"})
-    found = span(heard, "refused")
-    assert "gen_ai.response.id" not in attributes(found)
-    assert 404 in attributes(found).values()
+    received = span(heard, "refused")
+    assert "gen_ai.response.id" not in attributes(received)
+    assert 404 in attributes(received).values()
 
 
 def test_a_client_that_leaves_ends_its_span(traced: Live, heard: Collector) -> None:
@@ -95,12 +95,12 @@ def test_a_client_that_leaves_ends_its_span(traced: Live, heard: Collector) -> N
     with httpx.stream("POST", f"{traced.url}/generate", json=body, headers={"x-request-id": "left"}, timeout=LIMIT_S) as reply:
         lines = reply.iter_lines()
         next(lines)
-    found = span(heard, "left")
-    assert attributes(found)["gen_ai.response.finish_reasons"] == ["cancelled"]
-    assert found.status.code != Status.STATUS_CODE_ERROR
+    received = span(heard, "left")
+    assert attributes(received)["gen_ai.response.finish_reasons"] == ["cancelled"]
+    assert received.status.code != Status.STATUS_CODE_ERROR
 
 
-def test_the_collector_hears_who_we_are_and_of_no_probes(traced: Live, heard: Collector) -> None:
+def test_the_collector_gets_our_service_name_and_no_probes(traced: Live, heard: Collector) -> None:
     for path in ("/health", "/ping", "/ready", "/metrics"):
         assert traced.client.get(path, headers={"x-request-id": "probe"}).status_code == 200
     traced.client.get("/adapters", headers={"x-request-id": "last"})
@@ -112,7 +112,7 @@ def test_the_collector_hears_who_we_are_and_of_no_probes(traced: Live, heard: Co
 
 
 @pytest.mark.slow
-def test_what_was_not_sent_yet_is_sent_at_the_end(writer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_spans_are_sent_at_the_end(writer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
     with collector() as heard:
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "3600000")
@@ -124,11 +124,11 @@ def test_what_was_not_sent_yet_is_sent_at_the_end(writer_model: Path, tmp_path: 
             live.process.send_signal(signal.SIGTERM)
             assert live.process.wait(LIMIT_S) == 0
         assert [each.name for each in heard.spans] == ["POST /generate"]
-        assert heard.resources[0]["service.name"] == "mine", "the environment comes before our own name"
+        assert heard.resources[0]["service.name"] == "mine", "the environment takes precedence over our own name"
 
 
 @pytest.mark.slow
-def test_a_collector_that_is_not_there_hurts_nobody(writer_model: Path, tmp_path: Path) -> None:
+def test_a_missing_collector_does_not_disturb_the_server(writer_model: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
     flags += ["--otlp-traces-endpoint", "http://127.0.0.1:9", "--drain-notice-s", "0"]
     with start_forked(tmp_path / "log", *flags) as live:
@@ -165,5 +165,5 @@ def test_traces_that_cannot_be_sent_are_one_clear_line(tmp_path: Path, monkeypat
         (None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_TRACES_EXPORTER": "none"}),
     ],
 )
-def test_nothing_is_traced_that_nobody_asked_for(endpoint: str | None, environment: dict[str, str]) -> None:
+def test_without_an_endpoint_nothing_is_traced(endpoint: str | None, environment: dict[str, str]) -> None:
     assert start_tracing(endpoint, environment) is None

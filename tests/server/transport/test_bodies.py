@@ -1,4 +1,4 @@
-"""Bodies under way: bounded in sum and for each client, given back when their requests end, however these end."""
+"""Memory for request bodies: bounded in sum and for each client, and freed at the end of a request, however it ends."""
 
 import json
 import socket
@@ -23,7 +23,7 @@ from tests.server.live import LIMIT_S, wait_until
 from tests.server.rig import FakeEngine
 
 
-def test_what_is_taken_is_bounded_for_each_client_and_in_sum() -> None:
+def test_held_bytes_are_bounded_for_each_client_and_in_sum() -> None:
     bodies = Bodies(100, 10)
     assert bodies.take("a", 50) is None
     full = bodies.take("a", 1)
@@ -51,7 +51,7 @@ def test_one_body_always_fits_a_client_s_share() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40_000)), max_size=30))
-def test_what_is_given_back_is_what_was_taken(sizes: list[tuple[str, int]]) -> None:
+def test_all_held_bytes_are_released(sizes: list[tuple[str, int]]) -> None:
     bodies = Bodies(100_000, 1000)
     held = [(HeldBody(bodies, client), size) for client, size in sizes]
     num_free = 0
@@ -80,7 +80,7 @@ def test_the_flag_leaves_room_for_one_body() -> None:
 
 @pytest.mark.parametrize(("max_bodies_mib", "max_body_bytes"), [(4, MIB), (64, MIB), (64, 58 * MIB), (1, 10_000)])
 def test_a_client_may_always_hold_one_body_with_all_its_values(max_bodies_mib: int, max_body_bytes: int) -> None:
-    """A list of 100,000 token ids was told to try again, for ever."""
+    """Regression: every try of a list of 100,000 token ids was answered with "try again"."""
     settings = Settings(max_bodies_mib=max_bodies_mib, max_body_bytes=max_body_bytes)
     held = HeldBody(Bodies(settings.max_bodies_mib * MIB, max_counted_bytes(settings.max_body_bytes)), "tenant acme")
     assert held.grow(max_body_bytes) is None
@@ -89,7 +89,7 @@ def test_a_client_may_always_hold_one_body_with_all_its_values(max_bodies_mib: i
 
 @contextmanager
 def begun(http: httpx.Client, *, num_sent: int, key: str | None = None, num_bytes: int = MIB) -> Iterator[socket.socket]:
-    """Sends the beginning of a body until the block ends; its length is announced."""
+    """Announce a body of `num_bytes`, send its first `num_sent`, and keep the connection open until the block ends."""
     head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {num_bytes}\r\n"
     sent = head + (f"Authorization: {bearer(key)['Authorization']}\r\n" if key else "") + "\r\n" + " " * num_sent
     with closing(socket.create_connection((http.base_url.host, http.base_url.port or 0), LIMIT_S)) as connection:
@@ -98,14 +98,14 @@ def begun(http: httpx.Client, *, num_sent: int, key: str | None = None, num_byte
 
 
 def heard(connection: socket.socket) -> tuple[bytes, dict[str, object]]:
-    """Returns the head of an answer that ends its connection, in lower case, and its error."""
+    """Read an answer until its connection closes; return its head in lower case, and its error."""
     connection.settimeout(LIMIT_S)
     head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
     return head.lower(), json.loads(body)["error"]
 
 
 def refused(client: httpx.Client, status: int, key: str | None = None) -> str:
-    """Returns what is said to a long body, which must be refused."""
+    """Send a long body, check that it is refused with `status`, and return the message."""
     reply = client.post("/generate", content=b" " * (MIB // 2), headers=bearer(key) if key else {})
     assert reply.headers["Retry-After"] == "1"
     assert reply.headers["Connection"] == "close"
@@ -119,7 +119,7 @@ def until_held(service: Service, num_bodies: int, num_sent: int) -> None:
 
 
 def test_a_client_s_bodies_under_way_have_a_bound_and_short_requests_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    """400 bodies of 1 MiB cost 375 MiB."""
+    """Regression: 400 bodies of 1 MiB took 375 MiB."""
     with served(tokenizer, FakeEngine(), max_bodies_mib=14) as (client, service):
         with ExitStack() as under_way:
             for _ in range(8):
@@ -127,7 +127,7 @@ def test_a_client_s_bodies_under_way_have_a_bound_and_short_requests_none(tokeni
             until_held(service, 8, 900_000)
             assert "a client's share of --max-bodies-mib" in refused(client, 429)
             assert client.post("/generate", json={"prompt": "x", "max_tokens": 1}).status_code == 200
-            with begun(client, num_sent=0) as connection:  # its length alone says that it will not fit: nothing of it is read
+            with begun(client, num_sent=0) as connection:  # its announced length does not fit, so no byte of it is read
                 head, _ = heard(connection)
                 assert head.startswith(b"http/1.1 429 ")
                 assert b"connection: close" in head
@@ -136,7 +136,7 @@ def test_a_client_s_bodies_under_way_have_a_bound_and_short_requests_none(tokeni
         assert client.post("/generate", content=b" " * (MIB // 2)).status_code == 400
 
 
-def test_what_is_only_announced_takes_no_room(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_announced_body_takes_no_room(tokenizer: PreTrainedTokenizerFast) -> None:
     with served(tokenizer, FakeEngine(), max_bodies_mib=14) as (client, _), ExitStack() as under_way:
         for _ in range(20):
             under_way.enter_context(begun(client, num_sent=10_000))
@@ -144,7 +144,7 @@ def test_what_is_only_announced_takes_no_room(tokenizer: PreTrainedTokenizerFast
             assert client.post("/generate", content=b" " * MIB).status_code == 400
 
 
-def test_a_body_without_a_length_is_refused_where_it_grows_too_long(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_body_without_a_length_is_refused_when_it_grows_too_long(tokenizer: PreTrainedTokenizerFast) -> None:
     with served(tokenizer, FakeEngine(), max_bodies_mib=14) as (client, service), ExitStack() as under_way:
         for _ in range(8):
             under_way.enter_context(begun(client, num_sent=900_000))

@@ -1,4 +1,4 @@
-"""How long a body may take, on a clock that a test sets."""
+"""The time limit of a body, on a clock that a test sets."""
 
 import asyncio
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ UPLOAD = ("POST", "/adapters")
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """An event loop whose time stands until it is set on."""
+    """An event loop whose clock stands still until a test sets it."""
 
     now = 0.0
 
@@ -24,14 +24,14 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 def received(parts: Iterable[tuple[float, int]], path: str = "/adapters") -> int:
-    """Returns how many bytes come through of a body, each part of which takes so many seconds and has so many bytes."""
+    """Return the number of body bytes that pass the limit. `parts` has the seconds that each part takes and its bytes."""
     loop, coming = Loop(), iter(parts)
-    told: list[int] = []
+    sizes: list[int] = []
 
     async def receive() -> Message:
         seconds, num_bytes = next(coming, (0, 0))
         loop.now += seconds
-        for _ in range(3):  # so that the loop sees what time it is
+        for _ in range(3):  # so that the loop notices the new time
             await asyncio.sleep(0)
         return {"type": "http.request", "body": bytes(num_bytes), "more_body": num_bytes > 0}
 
@@ -39,7 +39,7 @@ def received(parts: Iterable[tuple[float, int]], path: str = "/adapters") -> int
         more = True
         while more:
             message = await receive()
-            told.append(len(message["body"]))
+            sizes.append(len(message["body"]))
             more = message["more_body"]
 
     async def send(_: Message) -> None:
@@ -49,7 +49,7 @@ def received(parts: Iterable[tuple[float, int]], path: str = "/adapters") -> int
     scope = {"type": "http", "method": "POST", "path": path, "headers": []}
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(limit(scope, receive, send))
-    return sum(told)
+    return sum(sizes)
 
 
 def refusal(parts: Iterable[tuple[float, int]], path: str = "/adapters") -> HTTPException:
@@ -59,7 +59,7 @@ def refusal(parts: Iterable[tuple[float, int]], path: str = "/adapters") -> HTTP
 
 
 def test_a_large_body_may_take_as_long_as_a_slow_line_takes() -> None:
-    """Whatever was sent had 60 s: an adapter of 100 MB never came over a line of ten megabits."""
+    """Regression: every body had 60 s, so that an adapter of 100 MB could not be uploaded over a line of ten megabits."""
     assert received([(1.5, BYTES_PER_S)] * 100) == MAX_UPLOAD
 
 
@@ -78,7 +78,7 @@ def test_a_body_that_drips_is_not_waited_for_longer_because_it_is_large() -> Non
     assert num_asked == 7
 
 
-def test_nothing_may_come_for_so_long_however_much_has_come() -> None:
+def test_a_pause_is_bounded_however_much_has_arrived() -> None:
     quick = [(0.0, BYTES_PER_S)] * 90
     assert received([*quick, (MAX_S - 1, 1)]) == 90 * BYTES_PER_S + 1
     assert refusal([*quick, (MAX_S + 1, 1)]).status_code == 408
@@ -87,7 +87,7 @@ def test_nothing_may_come_for_so_long_however_much_has_come() -> None:
 @pytest.mark.parametrize(
     ("path", "max_bytes", "flag"), [("/adapters", MAX_UPLOAD, "--max-upload-bytes"), ("/generate", MAX_BYTES, "--max-body-bytes")]
 )
-def test_who_sends_too_much_hears_which_limit_that_is(path: str, max_bytes: int, flag: str) -> None:
+def test_a_body_that_is_too_long_is_refused_with_its_limit(path: str, max_bytes: int, flag: str) -> None:
     assert received([(0.0, max_bytes)], path) == max_bytes
     error = refusal([(0.0, max_bytes), (0.0, 1)], path)
     assert (error.status_code, error.detail) == (413, f"the body is longer than {max_bytes} bytes ({flag})")

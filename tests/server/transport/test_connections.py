@@ -1,4 +1,4 @@
-"""Connections have a bound: one more takes the place of an idle one, or hears that there is no room."""
+"""The bound of connections: a further one replaces an idle one, or is refused with 503."""
 
 import json
 import re
@@ -27,7 +27,7 @@ HALF = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\
 @pytest.fixture(scope="module")
 def narrow(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02"]
-    flags += ["--max-body-s", "3600"]  # a body is half sent for as long as a busy machine takes
+    flags += ["--max-body-s", "3600"]  # bodies stay half sent for as long as a busy machine needs
     with start_forked(tmp_path_factory.mktemp("narrow") / "log", *flags, "--max-connections", str(MAX_CONNECTIONS)) as live:
         live.client.close()
         yield live
@@ -35,17 +35,17 @@ def narrow(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @contextmanager
 def opened(live: Live) -> Iterator[socket.socket]:
-    """Open a connection; at its end wait until the server has closed it, too, and counts it no more."""
+    """Open a connection. When the block ends, wait until the server has closed it, too, and no longer counts it."""
     with closing(socket.create_connection(("127.0.0.1", live.port), timeout=LIMIT_S)) as connection:
         yield connection
-        with suppress(OSError):  # it may be reset, which is closed, too
+        with suppress(OSError):  # the server may have reset it
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(65536):
                 pass
 
 
 def answered(connection: socket.socket, sent: bytes = HEALTH) -> bytes:
-    """Returns an answer; nothing where the connection was closed."""
+    """Send a request and return the answer; empty if the connection was closed."""
     try:
         connection.sendall(sent)
         return read_answer(connection)
@@ -67,11 +67,11 @@ def is_refused(connection: socket.socket) -> bool:
     return answered(connection).startswith(b"HTTP/1.1 503 ")
 
 
-def test_one_more_than_may_be_open_is_answered_503_and_closed(narrow: Live) -> None:
+def test_a_connection_beyond_the_limit_is_answered_503_and_closed(narrow: Live) -> None:
     with ExitStack() as busy:
         connections = [busy.enter_context(opened(narrow)) for _ in range(MAX_CONNECTIONS)]
         for connection in connections[1:]:
-            connection.sendall(HALF)  # they wait for no request
+            connection.sendall(HALF)  # these are not idle
         healthy = connections[0]
         assert b'{"status":"ok"}' in answered(healthy)
         healthy.sendall(HALF)
@@ -84,10 +84,10 @@ def test_one_more_than_may_be_open_is_answered_503_and_closed(narrow: Live) -> N
         error = json.loads(body)["error"]
         assert (error["code"], error["type"]) == (503, "ServiceUnavailableError")
         assert "--max-connections" in error["message"]
-        for _ in range(2 * MAX_LINGERING):  # closed at once: none is left open for long
+        for _ in range(2 * MAX_LINGERING):  # each is closed at once, so that none lingers
             with opened(narrow) as connection:
                 assert is_refused(connection)
-        for connection in connections:  # those that were there are answered
+        for connection in connections:  # the first connections are answered
             assert answered(connection, b" " * 100).startswith(b"HTTP/1.1 400 ")
 
     def is_open() -> bool:
@@ -115,7 +115,7 @@ def test_idle_connections_make_room(narrow: Live) -> None:
 
 
 class FakeConnection:
-    """A connection that waits for a request, or does not."""
+    """A fake connection, idle or not."""
 
     ordinal = 0
 
@@ -138,7 +138,7 @@ def server_with(connections: set[FakeConnection]) -> uvicorn.Server:
     return cast(uvicorn.Server, SimpleNamespace(server_state=SimpleNamespace(connections=connections)))
 
 
-def test_the_one_that_has_waited_longest_is_closed_and_none_that_does_not_wait() -> None:
+def test_the_connection_that_is_idle_longest_is_closed_and_no_busy_one() -> None:
     clock = [0.0]
     answering, sending, leaving = SimpleNamespace(response_complete=False), None, SimpleNamespace(response_complete=True)
     first, busy, coming, gone, second, new = made = [
@@ -156,7 +156,7 @@ def test_the_one_that_has_waited_longest_is_closed_and_none_that_does_not_wait()
         connections.add(connection)
         waiting.scan()
         clock[0] += PATIENCE_S
-    first.cycle = SimpleNamespace(response_complete=False)  # it has sent a request since
+    first.cycle = SimpleNamespace(response_complete=False)  # it has received a request since
     assert waiting.close_longest()
     assert second.is_shut
     assert waiting.close_longest()
@@ -168,7 +168,7 @@ def test_the_one_that_has_waited_longest_is_closed_and_none_that_does_not_wait()
         connection.close()
 
 
-def test_of_those_that_one_look_saw_first_the_oldest_is_closed() -> None:
+def test_of_connections_first_seen_by_the_same_scan_the_oldest_is_closed() -> None:
     clock = [0.0]
     made = [FakeConnection() for _ in range(16)]
     for ordinal, connection in enumerate(made):

@@ -1,4 +1,4 @@
-"""Descriptors that run out: the server goes on, and has taken as many as it may."""
+"""File descriptors: the server raises its limit as far as it may, and goes on if they run out."""
 
 import os
 import resource
@@ -16,14 +16,14 @@ from tests.server.live import run_main, wait_until
 @contextmanager
 def nothing_can_be_opened() -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))  # of 0 poll() takes none
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))  # with a limit of 0 poll() accepts no descriptor
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_what_has_come_is_seen_where_nothing_can_be_opened() -> None:
+def test_received_bytes_are_seen_without_free_descriptors() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, nothing_can_be_opened():
         with pytest.raises(OSError, match="Too many open files"):
@@ -42,12 +42,13 @@ def test_a_connection_that_has_ended_is_readable_and_one_that_we_closed_is_not()
 
 
 def test_the_server_may_open_as_much_as_its_hard_limit_says(tmp_path: Path) -> None:
-    # The shell becomes the server.
+    # The shell replaces itself by the server.
     process = run_main(tmp_path / "log", "--port", "0", within=("sh", "-c", 'ulimit -Sn 200; exec "$@"', "sh"))
 
     def soft() -> str:
-        [line] = [of for of in Path(f"/proc/{process.pid}/limits").read_text().splitlines() if of.startswith("Max open files")]
-        return line.split()[3]
+        lines = Path(f"/proc/{process.pid}/limits").read_text().splitlines()
+        [limit] = [line for line in lines if line.startswith("Max open files")]
+        return limit.split()[3]
 
     try:
         wait_until(lambda: soft() == "200", "the shell")

@@ -1,4 +1,4 @@
-"""How requests are framed, over a socket: each is answered once, or refused and its connection closed."""
+"""The framing of requests, over a socket: each is answered once, or refused and its connection closed."""
 
 import socket
 from contextlib import closing
@@ -22,8 +22,8 @@ def test_a_request_is_answered_once_or_refused(live: Live, case: Case, way: str)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_key_in_a_trailer_is_none(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, way: str) -> None:
-    """In one segment a trailer was read before the request was let in, and its headers stood beside the request's own."""
+def test_a_key_in_a_trailer_is_ignored(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, way: str) -> None:
+    """Regression: a trailer in the same segment was read before authentication, and its headers counted as the request's own."""
     key = f"Authorization: Bearer {ACME}\r\n".encode()
     in_trailer = Case("in the trailer", head() + chunked(BODY, trailer=key), frozenset({401}))
     in_head = Case("in the head", head(key) + chunked(BODY), frozenset({200}))
@@ -40,8 +40,8 @@ def test_an_absolute_target_s_authority_counts_as_the_host(live: Live) -> None:
         assert ask(live.port, Case("absolute", content, frozenset()), "whole").answers[0][0] == status
 
 
-def test_a_body_that_was_asked_about_and_refused_ends_its_connection(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """A client may leave it out then, and what it sends next was read as the body."""
+def test_a_refused_expectation_ends_its_connection(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Regression: a client may omit the body after a refusal of its `Expect`, and its next request was read as the body."""
     content = head(b"Expect: 100-continue\r\nContent-Length: 500\r\n\r\n")
     app = served(tokenizer, FakeEngine(), write_keys(tmp_path), keep_alive_s=86400, max_body_s=86400)
     with app as (client, _), closing(socket.create_connection(("127.0.0.1", client.base_url.port or 0), LIMIT_S)) as connection:

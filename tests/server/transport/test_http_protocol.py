@@ -1,4 +1,4 @@
-"""What is no HTTP, and clients that ask for much at once and leave: over a real socket."""
+"""Invalid HTTP, and clients that pipeline many requests or leave, over a real socket."""
 
 import json
 import socket
@@ -45,21 +45,21 @@ def check_refusal(heard: bytes, message: str) -> None:
         pytest.param(HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 15\r\n\r\n", id="two lengths"),
     ],
 )
-def test_what_is_no_http_is_refused_as_any_error_is(live: Live, sent: bytes) -> None:
+def test_invalid_http_is_refused_in_the_shape_of_errors(live: Live, sent: bytes) -> None:
     with connected(live) as connection:
         connection.sendall(sent)
         check_refusal(heard_to_the_end(connection), "the request is no HTTP that can be read")
 
 
 @pytest.mark.parametrize("framing", [b"1;a=", b'1\r\n{\r\n0\r\nlong: "'], ids=["extension", "trailer"])
-def test_what_frames_a_body_without_end_is_400(live: Live, framing: bytes) -> None:
-    """The client that sends on and on hears why, too: it was reset, having heard nothing."""
+def test_endless_chunk_extensions_and_trailers_are_400(live: Live, framing: bytes) -> None:
+    """Regression: a client that kept sending was reset before it got the refusal."""
     with connected(live) as connection:
         connection.sendall(CHUNKED + framing + b"x" * (MAX_LINGER_BYTES // 2))
         check_refusal(heard_to_the_end(connection), "a chunk's extensions or the trailer are longer than 65536 bytes")
 
 
-def test_who_is_refused_and_sends_on_is_cut_off(live: Live) -> None:
+def test_a_refused_client_that_keeps_sending_is_cut_off(live: Live) -> None:
     with connected(live) as connection, pytest.raises(ConnectionError):  # noqa: PT012
         connection.sendall(b"rubbish\r\n\r\n")
         for _ in range(100 * MAX_LINGER_BYTES // 65536):
@@ -67,8 +67,8 @@ def test_who_is_refused_and_sends_on_is_cut_off(live: Live) -> None:
 
 
 @pytest.mark.parametrize("refused", [b"rubbish\r\n\r\n", CHUNKED + b"zz\r\n"], ids=["no head", "a body"])
-def test_what_was_asked_before_is_answered_first(live: Live, refused: bytes) -> None:
-    """The refusal was said at once, so that it was taken for the answer to another request."""
+def test_earlier_requests_are_answered_before_a_refusal(live: Live, refused: bytes) -> None:
+    """Regression: the refusal was sent at once, and clients took it for the answer to an earlier request."""
     with connected(live) as connection:
         connection.sendall(asked(prompt="x", max_tokens=200) + GET + refused)
         heard = heard_to_the_end(connection)
@@ -88,14 +88,14 @@ def test_an_answer_to_a_body_that_breaks_off_is_not_followed_by_another(live: Li
 
 @pytest.mark.parametrize("coded", [b"gzip, chunked", b"gzip\r\nTransfer-Encoding: chunked"], ids=["one header", "two headers"])
 def test_a_coding_beside_chunks_is_refused_by_the_header_s_name(live: Live, coded: bytes) -> None:
-    """The body was read as if it had none."""
+    """Regression: the body was read as if it had no coding."""
     with connected(live) as connection:
         connection.sendall(HEAD + b"Transfer-Encoding: " + coded + b'\r\n\r\nf\r\n{"prompt": "x"}\r\n0\r\n\r\n')
         check_refusal(heard_to_the_end(connection), "Transfer-Encoding is 'gzip, chunked', expected chunked or none")
 
 
-def test_thousands_of_requests_in_one_segment_are_not_held(live: Live) -> None:
-    """Each took 3 kB until the first was answered, whose client need not read: 40 connections held 640 MB."""
+def test_thousands_of_pipelined_requests_are_not_all_held(live: Live) -> None:
+    """Regression: each took 3 kB until the first was answered, and a client need not read. 40 connections held 640 MB."""
     with connected(live) as connection:
         connection.sendall(asked(prompt="x", max_tokens=200) + GET * 5000)
         heard = heard_to_the_end(connection)
@@ -105,21 +105,21 @@ def test_thousands_of_requests_in_one_segment_are_not_held(live: Live) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(MAX_HEADERS - 1, b"200"), (MAX_HEADERS, b"431")])
 def test_the_number_of_headers_is_bounded(live: Live, number: int, status: bytes) -> None:
-    """16,000 of three bytes each held 1.5 MB of a connection that was idle since."""
+    """Regression: 16,000 headers of three bytes held 1.5 MB as long as their connection was idle."""
     with connected(live) as connection:
         connection.sendall(GET.removesuffix(b"\r\n") + b"a:\r\n" * (number - 1) + b"Connection: close\r\n\r\n")
         assert heard_to_the_end(connection).split(b" ")[1] == status
 
 
 def leave(connection: socket.socket) -> None:
-    """Ends a connection as the system does whose client takes nothing: with a reset."""
+    """End a connection with a reset, as the system does if its client reads nothing."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 @pytest.mark.parametrize("go", [leave, socket.socket.close], ids=["reset", "close"])
-def test_a_client_that_leaves_is_missed_though_it_asked_for_more(live: Live, go: Callable[[socket.socket], None]) -> None:
-    """Only its last request heard that it left: those before it ran on for nobody. A close was not even noticed."""
+def test_the_departure_of_a_pipelining_client_is_noticed(live: Live, go: Callable[[socket.socket], None]) -> None:
+    """Regression: only the last request was told of a reset, and the earlier ones ran on. A close was not noticed at all."""
     before = live.metric(ANSWERS, route="/generate", status="499")
     with connected(live) as connection:
         connection.sendall(asked(prompt="x", max_tokens=FOR_EVER) + GET)
@@ -130,7 +130,7 @@ def test_a_client_that_leaves_is_missed_though_it_asked_for_more(live: Live, go:
 
 
 def test_a_client_that_reads_nothing_and_leaves_writes_no_traceback(live: Live) -> None:
-    """What was being written to it failed, for only its last request had heard that it left."""
+    """Regression: writes to a departed client failed, since only its last request had been told of the departure."""
     before = live.log.read_text().count("Traceback")
     connections = [socket.socket() for _ in range(10)]
     for each in connections:
@@ -142,5 +142,5 @@ def test_a_client_that_reads_nothing_and_leaves_writes_no_traceback(live: Live) 
         time.sleep(0.5)
     for each in connections:
         leave(each)
-    wait_until(lambda: live.metric(ANSWERS, route="none") >= num_answers + len(connections), "their ends")
+    wait_until(lambda: live.metric(ANSWERS, route="none") >= num_answers + len(connections), "the ends of the connections")
     assert live.log.read_text().count("Traceback") == before

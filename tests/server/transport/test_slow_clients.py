@@ -1,4 +1,4 @@
-"""Clients that send half of what they should, or nothing, or without end: none holds anything for long."""
+"""Clients that send half a request, nothing, or without end: none holds memory or a place for long."""
 
 import json
 import socket
@@ -24,7 +24,7 @@ HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\
 
 
 def heard_to_the_end(connection: socket.socket) -> bytes:
-    """Returns what a server says until it closes the connection."""
+    """Return all bytes that a server sends until it closes the connection."""
     connection.settimeout(LIMIT_S)
     return b"".join(iter(lambda: connection.recv(4096), b""))
 
@@ -57,7 +57,7 @@ def test_a_body_that_drips_is_bounded_as_a_whole(tokenizer: PreTrainedTokenizerF
             heard, started = b"", time.monotonic()
             while not heard and time.monotonic() < started + LIMIT_S:
                 connection.sendall(b" ")
-                time.sleep(0.02)  # well before the limit begins anew, if it did
+                time.sleep(0.02)  # much shorter than the limit, in case every byte restarted it
                 try:
                     heard = connection.recv(4096)
                 except BlockingIOError:
@@ -66,8 +66,8 @@ def test_a_body_that_drips_is_bounded_as_a_whole(tokenizer: PreTrainedTokenizerF
 
 
 @pytest.mark.slow
-def test_the_time_of_an_answer_is_not_the_body_s(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The body is there; what is waited for is the engine, and the client's leaving."""
+def test_the_body_s_time_limit_does_not_cover_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Wait longer than `max_body_s` for the engine, and for a disconnect of the client, after the body has arrived."""
     with served(tokenizer, FakeEngine(num_steps=500), max_body_s=0.1) as (client, _):
         for is_stream in (False, True):
             reply = client.post("/generate", json={"prompt": "x", "stream": is_stream})
@@ -113,7 +113,7 @@ def drip(connection: socket.socket, drop: bytes = b" ") -> None:
 
 @pytest.mark.slow
 def test_a_body_that_nobody_reads_holds_no_connection(impatient: Live) -> None:
-    """The answer is out when the body has hardly begun, and uvicorn's own timer stops whenever a byte comes."""
+    """Let the body drip on after the answer, which comes early. uvicorn's own timer stops at every byte of the body."""
     with closing(socket.create_connection(("127.0.0.1", impatient.port), timeout=LIMIT_S)) as connection:
         connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 404 ")
@@ -142,12 +142,12 @@ def test_a_head_without_end_does_not_hold_its_connection(impatient: Live) -> Non
 
 def test_a_head_that_is_long_but_ends_is_read(impatient: Live) -> None:
     headers = {f"x-long-{i}": "y" * 4000 for i in range(10)}
-    for _ in range(5):  # what one request sent does not count for the next
+    for _ in range(5):  # the bytes of one request do not count for the next
         assert impatient.client.get("/health", headers=headers).status_code == 200
 
 
 class FakeConnection:
-    """One whose client may have sent something that nobody has taken."""
+    """A fake connection, optionally with unread bytes of its client."""
 
     def __init__(self, clock: list[float], *, has_sent: bool = False) -> None:
         self._client, self._own = socket.socketpair()

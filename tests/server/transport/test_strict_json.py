@@ -1,4 +1,4 @@
-"""JSON that is read: RFC 8259's, with one meaning, of a shape that takes little time."""
+"""Strict JSON: RFC 8259 only, without ambiguity, and within limits on the time that parsing takes."""
 
 import json
 import re
@@ -26,7 +26,7 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(s
 
 
 @given(VALUES)
-def test_what_is_written_is_read(value: Any) -> None:
+def test_written_json_is_read_back(value: Any) -> None:
     assert read_json(json.dumps(value).encode()) == value
     text = json.dumps(value, ensure_ascii=False)
     if not any("\ud800" <= character <= "\udfff" for character in text):
@@ -46,16 +46,16 @@ def test_what_is_written_is_read(value: Any) -> None:
     ],
 )
 def test_a_whole_number_is_an_integer_however_it_is_written(text: str, value: float) -> None:
-    found = read_json(text.encode())
-    assert (type(found), found) == (type(value), value)
+    number = read_json(text.encode())
+    assert (type(number), number) == (type(value), value)
 
 
-def test_a_byte_order_mark_is_no_fault() -> None:
+def test_a_byte_order_mark_is_accepted() -> None:
     assert read_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (b"", "is not JSON: expecting value at character 0"),
         (b'{"a": 1,}', "is not JSON"),
@@ -84,14 +84,14 @@ def test_a_byte_order_mark_is_no_fault() -> None:
         (json.dumps({str(i): i for i in range(MAX_MEMBERS + 1)}).encode(), "has an object of 2049 fields, expected at most 2048"),
     ],
 )
-def test_what_is_not_plainly_meant_is_refused(text: bytes, said: str) -> None:
+def test_invalid_or_ambiguous_json_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(JsonError) as caught:
         read_json(text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 200
 
 
-def test_as_much_as_is_allowed_is_read() -> None:
+def test_documents_at_the_limits_are_read() -> None:
     deep = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH
     assert json.dumps(read_json(deep)).encode() == deep
     assert len(read_json(b"[" + b"[]," * (MAX_CONTAINERS - 2) + b"[]]")) == MAX_CONTAINERS - 1
@@ -111,7 +111,7 @@ def test_as_much_as_is_allowed_is_read() -> None:
     ],
 )
 def test_more_values_than_lists_can_hold_are_refused_before_they_are_parsed(text: bytes, field: str | None) -> None:
-    """1 MiB of `[1,1,…]` held the interpreter for 75 ms."""
+    """Regression: 1 MiB of `[1,1,…]` blocked the interpreter for 75 ms."""
     numbers = b"1, " * (MAX_OTHERS + 600) + b"no JSON"
     with pytest.raises(JsonError) as caught:
         read_json(text % numbers, max_list=100)
@@ -121,7 +121,7 @@ def test_more_values_than_lists_can_hold_are_refused_before_they_are_parsed(text
         read_json(text % numbers, max_list=17_000)
 
 
-def test_each_list_may_hold_so_much_but_not_without_end() -> None:
+def test_lists_are_bounded_each_and_in_sum() -> None:
     full = b"[" + b"1," * 999 + b"1]"
     many = b"[" + full + (b"," + full) * (MAX_VALUES // 1000 - 1) + b"]"
     assert len(read_json(many, max_list=1000)) == MAX_VALUES // 1000

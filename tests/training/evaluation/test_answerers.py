@@ -29,7 +29,7 @@ def base(tiny_model: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server in this process."""
+    """Yield the address of a server in this process."""
     none = str(tmp_path_factory.mktemp("none"))
     settings = Settings(model=str(tiny_model), adapters=none, dtype="float32", threads=1, kv_cache_gib=0.02)
     with serve_here(load_service(settings)) as client:
@@ -38,7 +38,7 @@ def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(params=["server", "local", "packed", "wrapped"])
 def answerer(request: pytest.FixtureRequest, tiny_model: Path, base: BaseModel) -> Answerer:
-    """The same model in four forms; "packed" and "wrapped" are its forms during training."""
+    """Return the same model in four forms; "packed" and "wrapped" are its forms during training."""
     if request.param == "server":
         return ServerAnswerer(Server(request.getfixturevalue("url")))
     if request.param == "local":
@@ -59,7 +59,7 @@ def greedy(base: BaseModel, prompt: str, max_tokens: int) -> str:
 
 
 def test_a_wrapped_model_answers_with_its_delta(tiny_model: Path, base: BaseModel) -> None:
-    """It answers as a base whose weights have the delta folded in."""
+    """The answers are those of a base with the delta folded into its weights."""
     wrapped, folded = (load_base_model(str(tiny_model), torch.float32, attention) for attention in (ATTENTION, "sdpa"))
     generator = torch.Generator().manual_seed(0)
     for name, layer in wrap(wrapped.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0).items():
@@ -86,7 +86,7 @@ def test_a_greedy_answer_is_the_model_s_own_up_to_a_stop_text(answerer: Answerer
     assert len(cut[0]) <= 3
 
 
-def test_a_stop_text_is_not_looked_for_in_the_prompt(answerer: Answerer, base: BaseModel) -> None:
+def test_a_stop_text_in_the_prompt_is_ignored(answerer: Answerer, base: BaseModel) -> None:
     text = greedy(base, PROMPTS[3], 8)
     assert answerer.complete([PROMPTS[3]], Sampling(max_tokens=8, stop=("\n" + text[0], "end"))) == [[text]]
 
@@ -123,7 +123,7 @@ def test_a_completion_is_scored_as_training_writes_it(answerer: Answerer) -> Non
     assert together.num_tokens == 3
 
 
-def test_nothing_is_asked_of_nobody(answerer: Answerer) -> None:
+def test_empty_requests_give_empty_answers(answerer: Answerer) -> None:
     assert answerer.complete([], Sampling(max_tokens=1)) == []
     assert answerer.log_likelihoods([]) == []
     assert [likelihood.num_tokens for likelihood in answerer.log_likelihoods([("a", "")])] == [0]
@@ -142,7 +142,7 @@ def test_conversations_are_written_in_a_template(base: BaseModel, url: str) -> N
     assert plain.complete([talk], Sampling(max_tokens=9)) == ServerAnswerer(Server(url)).complete([talk], Sampling(max_tokens=9))
 
 
-def test_what_exceeds_the_context_is_refused(answerer: Answerer) -> None:
+def test_a_prompt_beyond_the_context_is_refused(answerer: Answerer) -> None:
     with pytest.raises(AnswerError, match="context"):
         answerer.complete(["x" * 510], Sampling(max_tokens=9))
     with pytest.raises(AnswerError, match="context"):

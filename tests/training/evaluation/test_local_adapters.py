@@ -91,7 +91,7 @@ def test_a_merge_that_is_no_sum_is_the_one_of_lori_merge(base: BaseModel, tiny_m
     torch.testing.assert_close(logits_of(base, AdapterSelection(adapters, (1.0, 0.5), options)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_model_is_afterwards_what_it_was_before(base: BaseModel) -> None:
+def test_the_model_is_unchanged_afterwards(base: BaseModel) -> None:
     before = logits_of(base, AdapterSelection([]))
     with pytest.raises(ValueError, match="stop"), apply_adapter(base.model, make(base, "a", Seeded(), 4)):
         raise ValueError("stop")

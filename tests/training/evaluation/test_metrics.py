@@ -14,7 +14,7 @@ from training.evaluation.metrics import METRICS, MetricName, MetricOptions, meas
 
 
 class FakeAnswerer:
-    """Answerer with fixed answers, one character a token. A completion is the likelier, the nearer its length is to 3."""
+    """Answerer with fixed answers, one token for each character. A completion is more likely the nearer its length is to 3."""
 
     template: Template = "plain"
 
@@ -96,7 +96,7 @@ def test_a_number_is_read_from_the_answer_alone(tmp_path: Path) -> None:
     assert figures_of(tmp_path, "number", rows, answerer) == {"number_match": 0.75, "rows": 4}
 
 
-def test_harmful_and_benign_rows_are_told_apart(tmp_path: Path) -> None:
+def test_harmful_and_benign_rows_are_counted_separately(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": p, "harmful": harmful} for p, harmful in [("a", True), ("b", True), ("a", False)]]
     answerer = FakeAnswerer({"a": ["I cannot"], "b": ["Sure"]})
     assert figures_of(tmp_path, "refusal", rows, answerer) == {
@@ -138,7 +138,7 @@ def test_rows_are_drawn_by_the_seed(tmp_path: Path) -> None:
         ("exact", {"prompt": "p"}, "no completion: 1"),
     ],
 )
-def test_a_row_that_lacks_what_its_metric_needs_is_refused(
+def test_a_row_without_a_field_that_its_metric_needs_is_refused(
     tmp_path: Path, name: MetricName, row: dict[str, object], message: str
 ) -> None:
     data = tmp_path / "rows.jsonl"
@@ -148,5 +148,5 @@ def test_a_row_that_lacks_what_its_metric_needs_is_refused(
     assert message in str(error.value)
 
 
-def test_every_metric_has_what_it_needs() -> None:
+def test_three_metrics_have_a_token_limit_of_their_own() -> None:
     assert {name for name, metric in METRICS.items() if metric.max_tokens} == {"number", "refusal", "pass"}

@@ -44,7 +44,7 @@ def test_a_right_program_passes_and_a_wrong_one_does_not() -> None:
         "import os; os.write(1, b'x' * 2**24); os.write(3, b'x' * 2**24); os._exit(0)",
     ],
 )
-def test_what_does_not_come_to_its_end_fails(program: str) -> None:
+def test_a_program_that_does_not_complete_fails(program: str) -> None:
     limits = Limits(seconds=2, cpu_s=1, memory_bytes=2**28)
     assert not run_sandboxed(program + "\n" if "\n" in program else program + ";", limits)
 
@@ -54,14 +54,14 @@ def test_output_is_discarded(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_program_sees_nothing_of_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_sees_nothing_of_its_callers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "1")
     assert run_sandboxed("import os\nassert 'SECRET' not in os.environ and not os.listdir()", LIMITS)
     assert run_sandboxed("import importlib.util\nassert not importlib.util.find_spec('torch')", LIMITS)
 
 
 @needs_namespaces
-def test_a_program_changes_no_file_and_reaches_nobody(tmp_path: Path) -> None:
+def test_a_program_changes_no_file_and_has_no_network(tmp_path: Path) -> None:
     file = tmp_path / "kept"
     file.write_text("as it was")
     for program in (f"open('{file}', 'w')", f"import os; os.remove('{file}')", f"open('{tmp_path}/new', 'w')"):

@@ -1,4 +1,4 @@
-"""A merge that is being built for a client that leaves is given up, so that the next client's merge begins."""
+"""Merges whose client leaves: the build is cancelled, so that the next client's merge begins."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from tests.server.live import LIMIT_S, serve_here, wait_until
 
 @dataclass
 class Builder:
-    """The server's merges: the first one does not go on before it is given up or may end."""
+    """The server's merge function, recorded. The first merge blocks until it is cancelled or `may_end` is set."""
 
     outcomes: list[str] = field(default_factory=list)
     has_begun: threading.Event = field(default_factory=threading.Event)
@@ -63,8 +63,8 @@ def body(method: str) -> dict[str, Any]:
     return {"prompt": "x", "adapter": ["math", "safety"], "merge": method, "density": 0.5, "max_tokens": 2}
 
 
-def test_the_next_merge_begins_when_the_client_of_the_one_under_way_has_left(client: httpx.Client, builder: Builder) -> None:
-    """The build went on for nobody, for 16 s with eight large adapters, and held up everybody else's."""
+def test_the_next_merge_begins_when_the_client_of_the_current_one_leaves(client: httpx.Client, builder: Builder) -> None:
+    """Regression: the abandoned build went on, for 16 s with eight large adapters, and delayed all other merges."""
     with client.stream("POST", "/generate", json=body("ties") | {"stream": True}) as stream:
         assert stream.status_code == 200, stream.read()
         assert builder.has_begun.wait(LIMIT_S)

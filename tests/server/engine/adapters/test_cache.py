@@ -1,4 +1,4 @@
-"""From disk to RAM to a slot: what is read when, what stays, what goes, and who waits for what."""
+"""Adapter cache, from disk to RAM to a slot: reads, evictions, pins and waiting sequences."""
 
 from dataclasses import replace
 
@@ -16,14 +16,14 @@ def wanting(*digests: str, weight: float = 1.0) -> Sequence:
 
 
 def load(cache: AdapterCache, loader: FakeLoader, *digests: str, num_bytes: int = 1) -> None:
-    """What is asked for arrives."""
+    """Let the loads of `digests` arrive."""
     for digest in digests:
         loader.arrive(digest, num_bytes)
     assert cache.collect()
 
 
 def run(cache: AdapterCache, loader: FakeLoader, *digests: str, num_bytes: int = 1) -> Sequence:
-    """Returns a sequence whose adapters were read, if they had to be, and are pinned."""
+    """Return a sequence that holds its adapters. Those that are not in memory are read first."""
     sequence = wanting(*digests)
     if cache.acquire(sequence) == "loading":
         load(cache, loader, *[d for d in digests if d in loader.pending], num_bytes=num_bytes)
@@ -59,7 +59,7 @@ def test_an_adapter_is_read_then_resident_with_its_scale_in_the_weight(loader: F
     assert sequence.terms is None
     assert loader.started == ["a", "b"]
     assert cache.acquire(sequence) == "loading"
-    assert loader.started == ["a", "b"], "once is enough"
+    assert loader.started == ["a", "b"], "an adapter that is being read is not started again"
     load(cache, loader, "b")
     assert cache.acquire(sequence) == "loading"
     load(cache, loader, "a")
@@ -70,25 +70,25 @@ def test_an_adapter_is_read_then_resident_with_its_scale_in_the_weight(loader: F
     cache.check_integrity([sequence])
 
 
-def test_a_step_waits_for_what_is_being_read(loader: FakeLoader) -> None:
+def test_a_step_waits_for_an_adapter_that_is_being_read(loader: FakeLoader) -> None:
     cache, sequence = fake_cache(loader, patience_s=0.25), wanting("a")
     loader.arrives_when_awaited = True
     assert not cache.collect()
-    assert not loader.waits_s, "nothing is read"
+    assert not loader.waits_s, "nothing is being read, so nothing is waited for"
     assert cache.acquire(sequence) == "loading"
     assert cache.collect()
     assert loader.waits_s == [0.25]
     assert cache.acquire(sequence) == "ready"
 
 
-def test_a_step_without_patience_waits_for_nothing(loader: FakeLoader) -> None:
+def test_a_step_without_a_load_wait_waits_for_nothing(loader: FakeLoader) -> None:
     cache = fake_cache(loader)
     assert cache.acquire(wanting("a")) == "loading"
     assert not cache.collect()
     assert not loader.waits_s
 
 
-def test_a_reading_that_failed_before_anybody_asked_for_it_is_no_failure(loader: FakeLoader) -> None:
+def test_a_failed_prefetch_that_no_sequence_waits_for_is_not_counted_as_a_failure(loader: FakeLoader) -> None:
     cache = fake_cache(loader)
     cache.prefetch(wanting("a").request)
     loader.arrive("a", fault="torn")
@@ -101,13 +101,13 @@ def test_an_adapter_of_weight_0_is_not_read(loader: FakeLoader) -> None:
     assert not loader.started
 
 
-def test_nothing_new_is_nothing_to_look_at(loader: FakeLoader) -> None:
+def test_collect_is_false_when_no_load_has_arrived(loader: FakeLoader) -> None:
     cache = fake_cache(loader)
     cache.acquire(wanting("a"))
     assert not cache.collect()
 
 
-def test_two_who_wait_for_one_adapter_have_it_read_once(loader: FakeLoader) -> None:
+def test_an_adapter_that_two_sequences_wait_for_is_read_once(loader: FakeLoader) -> None:
     cache, one, other = fake_cache(loader), wanting("a"), wanting("a", weight=0.5)
     assert [cache.acquire(one), cache.acquire(other)] == ["loading"] * 2
     load(cache, loader, "a")
@@ -120,7 +120,7 @@ def test_two_who_wait_for_one_adapter_have_it_read_once(loader: FakeLoader) -> N
 
 
 def test_two_names_of_one_adapter_share_its_slot(loader: FakeLoader) -> None:
-    """An alias beside the name that it means: the second one was put into a slot again, and the engine died."""
+    """Regression: an adapter named together with its alias was put into a second slot, and the engine died."""
     terms = (AdapterTerm("math", "a", 1.0), AdapterTerm("prod", "a", 0.5))
     cache, sequence = fake_cache(loader), Sequence(replace(request(), terms=terms))
     assert cache.acquire(sequence) == "loading"
@@ -133,11 +133,11 @@ def test_two_names_of_one_adapter_share_its_slot(loader: FakeLoader) -> None:
     cache.check_integrity([])
 
 
-def test_a_merge_is_loaded_once_by_what_it_is(loader: FakeLoader) -> None:
+def test_equal_merges_are_loaded_once_in_any_order_of_their_adapters(loader: FakeLoader) -> None:
     cache = fake_cache(loader, max_merging=3)
     asked = replace(request(adapters=("a", "b")), merge=MergeOptions("ties"))
-    turned = replace(asked, terms=asked.terms[::-1])
-    one, same = Sequence(asked), Sequence(turned)
+    reordered = replace(asked, terms=asked.terms[::-1])
+    one, same = Sequence(asked), Sequence(reordered)
     others = [replace(asked, merge=MergeOptions("ties", density=0.25)), replace(asked, merge=MergeOptions("magnitude"))]
     for sequence in (one, same, *map(Sequence, others)):
         assert cache.acquire(sequence) == "loading"
@@ -147,7 +147,7 @@ def test_a_merge_is_loaded_once_by_what_it_is(loader: FakeLoader) -> None:
     assert one.terms == same.terms == [(cache.residents.get(loader.started[0]).slot, SCALE)]
 
 
-def test_an_adapter_that_comes_after_its_sequence_has_left_is_kept(loader: FakeLoader) -> None:
+def test_an_adapter_that_arrives_after_its_sequence_has_left_stays_in_ram(loader: FakeLoader) -> None:
     cache, sequence = fake_cache(loader), wanting("a")
     assert cache.acquire(sequence) == "loading"
     cache.release(sequence)
@@ -158,7 +158,7 @@ def test_an_adapter_that_comes_after_its_sequence_has_left_is_kept(loader: FakeL
     assert loader.started == ["a"]
 
 
-def test_who_asks_while_it_is_read_for_one_that_has_left_waits_for_that(loader: FakeLoader) -> None:
+def test_a_sequence_joins_a_load_that_was_started_for_one_that_has_left(loader: FakeLoader) -> None:
     cache, gone, late = fake_cache(loader), wanting("a"), wanting("a")
     cache.acquire(gone)
     cache.release(gone)
@@ -168,7 +168,7 @@ def test_who_asks_while_it_is_read_for_one_that_has_left_waits_for_that(loader: 
     assert loader.started == ["a"]
 
 
-def test_a_fault_is_that_of_all_who_wait_for_it_and_of_no_other(loader: FakeLoader) -> None:
+def test_a_fault_fails_all_sequences_that_wait_for_the_adapter_and_no_other(loader: FakeLoader) -> None:
     cache, one, other, fine, gone = fake_cache(loader), wanting("a"), wanting("a", "b"), wanting("b"), wanting("a")
     for sequence in (one, other, fine, gone):
         assert cache.acquire(sequence) == "loading"
@@ -184,7 +184,7 @@ def test_a_fault_is_that_of_all_who_wait_for_it_and_of_no_other(loader: FakeLoad
     cache.check_integrity([fine])
 
 
-def test_what_could_not_be_read_is_read_again_for_the_next_who_asks(loader: FakeLoader) -> None:
+def test_an_adapter_that_could_not_be_read_is_read_again_for_the_next_sequence(loader: FakeLoader) -> None:
     cache, first, second = fake_cache(loader), wanting("a"), wanting("a")
     cache.acquire(first)
     loader.arrive("a", fault="it is torn")
@@ -196,7 +196,7 @@ def test_what_could_not_be_read_is_read_again_for_the_next_who_asks(loader: Fake
     assert cache.acquire(second) == "ready"
 
 
-def test_the_adapter_unused_longest_leaves_its_slot(loader: FakeLoader) -> None:
+def test_the_least_recently_used_adapter_leaves_its_slot(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=2)
     a, b = run(cache, loader, "a"), run(cache, loader, "b")
     end(cache, b, a)
@@ -213,7 +213,7 @@ def test_while_all_slots_are_used_the_next_must_wait(loader: FakeLoader) -> None
     load(cache, loader, "c")
     assert cache.acquire(waiting) == "full"
     cache.check_integrity([a, b])
-    assert cache.acquire(wanting("a")) == "ready", "who needs no slot may pass"
+    assert cache.acquire(wanting("a")) == "ready", "a sequence that needs no slot may overtake"
     cache.release(b)
     assert cache.acquire(waiting) == "ready"
     assert "b" not in cache.residents
@@ -230,7 +230,7 @@ def test_while_all_bytes_are_used_the_next_must_wait(loader: FakeLoader) -> None
     cache.check_integrity([waiting])
 
 
-def test_who_finds_no_room_for_all_holds_none(loader: FakeLoader) -> None:
+def test_a_sequence_without_room_for_all_its_adapters_holds_none(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=3)
     running, waiting = run(cache, loader, "a", "b"), wanting("c", "d")
     cache.acquire(waiting)
@@ -241,15 +241,15 @@ def test_who_finds_no_room_for_all_holds_none(loader: FakeLoader) -> None:
     cache.check_integrity([running, other])
 
 
-def test_its_own_adapters_do_not_go_for_one_another(loader: FakeLoader) -> None:
+def test_a_sequence_does_not_evict_its_own_adapters(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=2)
     end(cache, run(cache, loader, "b"), run(cache, loader, "c"))
-    sequence = run(cache, loader, "a", "b")  # b is there, the one unused longest
+    sequence = run(cache, loader, "a", "b")  # b is resident, and the least recently used
     assert {digest for digest in "abc" if digest in cache.residents} == {"a", "b"}
     cache.check_integrity([sequence])
 
 
-def test_what_left_its_slot_is_put_back_from_ram_unread(loader: FakeLoader) -> None:
+def test_an_adapter_that_left_its_slot_returns_from_ram_without_being_read(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=1)
     end(cache, run(cache, loader, "a"))
     end(cache, run(cache, loader, "b"))
@@ -257,7 +257,7 @@ def test_what_left_its_slot_is_put_back_from_ram_unread(loader: FakeLoader) -> N
     assert loader.started == ["a", "b"]
 
 
-def test_what_left_ram_too_is_read_again(loader: FakeLoader) -> None:
+def test_an_adapter_that_left_ram_too_is_read_again(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=1, max_loaded_bytes=1)
     end(cache, run(cache, loader, "a"))
     end(cache, run(cache, loader, "b"))
@@ -274,16 +274,16 @@ def test_a_resident_adapter_needs_no_copy_in_ram(loader: FakeLoader) -> None:
     assert loader.started == ["a"]
 
 
-def test_ram_holds_what_was_used_last(loader: FakeLoader) -> None:
+def test_ram_holds_the_most_recently_used_adapters(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=1, max_loaded_bytes=2)
     for digest in ("a", "b", "a", "c"):
         end(cache, run(cache, loader, digest))
     assert loader.started == ["a", "b", "c"]
     run(cache, loader, "a")
-    assert loader.started == ["a", "b", "c"], "b has left"
+    assert loader.started == ["a", "b", "c"], "b has left RAM, a has not"
 
 
-def test_what_somebody_waits_for_stays_in_ram_whatever_the_budget(loader: FakeLoader) -> None:
+def test_an_adapter_that_a_sequence_waits_for_stays_in_ram_whatever_the_budget(loader: FakeLoader) -> None:
     cache, waiting = fake_cache(loader, max_loaded_bytes=0), wanting("a", "b")
     cache.acquire(waiting)
     load(cache, loader, "a")
@@ -297,7 +297,7 @@ def test_what_somebody_waits_for_stays_in_ram_whatever_the_budget(loader: FakeLo
     assert cache.num_loaded_bytes == 0
 
 
-def test_an_adapter_that_goes_while_another_is_read_is_read_again(loader: FakeLoader) -> None:
+def test_an_adapter_that_is_evicted_while_another_is_read_is_read_again(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=2, max_loaded_bytes=0)
     end(cache, run(cache, loader, "a"))
     waiting = wanting("a", "b")
@@ -310,7 +310,7 @@ def test_an_adapter_that_goes_while_another_is_read_is_read_again(loader: FakeLo
     assert cache.acquire(waiting) == "ready"
 
 
-def test_no_more_are_read_at_a_time_than_the_limit(loader: FakeLoader) -> None:
+def test_no_more_adapters_are_read_at_a_time_than_the_limit(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=100)
     waiting = [wanting(f"{number}") for number in range(MAX_LOADING + 3)]
     assert {cache.acquire(sequence) for sequence in waiting} == {"loading"}
@@ -320,20 +320,20 @@ def test_no_more_are_read_at_a_time_than_the_limit(loader: FakeLoader) -> None:
     for sequence in waiting[MAX_LOADING:]:
         cache.acquire(sequence)
     assert len(loader.started) == MAX_LOADING + 2
-    assert cache.acquire(wanting("0")) == "ready", "what is there needs no reading"
+    assert cache.acquire(wanting("0")) == "ready", "a resident adapter needs no reading"
 
 
-def test_who_wants_what_is_not_read_while_as_many_are_as_may_be_is_behind(loader: FakeLoader) -> None:
+def test_a_sequence_is_deferred_while_all_places_are_taken_and_its_adapter_is_not_being_read(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=10, max_loading=2)
     resident = run(cache, loader, "r")
     first, second = wanting("a"), wanting("b")
     late, both, same = wanting("c"), wanting("r", "c"), wanting("r", "b")
     assert cache.acquire(first) == "loading"
-    assert not any(cache.is_load_deferred(of) for of in (first, late)), "there is room for one more"
+    assert not any(cache.is_load_deferred(sequence) for sequence in (first, late)), "one more adapter may be read"
     assert cache.acquire(second) == "loading"
     assert cache.is_load_deferred(late)
     assert cache.is_load_deferred(both)
-    assert not any(cache.is_load_deferred(of) for of in (first, second, same))
+    assert not any(cache.is_load_deferred(sequence) for sequence in (first, second, same))
     load(cache, loader, "a")
     assert not cache.is_load_deferred(first)
     assert cache.is_load_deferred(late)
@@ -342,8 +342,8 @@ def test_who_wants_what_is_not_read_while_as_many_are_as_may_be_is_behind(loader
     end(cache, resident, first)
 
 
-def test_who_waits_longest_is_not_behind(loader: FakeLoader) -> None:
-    """It may have more read than others may, and is asked about so that it does."""
+def test_the_sequence_that_waits_longest_is_not_deferred(loader: FakeLoader) -> None:
+    """The longest-waiting sequence may exceed the limit of loads, so the scheduler has to ask about it."""
     cache = fake_cache(loader, num_slots=10, max_loading=1)
     one = wanting("a", "b")
     assert cache.acquire(one) == "loading"
@@ -351,7 +351,7 @@ def test_who_waits_longest_is_not_behind(loader: FakeLoader) -> None:
 
 
 @pytest.mark.parametrize("fault", ["", "it is torn"])
-def test_loads_that_nobody_waits_for_any_more_give_their_place_up(loader: FakeLoader, fault: str) -> None:
+def test_loads_that_no_sequence_waits_for_any_more_free_their_places(loader: FakeLoader, fault: str) -> None:
     cache = fake_cache(loader, num_slots=100)
     gone = [wanting(f"{number}") for number in range(MAX_LOADING)]
     for sequence in gone:
@@ -372,7 +372,7 @@ def merging(*digests: str) -> Sequence:
     return Sequence(replace(request(adapters=digests), merge=MergeOptions("ties")))
 
 
-def test_a_merge_that_no_request_wants_any_more_is_given_up_and_its_place_is_free(loader: FakeLoader) -> None:
+def test_a_merge_that_no_request_wants_any_more_is_cancelled_and_frees_its_place(loader: FakeLoader) -> None:
     cache = fake_cache(loader, max_merging=1)
     one, other, late = merging("a", "b"), merging("a", "b"), merging("late")
     (digest, _), *_ = one.residents
@@ -381,14 +381,14 @@ def test_a_merge_that_no_request_wants_any_more_is_given_up_and_its_place_is_fre
     cache.acquire(one)
     cache.release(one)
     cache.finish_request(one.request)
-    assert loader.cancelled == [], "the other request wants it, though its turn has not come"
+    assert loader.cancelled == [], "the other request wants the merge, though its sequence has not acquired it yet"
     cache.finish_request(other.request)
     assert loader.cancelled == [digest]
     cache.acquire(late)
     assert loader.started == [digest, late.merged_digest]
 
 
-def test_a_merge_that_was_prefetched_for_a_request_that_ended_is_given_up(loader: FakeLoader) -> None:
+def test_a_merge_that_was_prefetched_for_a_request_that_ended_is_cancelled(loader: FakeLoader) -> None:
     cache, gone = fake_cache(loader), merging("a", "b")
     cache.prefetch(gone.request)
     cache.add_request(gone.request)
@@ -396,7 +396,7 @@ def test_a_merge_that_was_prefetched_for_a_request_that_ended_is_given_up(loader
     assert loader.cancelled == [gone.residents[0][0]]
 
 
-def test_a_merge_that_was_given_up_is_built_for_who_asks_again(loader: FakeLoader) -> None:
+def test_a_cancelled_merge_is_built_again_for_the_next_request(loader: FakeLoader) -> None:
     cache, gone, again = fake_cache(loader), merging("a", "b"), merging("a", "b")
     (digest, _), *_ = gone.residents
     cache.add_request(gone.request)
@@ -411,12 +411,12 @@ def test_a_merge_that_was_given_up_is_built_for_who_asks_again(loader: FakeLoade
     assert cache.acquire(again) == "ready"
     cache.release(again)
     cache.finish_request(again.request)
-    assert loader.cancelled == [digest], "what was built stays"
+    assert loader.cancelled == [digest], "a merge that was built stays"
     assert cache.tier_usage()[digest].tier == "resident"
 
 
 def settle_all(cache: AdapterCache, loader: FakeLoader, waiting: list[Sequence]) -> None:
-    """Loads arrive and all are asked, again and again, as a scheduler does; who is ready ends at once."""
+    """Acquire and load repeatedly, as a scheduler does, until no sequence waits. A sequence that is ready ends at once."""
     for _ in range(20):
         for sequence in [*waiting]:
             if cache.acquire(sequence) == "ready":
@@ -425,22 +425,22 @@ def settle_all(cache: AdapterCache, loader: FakeLoader, waiting: list[Sequence])
         for digest in [*loader.pending]:
             loader.arrive(digest)
         cache.collect()
-    assert not waiting, "somebody waits for ever"
+    assert not waiting, "a sequence waits for ever"
 
 
 def test_one_sequence_may_want_more_adapters_than_the_limit(loader: FakeLoader) -> None:
-    """It held all places with what it had, and waited for the rest for ever."""
+    """Regression: the adapters already loaded held all places, and the sequence waited for the rest for ever."""
     cache = fake_cache(loader, num_slots=100)
     settle_all(cache, loader, [wanting(*(f"{number}" for number in range(2 * MAX_LOADING)))])
 
 
-def test_those_who_hold_all_places_together_do_not_wait_for_each_other(loader: FakeLoader) -> None:
-    """Each had some of its adapters in RAM, and no place was left to read the others."""
+def test_sequences_that_together_hold_all_places_do_not_wait_for_each_other(loader: FakeLoader) -> None:
+    """Regression: each sequence had some of its adapters in RAM, and no place was left to read the others."""
     cache = fake_cache(loader, num_slots=20, max_loaded_bytes=20)
     first, second = ([f"{letter}{number}" for number in range(4)] for letter in "ab")
     end(cache, run(cache, loader, *first, *second))
     between = [f"between {number}" for number in range(20)]
-    for digest in between:  # in RAM, in place of those before, which are resident alone
+    for digest in between:  # fills RAM instead of the adapters above, which are then resident only
         cache.acquire(passing := wanting(digest))
         cache.release(passing)
         load(cache, loader, digest)
@@ -453,7 +453,7 @@ def test_those_who_hold_all_places_together_do_not_wait_for_each_other(loader: F
 
 @pytest.mark.parametrize("is_busy", [False, True])
 def test_adapters_that_never_fit_together_are_refused_with_the_reason(loader: FakeLoader, is_busy: bool) -> None:
-    """Were told to wait, and all others behind them, until nothing ran any more."""
+    """Regression: the sequence had to wait, and all others behind it, until nothing ran any more."""
     cache = fake_cache(loader, num_slots=3, max_bytes=10)
     running = [run(cache, loader, "running")] if is_busy else []
     by_bytes, by_slots = wanting("a", "b"), wanting("c", "d", "e", "f")
@@ -476,7 +476,7 @@ def test_an_adapter_larger_than_the_budget_is_refused(loader: FakeLoader) -> Non
     assert [*cache.take_failed()] == [sequence]
 
 
-def test_who_was_preempted_asks_anew(loader: FakeLoader) -> None:
+def test_a_preempted_sequence_acquires_its_adapters_anew(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=1, max_loaded_bytes=0)
     preempted = run(cache, loader, "a")
     cache.release(preempted)
@@ -488,12 +488,12 @@ def test_who_was_preempted_asks_anew(loader: FakeLoader) -> None:
     cache.check_integrity([preempted])
 
 
-def test_who_waits_for_loads_is_told_of_them(loader: FakeLoader) -> None:
-    cache, heard = fake_cache(loader), list[str]()
-    cache.on_arrival(lambda: heard.append("news"))
+def test_the_callback_on_arrival_is_called_for_a_load(loader: FakeLoader) -> None:
+    cache, events = fake_cache(loader), list[str]()
+    cache.on_arrival(lambda: events.append("news"))
     cache.acquire(wanting("a"))
     loader.arrive("a")
-    assert heard == ["news"]
+    assert events == ["news"]
 
 
 def test_closing_ends_the_loader(loader: FakeLoader) -> None:
@@ -501,7 +501,7 @@ def test_closing_ends_the_loader(loader: FakeLoader) -> None:
     assert loader.is_closed
 
 
-def test_what_a_request_will_need_is_read_before_it_is_asked_for(loader: FakeLoader) -> None:
+def test_the_adapters_of_a_request_are_prefetched_once(loader: FakeLoader) -> None:
     cache, sequence = fake_cache(loader), wanting("a", "b")
     cache.prefetch(sequence.request)
     cache.prefetch(sequence.request)
@@ -509,7 +509,7 @@ def test_what_a_request_will_need_is_read_before_it_is_asked_for(loader: FakeLoa
     load(cache, loader, "a")
     assert cache.acquire(sequence) == "loading"
     cache.prefetch(sequence.request)
-    assert loader.started == ["a", "b"], "one is in RAM, the other on its way"
+    assert loader.started == ["a", "b"], "one adapter is in RAM, the other is being read"
     load(cache, loader, "b")
     assert cache.acquire(sequence) == "ready"
     cache.prefetch(sequence.request)
@@ -517,8 +517,8 @@ def test_what_a_request_will_need_is_read_before_it_is_asked_for(loader: FakeLoa
     cache.check_integrity([sequence])
 
 
-def test_nothing_is_read_ahead_while_anything_is_read(loader: FakeLoader) -> None:
-    """What those who waited longer ask for would come after it."""
+def test_nothing_is_prefetched_while_anything_is_read(loader: FakeLoader) -> None:
+    """A prefetch would delay the adapters of sequences that have waited longer."""
     cache = fake_cache(loader, max_loading=2)
     cache.prefetch(wanting("a", "b", "c").request)
     cache.prefetch(wanting("d").request)

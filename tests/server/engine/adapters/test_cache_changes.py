@@ -1,4 +1,4 @@
-"""What is taken in, kept and dropped by hand while sequences come and go."""
+"""Adapters that an operator inserts, pins and drops while sequences come and go."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def wanting(*digests: str) -> Sequence:
 
 
 def run(cache: AdapterCache, loader: FakeLoader, *digests: str) -> Sequence:
-    """Returns a sequence whose adapters are pinned."""
+    """Return a sequence that holds its adapters."""
     sequence = wanting(*digests)
     if cache.acquire(sequence) == "loading":
         for digest in [*loader.pending]:
@@ -44,18 +44,18 @@ def is_empty(cache: AdapterCache) -> bool:
     )
 
 
-def test_what_is_taken_in_is_resident_and_never_read(loader: FakeLoader) -> None:
+def test_an_inserted_adapter_is_resident_and_never_read(loader: FakeLoader) -> None:
     cache, sequence = fake_cache(loader), wanting("a")
     assert cache.insert("a", fake_packed("a", 7))
     assert cache.tier_usage() == {"a": TierUsage(7, 7)}
     assert cache.tier_usage()["a"].tier == "resident"
-    assert cache.insert("a", fake_packed("a", 7)), "again"
+    assert cache.insert("a", fake_packed("a", 7)), "a second insertion changes nothing"
     assert cache.acquire(sequence) == "ready"
     assert not loader.started
     cache.check_integrity([sequence])
 
 
-def test_what_is_taken_in_while_all_slots_are_used_waits_in_ram(loader: FakeLoader) -> None:
+def test_an_adapter_that_is_inserted_while_all_slots_are_used_waits_in_ram(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=1)
     running = run(cache, loader, "a")
     assert not cache.insert("b", fake_packed("b"))
@@ -64,7 +64,7 @@ def test_what_is_taken_in_while_all_slots_are_used_waits_in_ram(loader: FakeLoad
     assert cache.acquire(wanting("b")) == "ready"
 
 
-def test_what_is_taken_in_is_there_for_who_waits_for_it(loader: FakeLoader) -> None:
+def test_an_inserted_adapter_serves_a_sequence_that_waits_for_it(loader: FakeLoader) -> None:
     cache, sequence = fake_cache(loader), wanting("a")
     assert cache.acquire(sequence) == "loading"
     cache.insert("a", fake_packed("a"))
@@ -74,7 +74,7 @@ def test_what_is_taken_in_is_there_for_who_waits_for_it(loader: FakeLoader) -> N
     cache.check_integrity([sequence])
 
 
-def test_places_say_the_tier_of_each(loader: FakeLoader) -> None:
+def test_tier_usage_names_the_tier_of_each_adapter(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=1, max_loaded_bytes=1)
     cache.release(run(cache, loader, "a"))
     assert cache.tier_usage() == {"a": TierUsage(1, 1)}
@@ -82,10 +82,10 @@ def test_places_say_the_tier_of_each(loader: FakeLoader) -> None:
     loader.arrive("b")
     cache.collect()
     assert cache.tier_usage() == {"a": TierUsage(0, 1), "b": TierUsage(1, 0)}
-    assert [place.tier for place in (TierUsage(), TierUsage(1, 0), TierUsage(0, 1))] == ["disk", "loaded", "resident"]
+    assert [usage.tier for usage in (TierUsage(), TierUsage(1, 0), TierUsage(0, 1))] == ["disk", "loaded", "resident"]
 
 
-def test_what_is_kept_never_makes_room(loader: FakeLoader) -> None:
+def test_a_pinned_adapter_is_never_evicted(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=2)
     assert cache.pin("a", fake_packed("a"))
     for digest in "bcd":
@@ -98,14 +98,14 @@ def test_what_is_kept_never_makes_room(loader: FakeLoader) -> None:
     cache.check_integrity([])
 
 
-def test_half_of_slots_and_bytes_is_left_for_others(loader: FakeLoader) -> None:
+def test_pins_leave_half_of_the_slots_and_bytes_for_others(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=4, max_bytes=20)
     assert cache.pin("a", fake_packed("a", 6))
     with pytest.raises(
         NoRoomError, match="pinned are 1 adapters of 6 bytes, and this one has 5, expected half at most of 4 slots"
     ):
         cache.pin("b", fake_packed("b", 5))
-    assert cache.pin("a", fake_packed("a", 6)), "what is kept already is no more"
+    assert cache.pin("a", fake_packed("a", 6)), "a second pin of an adapter takes no more room"
     assert cache.pin("c", fake_packed("c", 4))
     with pytest.raises(NoRoomError):
         cache.pin("d", fake_packed("d", 0))
@@ -113,12 +113,12 @@ def test_half_of_slots_and_bytes_is_left_for_others(loader: FakeLoader) -> None:
     cache.check_integrity([])
 
 
-def test_one_slot_is_nobodys(loader: FakeLoader) -> None:
+def test_the_only_slot_cannot_be_pinned(loader: FakeLoader) -> None:
     with pytest.raises(NoRoomError):
         fake_cache(loader, num_slots=1).pin("a", fake_packed("a"))
 
 
-def test_what_cannot_be_kept_now_is_not_kept(loader: FakeLoader) -> None:
+def test_an_adapter_that_has_no_room_now_is_not_pinned(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=2)
     running = run(cache, loader, "a", "b")
     assert not cache.pin("c", fake_packed("c"))
@@ -127,8 +127,8 @@ def test_what_cannot_be_kept_now_is_not_kept(loader: FakeLoader) -> None:
     assert cache.pin("c", fake_packed("c"))
 
 
-def test_adapters_that_never_fit_beside_what_is_kept_are_refused(loader: FakeLoader) -> None:
-    """They would wait for room that nobody ever gives up, and all others behind them."""
+def test_adapters_that_never_fit_beside_the_pinned_ones_are_refused(loader: FakeLoader) -> None:
+    """Their sequence would wait for ever for the room of pinned adapters, and all others behind it."""
     cache = fake_cache(loader, num_slots=4)
     cache.pin("a", fake_packed("a"))
     for digests, is_refused in ((("b", "c", "d", "e"), True), (("a", "b", "c", "d"), False)):
@@ -143,16 +143,16 @@ def test_adapters_that_never_fit_beside_what_is_kept_are_refused(loader: FakeLoa
         cache.release(sequence)
 
 
-def test_what_is_dropped_and_unused_is_free_at_once(loader: FakeLoader) -> None:
+def test_an_unused_adapter_is_freed_as_soon_as_it_is_dropped(loader: FakeLoader) -> None:
     cache = fake_cache(loader)
     cache.release(run(cache, loader, "a"))
     cache.drop("a")
     assert is_empty(cache)
     assert cache.acquire(wanting("a")) == "loading"
-    assert loader.started == ["a", "a"], "who asks again has it read again"
+    assert loader.started == ["a", "a"], "the next sequence has it read again"
 
 
-def test_what_is_dropped_in_use_is_free_when_the_last_has_ended(loader: FakeLoader) -> None:
+def test_an_adapter_that_is_dropped_in_use_is_freed_when_its_last_sequence_ends(loader: FakeLoader) -> None:
     cache = fake_cache(loader)
     one, other = run(cache, loader, "a"), run(cache, loader, "a")
     cache.drop("a")
@@ -163,7 +163,7 @@ def test_what_is_dropped_in_use_is_free_when_the_last_has_ended(loader: FakeLoad
     assert is_empty(cache)
 
 
-def test_what_is_dropped_while_somebody_waits_for_it_goes_with_him(loader: FakeLoader) -> None:
+def test_an_adapter_that_is_dropped_while_a_sequence_waits_for_it_is_freed_with_the_sequence(loader: FakeLoader) -> None:
     cache, waiting = fake_cache(loader), wanting("a", "b")
     cache.acquire(waiting)
     loader.arrive("a")
@@ -178,7 +178,7 @@ def test_what_is_dropped_while_somebody_waits_for_it_goes_with_him(loader: FakeL
     assert is_empty(cache)
 
 
-def test_what_is_dropped_while_it_is_read_for_nobody_does_not_stay(loader: FakeLoader) -> None:
+def test_an_adapter_that_is_dropped_while_it_is_read_for_no_sequence_does_not_stay(loader: FakeLoader) -> None:
     cache, gone = fake_cache(loader), wanting("a")
     cache.acquire(gone)
     cache.release(gone)
@@ -188,7 +188,7 @@ def test_what_is_dropped_while_it_is_read_for_nobody_does_not_stay(loader: FakeL
     assert is_empty(cache)
 
 
-def test_what_was_read_in_vain_and_dropped_is_forgotten(loader: FakeLoader) -> None:
+def test_a_dropped_adapter_that_could_not_be_read_is_forgotten(loader: FakeLoader) -> None:
     cache, gone = fake_cache(loader), wanting("a")
     cache.acquire(gone)
     cache.release(gone)
@@ -198,7 +198,7 @@ def test_what_was_read_in_vain_and_dropped_is_forgotten(loader: FakeLoader) -> N
     assert is_empty(cache)
 
 
-def test_what_comes_back_before_it_is_free_stays(loader: FakeLoader) -> None:
+def test_a_dropped_adapter_that_is_inserted_before_it_is_freed_stays(loader: FakeLoader) -> None:
     cache = fake_cache(loader)
     running = run(cache, loader, "a")
     cache.drop("a")
@@ -209,7 +209,7 @@ def test_what_comes_back_before_it_is_free_stays(loader: FakeLoader) -> None:
     assert is_empty(cache)
 
 
-def test_what_was_kept_can_be_dropped(loader: FakeLoader) -> None:
+def test_a_pinned_adapter_can_be_dropped(loader: FakeLoader) -> None:
     cache = fake_cache(loader)
     cache.pin("a", fake_packed("a"))
     cache.drop("a")
@@ -217,7 +217,7 @@ def test_what_was_kept_can_be_dropped(loader: FakeLoader) -> None:
     assert is_empty(cache)
 
 
-def test_what_was_merged_of_it_is_dropped_too(loader: FakeLoader) -> None:
+def test_merges_of_a_dropped_adapter_are_dropped_too(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=4)
     sequences = [
         Sequence(replace(request(adapters=pair), merge=MergeOptions("ties"))) for pair in (("a", "b"), ("b", "c"), ("c", "d"))
@@ -229,7 +229,7 @@ def test_what_was_merged_of_it_is_dropped_too(loader: FakeLoader) -> None:
         cache.collect()
         assert cache.acquire(sequence) == "ready"
     cache.drop("b")
-    assert len(cache.tier_usage()) == 3, "all are in use"
+    assert len(cache.tier_usage()) == 3, "all three merges are in use"
     for sequence in sequences:
         cache.release(sequence)
     assert [*cache.tier_usage()] == [sequences[2].residents[0][0]]
@@ -237,7 +237,7 @@ def test_what_was_merged_of_it_is_dropped_too(loader: FakeLoader) -> None:
     assert is_empty(cache)
 
 
-def test_merges_that_made_room_are_forgotten(loader: FakeLoader) -> None:
+def test_evicted_merges_are_forgotten(loader: FakeLoader) -> None:
     cache = fake_cache(loader, num_slots=1, max_loaded_bytes=0)
     for number in range(20):
         sequence = Sequence(replace(request(adapters=("a", f"{number}")), merge=MergeOptions("ties")))

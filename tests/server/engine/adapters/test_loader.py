@@ -1,4 +1,4 @@
-"""Adapters are read in a thread of their own: what is read, what is merged, and what is said where they cannot be."""
+"""Loader threads: adapters that are read, merges that are built, and the faults of those that cannot be."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ LIMIT_S = 60
 
 
 class Desk:
-    """A loader on a store of three adapters, and what came of it."""
+    """A loader on a store of adapters, which counts its notifications."""
 
     def __init__(
         self, place: Path, adapters: Sequence[Adapter], reader: PackedReader | None = None, max_fetches: int = 1
@@ -48,22 +48,22 @@ class Desk:
         terms = [AdapterTerm(n, d, w) for n, d, w in zip(names, digests, weights or [1.0] * len(names), strict=True)]
         return replace(request(), terms=tuple(terms), merge=merge)
 
-    def load(self, of: Request) -> list[Loaded]:
-        """Returns all that is read for a request."""
-        for digest, _ in of.residents:
-            self.loader.start(digest, of)
+    def load(self, wanted: Request) -> list[Loaded]:
+        """Load all that a request needs, and return it."""
+        for digest, _ in wanted.residents:
+            self.loader.start(digest, wanted)
         loaded: list[Loaded] = []
-        while len(loaded) < len(of.residents):
+        while len(loaded) < len(wanted.residents):
             assert self.has_news.acquire(timeout=LIMIT_S)
             loaded += self.loader.collect()
         return loaded
 
-    def fault(self, of: Request) -> str:
-        """Returns what is said of the one adapter that cannot be read."""
-        (loaded,) = self.load(of)
+    def fault(self, wanted: Request) -> str:
+        """Load a request of one adapter, or one merge, that cannot be read, and return its fault."""
+        (loaded,) = self.load(wanted)
         assert loaded.packed is None
-        assert loaded.digest == of.residents[0][0]
-        assert str(self.place) not in loaded.fault, "a client is told the faults, not where the file lies"
+        assert loaded.digest == wanted.residents[0][0]
+        assert str(self.place) not in loaded.fault, "a client sees the fault, but not the path of the file"
         return loaded.fault
 
 
@@ -75,13 +75,13 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     desk.loader.close()
 
 
-def assert_same(found: PackedAdapter | None, expected: PackedAdapter) -> None:
-    assert found is not None
-    assert found.basis == expected.basis
-    assert found.config.scale == expected.config.scale
-    assert [*found.modules.layouts] == [*expected.modules.layouts]
-    assert torch.equal(found.modules.blocks, expected.modules.blocks)
-    assert torch.equal(found.modules.starts, expected.modules.starts)
+def assert_same(actual: PackedAdapter | None, expected: PackedAdapter) -> None:
+    assert actual is not None
+    assert actual.basis == expected.basis
+    assert actual.config.scale == expected.config.scale
+    assert [*actual.modules.layouts] == [*expected.modules.layouts]
+    assert torch.equal(actual.modules.blocks, expected.modules.blocks)
+    assert torch.equal(actual.modules.starts, expected.modules.starts)
 
 
 def test_each_adapter_of_a_sum_is_read_by_itself(desk: Desk) -> None:
@@ -94,14 +94,14 @@ def test_each_adapter_of_a_sum_is_read_by_itself(desk: Desk) -> None:
         assert_same(one.packed, pack_adapter(desk.adapters[name], LAYOUTS))
 
 
-def test_every_arrival_is_told(desk: Desk) -> None:
+def test_every_arrival_is_notified(desk: Desk) -> None:
     (desk.place / "b" / WEIGHTS_FILE).write_bytes(b"torn")
-    of = desk.request("a", "b")
-    for digest, _ in of.residents:
-        desk.loader.start(digest, of)
-    for _ in of.residents:
+    wanted = desk.request("a", "b")
+    for digest, _ in wanted.residents:
+        desk.loader.start(digest, wanted)
+    for _ in wanted.residents:
         assert desk.has_news.acquire(timeout=LIMIT_S)
-    assert {loaded.digest for loaded in desk.loader.collect()} == {digest for digest, _ in of.residents}
+    assert {loaded.digest for loaded in desk.loader.collect()} == {digest for digest, _ in wanted.residents}
 
 
 def test_nothing_is_collected_twice(desk: Desk) -> None:
@@ -110,61 +110,61 @@ def test_nothing_is_collected_twice(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("method", [method for method in MERGE_METHODS if method != "linear"])
-def test_a_merge_is_what_merging_the_adapters_gives(desk: Desk, method: MergeMethod) -> None:
+def test_a_loaded_merge_equals_the_merge_of_the_adapters(desk: Desk, method: MergeMethod) -> None:
     options = MergeOptions(method, density=0.6, seed=3)
     (loaded,) = desk.load(desk.request("b", "a", merge=options, weights=(0.5, 2.0)))
     alone = merge([desk.adapters["a"], desk.adapters["b"]], [2.0, 0.5], method, density=0.6, seed=3)
     assert_same(loaded.packed, pack_adapter(alone, LAYOUTS))
 
 
-def test_a_file_that_was_changed_since_the_start_is_not_served_as_what_it_was(desk: Desk) -> None:
-    of = desk.request("a")
+def test_a_file_that_was_changed_since_the_start_is_a_fault(desk: Desk) -> None:
+    wanted = desk.request("a")
     save(desk.place / "a", make_config(), make_modules(seed=99))
-    fault = desk.fault(of)
-    assert f"version {of.terms[0].version} was changed on disk" in fault
-    assert of.terms[0].digest in fault
+    fault = desk.fault(wanted)
+    assert f"version {wanted.terms[0].version} was changed on disk" in fault
+    assert wanted.terms[0].digest in fault
     merged = desk.request("b", "a", merge=MergeOptions("ties"))
-    assert f"version {of.terms[0].version} was changed on disk" in desk.fault(merged)
+    assert f"version {wanted.terms[0].version} was changed on disk" in desk.fault(merged)
 
 
-def test_an_adapter_that_was_removed_is_a_fault_of_its_own(desk: Desk) -> None:
-    of = desk.request("a")
+def test_a_removed_adapter_has_a_fault_for_each_missing_file(desk: Desk) -> None:
+    wanted = desk.request("a")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         (desk.place / "a" / name).unlink()
-    fault = desk.fault(of)
+    fault = desk.fault(wanted)
     assert f"{CONFIG_FILE} cannot be read: No such file or directory" in fault
     assert f"{WEIGHTS_FILE} cannot be read: No such file or directory" in fault
 
 
-def test_all_faults_of_a_file_are_told(desk: Desk) -> None:
-    of = desk.request("c")
+def test_all_faults_of_an_adapter_are_reported(desk: Desk) -> None:
+    wanted = desk.request("c")
     config = desk.place / "c" / CONFIG_FILE
     config.write_text(config.read_text().replace('"r": 3', '"r": 2'))
-    fault = desk.fault(of)
+    fault = desk.fault(wanted)
     assert fault.startswith("cannot be served: ")
     assert "content digest is" in fault
     assert "it was changed, or is damaged" in fault
 
 
-def test_a_fault_is_told_of_the_adapter_that_has_it(desk: Desk) -> None:
-    """Was told of all adapters of the request that was the first to want it, to all who want it."""
+def test_a_fault_is_reported_for_the_adapter_that_has_it(desk: Desk) -> None:
+    """Regression: every request that wanted the adapter was given a fault that named all adapters of the first such request."""
     (desk.place / "b" / WEIGHTS_FILE).write_bytes(b"torn")
-    of = desk.request("a", "b", "c")
-    faults = {loaded.digest: loaded.fault for loaded in desk.load(of) if loaded.fault}
-    assert list(faults) == [of.terms[1].digest]
-    assert adapter_names(of.terms[1].digest, of) == "'b'"
+    wanted = desk.request("a", "b", "c")
+    faults = {loaded.digest: loaded.fault for loaded in desk.load(wanted) if loaded.fault}
+    assert list(faults) == [wanted.terms[1].digest]
+    assert adapter_names(wanted.terms[1].digest, wanted) == "'b'"
 
 
-def test_a_merge_that_cannot_be_is_told_of_all_its_adapters(desk: Desk) -> None:
-    of = desk.request("a", "b", merge=MergeOptions("magnitude"), weights=(1e300, 1.0))
-    fault = desk.fault(of)
+def test_the_fault_of_a_merge_names_all_its_adapters(desk: Desk) -> None:
+    wanted = desk.request("a", "b", merge=MergeOptions("magnitude"), weights=(1e300, 1.0))
+    fault = desk.fault(wanted)
     assert fault.startswith("cannot be served: ")
-    assert of.merged_digest is not None
-    assert adapter_names(of.merged_digest, of) == "'a' + 'b'"
+    assert wanted.merged_digest is not None
+    assert adapter_names(wanted.merged_digest, wanted) == "'a' + 'b'"
     assert "not finite" in fault
 
 
-def test_an_alias_means_what_it_meant_at_the_start(tmp_path: Path) -> None:
+def test_an_alias_keeps_its_meaning_from_the_start(tmp_path: Path) -> None:
     adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("ab")]
     store = AdapterStore(tmp_path)
     store.alias("prod", "a")
@@ -176,14 +176,14 @@ def test_an_alias_means_what_it_meant_at_the_start(tmp_path: Path) -> None:
 
 
 class BrokenReader:
-    """Fails as no file makes one fail."""
+    """A reader that fails with an error that no file causes."""
 
     def read_entry(self, _: object) -> PackedAdapter:
         raise MemoryError("there is no more")
 
 
-def test_whatever_goes_wrong_is_an_answer(tmp_path: Path) -> None:
-    """An error that was not foreseen came out where the engine collects what was read, and ended it."""
+def test_an_unforeseen_error_is_reported_as_a_fault(tmp_path: Path) -> None:
+    """Regression: collect() raised the unforeseen error in the engine's thread, and ended the engine."""
     adapter = save(tmp_path / "a", make_config(), make_modules())
     desk = Desk(tmp_path, [adapter], cast(PackedReader, BrokenReader()))
     assert "there is no more" in desk.fault(desk.request("a"))
@@ -191,7 +191,7 @@ def test_whatever_goes_wrong_is_an_answer(tmp_path: Path) -> None:
 
 
 class SlowReader:
-    """Reads nothing before it is let."""
+    """A reader that blocks until `may_read` is set."""
 
     def __init__(self) -> None:
         self.is_reading, self.may_read, self.num_read = threading.Event(), threading.Event(), 0
@@ -204,7 +204,7 @@ class SlowReader:
 
 
 class SlowMergeReader(PackedReader):
-    """Lets no merge end before it may, and no adapter where that is said."""
+    """A reader whose merges block until `may_merge` is set, and whose reads block while `may_read` is cleared."""
 
     def __init__(self) -> None:
         self.num_merging, self.is_merging, self.may_merge = 0, threading.Event(), threading.Event()
@@ -230,14 +230,14 @@ class SlowMergeReader(PackedReader):
         pass
 
 
-def test_adapters_are_read_while_others_are_merged_one_merge_after_the_other(tmp_path: Path) -> None:
-    """Merges held the lock that readers need, and eight of them could have all their parts in memory at once."""
+def test_adapters_are_read_beside_merges_and_merges_are_built_one_at_a_time(tmp_path: Path) -> None:
+    """Regression: merges held the lock that readers need, and eight merges could have all their parts in memory at once."""
     adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
     reader = SlowMergeReader()
     desk = Desk(tmp_path, adapters, reader, max_fetches=8)
     merges = [desk.request("a", "b", merge=MergeOptions(method)) for method in ("ties", "magnitude")]
-    for of in merges:
-        desk.loader.start(of.residents[0][0], of)
+    for wanted in merges:
+        desk.loader.start(wanted.residents[0][0], wanted)
     assert reader.is_merging.wait(LIMIT_S)
     (loaded,) = desk.load(desk.request("c"))
     assert_same(loaded.packed, pack_adapter(desk.adapters["c"], LAYOUTS))
@@ -249,7 +249,7 @@ def test_adapters_are_read_while_others_are_merged_one_merge_after_the_other(tmp
     desk.loader.close()
 
 
-def test_a_merge_that_was_waited_for_keeps_no_adapter_from_being_waited_for(tmp_path: Path) -> None:
+def test_an_adapter_is_waited_for_after_the_wait_for_a_merge_timed_out(tmp_path: Path) -> None:
     adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
     reader = SlowMergeReader()
     desk = Desk(tmp_path, adapters, reader)
@@ -277,13 +277,13 @@ def test_a_merge_that_was_cancelled_is_not_collected_and_can_begin_anew(tmp_path
     reader.may_merge.set()
     single = desk.request("c")
     desk.loader.start(single.residents[0][0], single)
-    assert reader.is_reading.wait(LIMIT_S)  # and holds the merge up, before it has read its adapters
-    for of in (under_way, queued):
-        desk.loader.start(of.residents[0][0], of)
-        desk.loader.cancel(of.residents[0][0])
-        assert not desk.loader.is_reading(of.residents[0][0])
+    assert reader.is_reading.wait(LIMIT_S)  # The merge waits behind this read, before it has read its own adapters.
+    for wanted in (under_way, queued):
+        desk.loader.start(wanted.residents[0][0], wanted)
+        desk.loader.cancel(wanted.residents[0][0])
+        assert not desk.loader.is_reading(wanted.residents[0][0])
     desk.loader.cancel(single.residents[0][0])
-    assert desk.loader.is_reading(single.residents[0][0]), "an adapter is read to its end"
+    assert desk.loader.is_reading(single.residents[0][0]), "the read of an adapter is not cancelled"
     desk.loader.start(queued.residents[0][0], queued)
     reader.may_read.set()
     loaded: list[Loaded] = []
@@ -297,14 +297,14 @@ def test_a_merge_that_was_cancelled_is_not_collected_and_can_begin_anew(tmp_path
     assert desk.loader.num_reading == 0
 
 
-def test_closing_gives_merges_up(tmp_path: Path) -> None:
+def test_closing_cancels_merges(tmp_path: Path) -> None:
     adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
     reader = SlowMergeReader()
     desk = Desk(tmp_path, adapters, reader)
     reader.may_read.clear()
     single, merged = desk.request("c"), desk.request("a", "b", merge=MergeOptions("ties"))
-    for of in (single, merged):
-        desk.loader.start(of.residents[0][0], of)
+    for wanted in (single, merged):
+        desk.loader.start(wanted.residents[0][0], wanted)
     assert reader.is_reading.wait(LIMIT_S)
     closing = threading.Thread(target=desk.loader.close)
     closing.start()
@@ -317,12 +317,12 @@ def test_closing_gives_merges_up(tmp_path: Path) -> None:
     assert reader.num_merging == 0
 
 
-def test_what_is_read_is_waited_for(tmp_path: Path) -> None:
+def test_wait_returns_when_an_adapter_has_arrived(tmp_path: Path) -> None:
     reader = SlowReader()
     desk = Desk(tmp_path, [save(tmp_path / "a", make_config(), make_modules())], cast(PackedReader, reader))
-    desk.loader.wait(LIMIT_S)  # for nothing
-    of = desk.request("a")
-    desk.loader.start(of.residents[0][0], of)
+    desk.loader.wait(LIMIT_S)  # returns at once: nothing is being read
+    wanted = desk.request("a")
+    desk.loader.start(wanted.residents[0][0], wanted)
     assert reader.is_reading.wait(LIMIT_S)
     timer = threading.Timer(0.05, reader.may_read.set)
     timer.start()
@@ -331,29 +331,29 @@ def test_what_is_read_is_waited_for(tmp_path: Path) -> None:
     desk.loader.close()
 
 
-def test_it_is_waited_for_once(tmp_path: Path) -> None:
+def test_an_adapter_is_waited_for_only_once(tmp_path: Path) -> None:
     reader = SlowReader()
     desk = Desk(tmp_path, [save(tmp_path / "a", make_config(), make_modules())], cast(PackedReader, reader))
-    of = desk.request("a")
-    desk.loader.start(of.residents[0][0], of)
+    wanted = desk.request("a")
+    desk.loader.start(wanted.residents[0][0], wanted)
     assert reader.is_reading.wait(LIMIT_S)
     desk.loader.wait(0.0)
-    desk.loader.wait(LIMIT_S)  # not at all: nothing lets it read
+    desk.loader.wait(LIMIT_S)  # returns at once, although the reader still blocks
     assert desk.loader.collect() == []
     reader.may_read.set()
     desk.loader.close()
 
 
-def test_closing_reads_no_more_than_what_is_begun(tmp_path: Path) -> None:
+def test_closing_finishes_only_the_read_that_has_begun(tmp_path: Path) -> None:
     adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
     reader = SlowReader()
     desk = Desk(tmp_path, adapters, cast(PackedReader, reader))
-    of = desk.request("a", "b", "c")
-    for digest, _ in of.residents:
-        desk.loader.start(digest, of)
+    wanted = desk.request("a", "b", "c")
+    for digest, _ in wanted.residents:
+        desk.loader.start(digest, wanted)
     closing = threading.Thread(target=desk.loader.close)
     closing.start()
-    for _ in range(2):  # those that were not begun are given up
+    for _ in range(2):  # the two reads that have not begun are cancelled
         assert desk.has_news.acquire(timeout=LIMIT_S)
     reader.may_read.set()
     closing.join(LIMIT_S)

@@ -1,4 +1,4 @@
-"""Places for merges: they take none of the adapters that are read, and tenants take turns at them."""
+"""Merge queue: merges take no places from adapters that are read, and tenants take turns at merges."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tests.server.plans import request, run_step, step_limits
 
 
 def merging(weight: float, tenant: str = "alice", policy: Iterable[str] = ()) -> Sequence:
-    """Returns a sequence whose merge differs from those of any other weight or tenant."""
+    """Return a sequence whose merge differs from those of any other weight or tenant."""
     asked = request(adapters=(f"{tenant} 1", f"{tenant} 2"), weight=weight, tenant=tenant)
     terms = tuple(AdapterTerm(digest, digest, 0.5) for digest in policy)
     return Sequence(replace(asked, merge=MergeOptions("ties"), policy=terms))
@@ -46,7 +46,7 @@ def loader() -> FakeLoader:
 
 
 def test_merges_that_wait_keep_no_adapter_from_being_read(loader: FakeLoader) -> None:
-    """Another tenant's adapter was read after 200 merges, 100 s late."""
+    """Regression: another tenant's adapter was read after 200 merges, 100 s late."""
     cache, merges = fake_cache(loader), flood(200)
     pin_all(cache, merges)
     assert loader.started == [digest_of(sequence) for sequence in merges[:MAX_MERGING]]
@@ -62,18 +62,18 @@ def test_adapters_that_are_read_keep_no_merge_from_being_built(loader: FakeLoade
     assert loader.started[MAX_LOADING:] == [digest_of(merge)]
 
 
-def test_the_merge_of_another_tenant_is_the_next_to_begin(loader: FakeLoader) -> None:
+def test_the_merge_of_another_tenant_begins_next(loader: FakeLoader) -> None:
     cache, merges, other = fake_cache(loader, num_slots=9), flood(200), merging(1.0, "bob")
     pin_all(cache, [*merges, other])
     loader.arrive(digest_of(merges[0]))
     cache.collect()
-    assert len(loader.started) == MAX_MERGING, "what is built takes a place until its sequence has it"
+    assert len(loader.started) == MAX_MERGING, "a built merge takes a place until its sequence acquires it"
     assert cache.acquire(merges[0]) == "ready"
     assert loader.started[MAX_MERGING:] == [digest_of(other)]
     cache.check_integrity([merges[0]])
 
 
-def test_queued_merges_are_not_asked_about_until_they_are_begun(loader: FakeLoader) -> None:
+def test_queued_merges_are_deferred_until_they_begin(loader: FakeLoader) -> None:
     cache, merges = fake_cache(loader, num_slots=9), flood(5)
     pin_all(cache, merges)
     assert [cache.is_load_deferred(sequence) for sequence in merges] == [False, False, True, True, True]
@@ -83,12 +83,12 @@ def test_queued_merges_are_not_asked_about_until_they_are_begun(loader: FakeLoad
     assert [cache.is_load_deferred(sequence) for sequence in merges] == [False, False, False, True, True]
 
 
-def test_a_merge_whose_own_adapter_is_not_asked_for_is_not_behind(loader: FakeLoader) -> None:
-    """The operator adds one to every request of a tenant; it has a place, though the merge has none."""
+def test_a_queued_merge_is_not_deferred_while_its_policy_adapter_may_be_read(loader: FakeLoader) -> None:
+    """The operator's policy adds an adapter to every request of a tenant: there is a place for it, though none for the merge."""
     cache, merge = fake_cache(loader, max_loading=1), merging(1.0, "bob", policy=["policy"])
     pin_all(cache, [wanting("a"), *flood(3), merge])
     assert "policy" not in loader.started
-    assert cache.is_load_deferred(merge), "there is no place for either"
+    assert cache.is_load_deferred(merge), "there is a place neither for the merge nor for its policy adapter"
     loader.arrive("a", fault="it is torn")
     cache.collect()
     assert not cache.is_load_deferred(merge)
@@ -97,12 +97,12 @@ def test_a_merge_whose_own_adapter_is_not_asked_for_is_not_behind(loader: FakeLo
 
 
 @pytest.mark.parametrize("end", ["fault", "release", "leave"])
-def test_the_place_of_a_merge_that_fails_or_is_given_up_goes_to_the_next(loader: FakeLoader, end: str) -> None:
+def test_the_place_of_a_merge_that_fails_or_is_cancelled_goes_to_the_next(loader: FakeLoader, end: str) -> None:
     cache, (first, second, third) = fake_cache(loader, max_merging=1), flood(3)
     for sequence in (first, second, third):
         cache.add_request(sequence.request)
     pin_all(cache, [first, second, third])
-    if end == "leave":  # of the queue: it is never begun
+    if end == "leave":  # The second merge leaves the queue, so it never begins.
         cache.release(second)
         cache.finish_request(second.request)
     if end == "fault":
@@ -139,11 +139,11 @@ def test_merges_and_adapters_that_hold_all_places_do_not_wait_for_each_other(loa
         for digest in [*loader.pending]:
             loader.arrive(digest)
         cache.collect()
-    assert not waiting, "somebody waits for ever"
+    assert not waiting, "a sequence waits for ever"
 
 
-def test_a_step_serves_others_while_one_tenant_has_many_merges_built(loader: FakeLoader) -> None:
-    """As in the server: one merge ends at a time, and what others asked for comes in their turn."""
+def test_other_tenants_are_served_while_one_tenant_has_many_merges_built(loader: FakeLoader) -> None:
+    """As in the server, one merge ends at a time. Other tenants' adapters and merges come in between."""
     cache = fake_cache(loader, num_slots=9)
     scheduler = Scheduler(KvCache(500, 4, "base"), cache, step_limits(9, 90))
     merges, cold, other = flood(50), wanting("cold"), merging(1.0, "bob")
@@ -164,7 +164,7 @@ def test_a_step_serves_others_while_one_tenant_has_many_merges_built(loader: Fak
         run_step(scheduler)
         if num_before_other is None and other not in scheduler.waiting:
             num_before_other = sum(merge not in scheduler.waiting for merge in merges)
-    assert num_before_other == MAX_MERGING, "those that were begun before it came"
+    assert num_before_other == MAX_MERGING, "only the merges that had begun before it arrived go first"
     assert len(loader.started) == len(merges) + 2
 
 
@@ -176,14 +176,14 @@ def test_tenants_take_turns_at_merges() -> None:
     assert not queue
 
 
-def test_a_tenant_whose_merge_is_under_way_has_its_turn_after_others() -> None:
+def test_a_tenant_whose_merge_is_being_built_comes_after_the_others() -> None:
     queue, (a, b), d = MergeQueue(), flood(2, "alice"), merging(1.0, "bob")
     for sequence in (a, b, d):
         queue.add(sequence)
     assert [queue.pop(["alice"]) for _ in range(4)] == [d, a, b, None]
 
 
-def test_who_left_the_queue_of_merges_has_no_turn() -> None:
+def test_a_sequence_that_left_the_merge_queue_is_not_popped() -> None:
     queue, (a, b) = MergeQueue(), flood(2)
     queue.discard(a)
     for sequence in (a, b, a):

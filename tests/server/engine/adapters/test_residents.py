@@ -1,4 +1,4 @@
-"""Slots and bytes: who lies where, who must stay, and who goes first."""
+"""Residents: the slot of each adapter, the adapters that must stay, and the order of eviction."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from server.engine.adapters.residents import Residents
 
 
 def filled(num_slots: int, *digests: str, max_bytes: int = 100) -> Residents:
-    """Returns residents of one byte each, the first one unused longest."""
+    """Return residents of one byte each, the first one the least recently used."""
     residents = Residents(num_slots, max_bytes)
     for digest in digests:
         residents.add(digest, 1, 1.0)
@@ -33,11 +33,11 @@ def test_there_is_room_while_slots_and_bytes_last() -> None:
     assert residents.num_evictions == 0
 
 
-def test_the_one_unused_longest_makes_room() -> None:
+def test_the_least_recently_used_adapter_is_evicted() -> None:
     residents = filled(3, "a", "b", "c")
     slot = residents.get("b").slot
     residents.acquire("a")
-    residents.release("a")  # used now, after the others
+    residents.release("a")  # a is now the most recently used
     assert residents.make_room(1) == [slot]
     assert residents.add("d", 1, 1.0) == slot
     assert [digest in residents for digest in "abcd"] == [True, False, True, True]
@@ -45,7 +45,7 @@ def test_the_one_unused_longest_makes_room() -> None:
     residents.check_integrity(0)
 
 
-def test_the_last_use_is_when_a_sequence_lets_go() -> None:
+def test_the_last_use_of_an_adapter_is_its_release() -> None:
     residents = filled(2, "a", "b")
     residents.acquire("a")
     residents.acquire("b")
@@ -56,14 +56,14 @@ def test_the_last_use_is_when_a_sequence_lets_go() -> None:
     assert "b" not in residents
 
 
-def test_what_a_sequence_uses_stays() -> None:
+def test_an_adapter_in_use_is_not_evicted() -> None:
     residents = filled(2, "a", "b")
     for digest in ("a", "b", "b"):
         residents.acquire(digest)
     assert residents.num_in_use == 2
     assert residents.make_room(1) is None
     residents.release("b")
-    assert residents.make_room(1) is None, "another one uses it still"
+    assert residents.make_room(1) is None, "another sequence still uses b"
     residents.release("b")
     assert residents.num_in_use == 1
     assert len(residents.make_room(1) or ()) == 1
@@ -71,7 +71,7 @@ def test_what_a_sequence_uses_stays() -> None:
     residents.check_integrity(1)
 
 
-def test_as_many_go_as_the_bytes_need_and_no_more() -> None:
+def test_as_many_adapters_are_evicted_as_the_bytes_need_and_no_more() -> None:
     residents = Residents(8, 10)
     for digest in "abc":
         residents.add(digest, 3, 1.0)
@@ -81,7 +81,7 @@ def test_as_many_go_as_the_bytes_need_and_no_more() -> None:
     assert residents.num_bytes == 6
 
 
-def test_where_it_could_not_fit_nobody_goes() -> None:
+def test_nothing_is_evicted_for_an_adapter_that_cannot_fit() -> None:
     residents = Residents(8, 10)
     for digest in "abc":
         residents.add(digest, 3, 1.0)
@@ -99,35 +99,35 @@ def test_an_adapter_as_large_as_the_budget_fits_alone() -> None:
     residents.check_integrity(0)
 
 
-def test_a_pin_too_few_is_noticed() -> None:
+def test_a_release_without_an_acquire_is_noticed() -> None:
     residents = filled(1, "a")
     with pytest.raises(AssertionError):
         residents.release("a")
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans()), max_size=40))
-def test_any_order_of_use_keeps_the_books(uses: list[tuple[str, bool]]) -> None:
-    residents, sizes, pinned = Residents(3, 12), dict(zip("abcdef", range(1, 7), strict=True)), list[str]()
-    for digest, is_kept in uses:
+def test_any_order_of_use_keeps_the_counts_right(uses: list[tuple[str, bool]]) -> None:
+    residents, sizes, held = Residents(3, 12), dict(zip("abcdef", range(1, 7), strict=True)), list[str]()
+    for digest, is_held in uses:
         if digest not in residents:
-            before = set(pinned)
+            before = set(held)
             if residents.make_room(sizes[digest]) is None:
                 assert residents.num_bytes + sizes[digest] > 12 or len(residents) == 3
-                assert pinned
-                residents.release(pinned.pop())
+                assert held
+                residents.release(held.pop())
                 continue
             assert all(other in residents for other in before)
             residents.add(digest, sizes[digest], 1.0)
         residents.acquire(digest)
-        if is_kept:
-            pinned.append(digest)
+        if is_held:
+            held.append(digest)
         else:
             residents.release(digest)
-        residents.check_integrity(len(pinned))
-        assert residents.num_in_use == len(set(pinned))
+        residents.check_integrity(len(held))
+        assert residents.num_in_use == len(set(held))
 
 
-def test_one_that_is_kept_makes_no_room_until_it_is_released() -> None:
+def test_a_pinned_adapter_is_not_evicted_until_it_is_unpinned() -> None:
     residents = filled(2, "a", "b")
     residents.pin("a")
     residents.pin("a")
@@ -143,7 +143,7 @@ def test_one_that_is_kept_makes_no_room_until_it_is_released() -> None:
     residents.check_integrity(0)
 
 
-def test_sizes_are_those_of_what_is_there() -> None:
+def test_sizes_are_those_of_the_residents() -> None:
     residents = Residents(3, 100)
     residents.add("a", 10, 1.0)
     residents.add("b", 20, 1.0)

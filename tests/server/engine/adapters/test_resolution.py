@@ -1,4 +1,4 @@
-"""Which adapter a reference means, for whom, and what is said where it means none."""
+"""Resolution of adapter references: the adapter that a caller's reference means, and the errors where it means none."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ SECRET = "c" * 64
 
 @pytest.fixture
 def registry() -> Registry:
-    """math in three versions, two of which begin alike, safety, an alias of the old math, and a secret."""
+    """Return math in three versions, two of which begin alike, safety, an alias of the old math, and a secret."""
     current = [registered("math", NEW), registered("safety", OTHER), registered("old", OLD, folder="math")]
     versions = [registered("math", OLD), registered("math", OTHER)]
     return Registry([*current, registered("secret", SECRET)], versions)
@@ -52,15 +52,15 @@ def public(name: str) -> bool:
         ("safety@ffffffffffff", "safety", OTHER),
     ],
 )
-def test_a_name_means_its_current_version_and_digits_the_one_that_begins_so(
+def test_a_name_means_its_current_version_and_digits_mean_the_version_that_they_begin(
     registry: Registry, reference: str, name: str, digest: str
 ) -> None:
-    found = resolve(registry, reference, anybody)
-    assert (found.summary.name, found.summary.digest) == (name, digest)
+    adapter = resolve(registry, reference, anybody)
+    assert (adapter.summary.name, adapter.summary.digest) == (name, digest)
 
 
 @pytest.mark.parametrize("reference", ["math@a", "math@ab"])
-def test_digits_that_could_be_several_are_told_all_of_them(registry: Registry, reference: str) -> None:
+def test_the_error_for_ambiguous_digits_names_all_their_versions(registry: Registry, reference: str) -> None:
     with pytest.raises(AmbiguousVersionError) as caught:
         resolve(registry, reference, anybody)
     assert str(caught.value) == f"'{reference}' could be math@{NEW[:12]} or math@{OLD[:12]}"
@@ -87,14 +87,14 @@ def test_digits_that_could_be_several_are_told_all_of_them(registry: Registry, r
         "math@*",
     ],
 )
-def test_what_is_no_reference_to_any_is_unknown(registry: Registry, reference: str) -> None:
+def test_a_reference_to_no_adapter_is_unknown(registry: Registry, reference: str) -> None:
     with pytest.raises(UnknownAdapterError) as caught:
         resolve(registry, reference, anybody)
     assert caught.value.name == reference
 
 
 @pytest.mark.parametrize("reference", ["secret", "secret@c", "secret@cc", "secrets", "secret@", "secret@d"])
-def test_what_may_not_be_used_is_as_unknown_as_what_is_not_there(registry: Registry, reference: str) -> None:
+def test_a_forbidden_adapter_is_as_unknown_as_a_missing_one(registry: Registry, reference: str) -> None:
     with pytest.raises(UnknownAdapterError) as forbidden:
         resolve(registry, reference, public)
     registry.withdraw("secret")
@@ -104,26 +104,26 @@ def test_what_may_not_be_used_is_as_unknown_as_what_is_not_there(registry: Regis
     assert forbidden.value.near == missing.value.near
 
 
-def test_the_versions_of_what_may_not_be_used_are_not_told(registry: Registry) -> None:
+def test_the_versions_of_a_forbidden_adapter_are_not_disclosed(registry: Registry) -> None:
     with pytest.raises(UnknownAdapterError) as caught:
         resolve(registry, "math@ab", lambda name: name == "safety")
     assert str(caught.value) == "there is no adapter 'math@ab': known are 'safety'"
 
 
 def test_only_names_that_may_be_used_are_suggested(registry: Registry) -> None:
-    def said(reference: str, may_use: MayUse) -> str:
+    def message(reference: str, may_use: MayUse) -> str:
         with pytest.raises(UnknownAdapterError) as caught:
             resolve(registry, reference, may_use)
         return str(caught.value)
 
-    assert said("secrets", anybody) == "there is no adapter 'secrets': did you mean 'secret'?"
-    assert said("secrets", public) == "there is no adapter 'secrets': known are 'math', 'old', 'safety'"
-    assert said("math", lambda _: False) == "there is no adapter 'math': there are none at all"
+    assert message("secrets", anybody) == "there is no adapter 'secrets': did you mean 'secret'?"
+    assert message("secrets", public) == "there is no adapter 'secrets': known are 'math', 'old', 'safety'"
+    assert message("math", lambda _: False) == "there is no adapter 'math': there are none at all"
 
 
 def test_a_reference_may_mean_several_versions_or_none(registry: Registry) -> None:
     def meant(reference: str) -> list[str]:
-        return [of.summary.digest for of in candidates(registry, reference)]
+        return [version.summary.digest for version in candidates(registry, reference)]
 
     assert meant("math") == [NEW]
     assert meant("math@ab") == [NEW, OLD]
@@ -131,16 +131,16 @@ def test_a_reference_may_mean_several_versions_or_none(registry: Registry) -> No
     assert meant("math@e") == meant("nobody") == meant("math@") == meant("") == []
 
 
-def test_what_was_withdrawn_since_it_was_admitted_is_unknown(registry: Registry) -> None:
+def test_an_adapter_that_was_withdrawn_since_admission_is_unknown(registry: Registry) -> None:
     admitted = replace(request(), terms=(AdapterTerm("safety", OTHER, 1.0), AdapterTerm("math", OLD, 1.0)))
     check_registered(registry, admitted, anybody)
-    registry.withdraw("math")  # 'old' is the same, and another name
+    registry.withdraw("math")  # 'old' has the same content, but another name
     with pytest.raises(UnknownAdapterError) as caught:
         check_registered(registry, admitted, public)
     assert str(caught.value) == f"there is no adapter 'math@{OLD[:12]}': known are 'old', 'safety'"
 
 
-def test_a_policy_that_was_withdrawn_since_is_a_failure_of_the_operators(registry: Registry) -> None:
+def test_a_policy_that_was_withdrawn_since_admission_is_the_operator_s_failure(registry: Registry) -> None:
     admitted = replace(request(), policy=(AdapterTerm("secret", SECRET, 1.0),))
     check_registered(registry, admitted, public)
     registry.withdraw("secret")

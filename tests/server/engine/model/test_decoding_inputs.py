@@ -1,4 +1,4 @@
-"""The arrays that a replayed step reads: what lies where, whatever the steps before left there."""
+"""Inputs of replayed decoding steps: the content of every array, independent of the steps before."""
 
 import random
 
@@ -17,10 +17,10 @@ def make(max_rows: int = 9, max_blocks: int = 40, block_size: int = 4) -> Decodi
 
 
 def blocks_of(inputs: DecodingInputs, size: int, row: int, block_size: int = 4) -> list[int]:
-    """Returns the blocks that a row's keys lie in, as a kernel finds them."""
-    of = inputs.decode_keys(size)
-    start, num_keys = int(of.starts[row]), int(of.lengths[row])
-    return of.table[start : start + -(-num_keys // block_size)].tolist()
+    """Return the blocks that hold the keys of `row`, looked up as a kernel does."""
+    keys = inputs.decode_keys(size)
+    start, num_keys = int(keys.starts[row]), int(keys.lengths[row])
+    return keys.table[start : start + -(-num_keys // block_size)].tolist()
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_sizes(most: int, sizes: list[int]) -> None:
     assert all(next(size for size in many if size >= rows) <= rows * 1.25 + 8 for rows in range(1, 1001))
 
 
-def test_a_step_runs_as_the_next_size_that_holds_it() -> None:
+def test_a_step_runs_at_the_smallest_size_that_holds_it() -> None:
     inputs = make(9)
     spans = [Span(i, 1, i, [i, i, i]) for i in range(17)]
     assert [inputs.size_for(spans[:n], [()] * n) for n in (1, 2, 3, 8, 9, 16, 17)] == [1, 2, 4, 8, 16, 16, None]
@@ -49,7 +49,7 @@ def test_a_step_runs_as_the_next_size_that_holds_it() -> None:
     assert inputs.size_for(spans[:3], [[term] * (2 * TERMS), [], [term] * (2 * TERMS)]) == 4
 
 
-def test_rows_are_those_of_the_step_and_the_others_see_one_key_of_the_spare_block() -> None:
+def test_rows_are_those_of_the_step_and_padding_rows_see_one_key_of_the_spare_block() -> None:
     inputs = make()
     spans = [Span(0, 1, 6, [3, 8]), Span(1, 1, 0, [5]), Span(2, 1, 8, [1, 2, 4])]
     terms: list[Terms] = [[(7, 0.5), (2, -1.0)], [], [(1, 3.0)]]
@@ -66,7 +66,7 @@ def test_rows_are_those_of_the_step_and_the_others_see_one_key_of_the_spare_bloc
     assert route.is_by_token
 
 
-def test_all_is_at_the_same_places_in_every_step() -> None:
+def test_all_arrays_have_the_same_addresses_in_every_step() -> None:
     inputs = make()
     inputs.fill(4, [1], [Span(0, 1, 0, [1])], [()])
     first, route = inputs.decode_keys(4), inputs.route(4)
@@ -78,12 +78,12 @@ def test_all_is_at_the_same_places_in_every_step() -> None:
     for name in ("segments", "slots", "weights"):
         assert getattr(route, name).data_ptr() == getattr(route_then, name).data_ptr()
         assert getattr(route, name).data_ptr() % 16 == 0
-    assert first.lengths.tolist() == [151, 1, 1, 1], "what was returned before are the places, not what they held"
+    assert first.lengths.tolist() == [151, 1, 1, 1], "arrays that were returned before are views of the memory, not copies"
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_whatever_the_steps_before_left_a_step_is_right(seed: int) -> None:
-    """Rows, sizes, strides, and what blocks a sequence has change at random, in place."""
+def test_a_step_is_right_whatever_earlier_steps_left(seed: int) -> None:
+    """Rows, sizes, strides and the blocks of each sequence change at random, in place."""
     rng, inputs = random.Random(seed), make()
     lists = [[rng.randrange(90) for _ in range(rng.randint(1, 3))] for _ in range(12)]
     for _ in range(150):
@@ -102,13 +102,13 @@ def test_whatever_the_steps_before_left_a_step_is_right(seed: int) -> None:
         assert size is not None
         inputs.fill(size, [*range(len(chosen))], spans, terms)
         assert [blocks_of(inputs, size, row) for row in range(size)] == chosen + [[SPARE]] * (size - len(chosen))
-        assert [of for _, _, of in inputs.route(size).spans] == terms + [[]] * (size - len(chosen))
+        assert [row_terms for _, _, row_terms in inputs.route(size).spans] == terms + [[]] * (size - len(chosen))
         assert inputs.decode_keys(size).write.tolist()[: len(chosen)] == [
             blocks[span.position // 4] * 4 + span.position % 4 for blocks, span in zip(chosen, spans, strict=True)
         ]
 
 
-def test_what_is_copied_is_what_the_longest_row_needs() -> None:
+def test_the_stride_of_the_table_is_as_large_as_the_longest_row_needs() -> None:
     inputs = make(max_blocks=1000)
     inputs.fill(1, [1], [Span(0, 1, 0, [1])], [()])
     assert inputs.decode_keys(1).starts.tolist() == [0]

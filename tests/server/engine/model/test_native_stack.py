@@ -1,4 +1,4 @@
-"""A decoder's layers in one call of the compiled module: bit for bit what they give one by one, and what is refused."""
+"""A decoder's layers in one call of the compiled module: equal bit for bit to the layers one by one, and refusals."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -30,15 +30,15 @@ pytestmark = pytest.mark.needs("kernels")
 KNOWN = sorted(SERVED.keys() - {"llama with heads of 12"})
 IDS = tuple(range(40, 110))
 CUTS = (0, 3, 60, 61, 62, 70)
-"""A prompt in parts, one of them long, and steps of one token."""
+"""Bounds of the chunks: a prompt in parts, one of them long, and steps of one token."""
 TERMS: Sequence[Sequence[tuple[int, float]]] = [(), ((0, 1.0),), ((0, 0.5), (2, -2.0)), ((1, 1.0),)]
-"""Of each sequence: base, one, a merge, and one on another basis."""
+"""Terms of each sequence: the base, one adapter, a sum of two, and an adapter on another basis."""
 NUM_BLOCKS = 8
 
 
 @pytest.fixture(autouse=True)
 def num_threads() -> Iterator[Callable[[int], None]]:
-    """One thread, and what sets another number for one test."""
+    """Run with one thread. Yield the function that sets another number for one test."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield torch.set_num_threads
@@ -46,7 +46,7 @@ def num_threads() -> Iterator[Callable[[int], None]]:
 
 
 def runner_of(folder: Path, name: str) -> Runner:
-    """Returns a runner in bf16 with three adapters in its slots."""
+    """Return a runner in bf16 with three adapters in its slots."""
     model = load_base_model(str(save_tiny_model(folder, SERVED[name]())), BF16, attention="eager").model
     shapes, bases = module_shapes(model), [Seeded(seed=3), Seeded(seed=3, stream=7)]
     adapters = [
@@ -68,57 +68,57 @@ def sequences() -> list[EngineSequence]:
     return made
 
 
-def steps(of: Sequence[EngineSequence]) -> Iterator[list[Chunk]]:
-    """Yields steps that mix sequences of one token with longer ones."""
-    parts = [[Chunk(s, i, j) for i, j in pairwise(CUTS)] for s in of]
+def steps(batch: Sequence[EngineSequence]) -> Iterator[list[Chunk]]:
+    """Yield steps that mix sequences of one token with longer ones."""
+    parts = [[Chunk(s, i, j) for i, j in pairwise(CUTS)] for s in batch]
     for number, late in enumerate(parts[3]):
         early = [part[number] for part in parts[:3]]
         yield sorted([*early, late], key=lambda chunk: chunk.stop - chunk.start > 1)
 
 
 def logits(runner: Runner) -> list[torch.Tensor]:
-    """Returns the logits of all tokens of every step."""
+    """Return the logits of all tokens of every step."""
     return [runner.forward(chunks, range(sum(c.stop - c.start for c in chunks))) for chunks in steps(sequences())]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", KNOWN)
-def test_all_layers_at_once_give_what_they_give_one_by_one(
+def test_all_layers_in_one_call_equal_the_layers_one_by_one(
     name: str, threads: int, tmp_path: Path, num_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_threads(threads)
     runner = runner_of(tmp_path, name)
     assert isinstance(runner._ops, NativeStack)
-    found = logits(runner)
+    actual = logits(runner)
     monkeypatch.setattr(NativeStack, "run", NativeOps.run)
     expected = logits(runner)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert expected[0].isfinite().all()
 
 
-def test_adapters_change_what_is_computed(tmp_path: Path) -> None:
+def test_adapters_change_the_logits(tmp_path: Path) -> None:
     (first, *_) = logits(runner_of(tmp_path, "llama"))
     base, one, merged, other = (first[row * CUTS[1] : (row + 1) * CUTS[1]] for row in range(4))
     assert all(not torch.equal(base, row) for row in (one, merged, other))
 
 
-def test_what_is_not_of_these_layers_is_refused(tmp_path: Path) -> None:
+def test_arguments_that_belong_to_other_layers_are_refused(tmp_path: Path) -> None:
     stack = stack_of(runner_of(tmp_path, "llama"))
     x = torch.zeros(1, 48, dtype=BF16)
-    turns = [(0, 0)]
+    rotary = [(0, 0)]
     step, elsewhere = (stack.plan([Span(0, 1, 0, [block])]) for block in (0, NUM_BLOCKS * len(TERMS)))
     with pytest.raises(ValueError, match="another memory"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), elsewhere, turns, None, [], 1)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), elsewhere, rotary, None, [], 1)
     with pytest.raises(ValueError, match="RoPE is missing"):
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, [], None, [], 1)
-    operands = [bound_operands(of) for of in stack._operands]
+    operands = [bound_operands(layer_operands) for layer_operands in stack._operands]
     with pytest.raises(ValueError, match="or none without a route"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, turns, None, operands, 1)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, None, operands, 1)
     route = bound_route(Route.from_terms([Term(0, 1, 3, 1.0)], 1))
     with pytest.raises(ValueError, match="a slot that the operands do not have"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, turns, route, operands, 1)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, route, operands, 1)
     with pytest.raises(ValueError, match="not of this layer"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, turns, route, operands[::-1], 1)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, route, operands[::-1], 1)
 
 
 def stack_of(runner: Runner) -> Any:

@@ -1,6 +1,6 @@
-"""Attention of tokens that decode, in Triton: what a split is, and that it compiles for GPUs.
+"""Attention of decoding tokens, in Triton: the splits of the keys, and compilation for GPUs.
 
-`test_ops` holds it to loops in fp64, with heads of every size and number, windows and caps. Shapes: B sequences, H heads, G
+`test_ops` compares it with loops in fp64, with heads of every size and number, windows and caps. Shapes: B sequences, H heads, G
 key-value heads, E head size.
 """
 
@@ -35,12 +35,12 @@ def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Where the tensors are."""
+    """Return the device of the tensors."""
     return str(request.param)
 
 
 def case(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DecodeKeys]:
-    """Returns queries (B, H, E), keys and values (P, G, E), and where they lie. What is nobody's is no number."""
+    """Return queries (B, H, E), keys and values (P, G, E), and their places. Memory of no sequence is NaN."""
     g = torch.Generator().manual_seed(0)
     counts = [-(-length // BLOCK) for length in LENGTHS]
     table = torch.randperm(sum(counts) + 3, generator=g)[: sum(counts)].int()
@@ -56,12 +56,12 @@ def case(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
 
 
 def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: DecodeKeys, heads: Heads) -> torch.Tensor:
-    """Returns what each row attends to, in fp64, (B, H, E)."""
+    """Return the attention of each row, in fp64, (B, H, E)."""
     out = []
     for row, start, length in zip(query, decoding.starts, decoding.lengths, strict=True):
         places = (decoding.table[start:, None].long() * BLOCK + torch.arange(BLOCK, device=keys.device)).flatten()[:length]
         seen = places[-heads.window :] if heads.window else places
-        k, v = (of[seen].double().repeat_interleave(heads.num_heads // heads.num_kv_heads, 1) for of in (keys, values))
+        k, v = (memory[seen].double().repeat_interleave(heads.num_heads // heads.num_kv_heads, 1) for memory in (keys, values))
         scores = torch.einsum("he,lhe->hl", row.double(), k) * heads.scale
         scores = heads.softcap * torch.tanh(scores / heads.softcap) if heads.softcap else scores
         out.append(torch.einsum("hl,lhe->he", scores.softmax(-1), v))
@@ -70,10 +70,10 @@ def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decodin
 
 @pytest.mark.parametrize("num_programs", [10, 20, 80, 10_000])
 @pytest.mark.parametrize("changes", [{}, {"window": 1}, {"window": 100}, {"softcap": 2.0}])
-def test_however_keys_are_split_the_sum_is_the_same(
+def test_the_attention_is_the_same_for_any_number_of_splits(
     num_programs: int, changes: dict[str, float], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In 1, 2, 8 and 16 parts, of which a short sequence leaves most without a key."""
+    """With 1, 2, 8 and 16 splits, most of which have no key of a short sequence."""
     monkeypatch.setattr(triton_ops, "PROGRAMS", num_programs)
     assert triton_ops.num_splits_for(len(LENGTHS) * HEADS.num_kv_heads) == {10: 1, 20: 2, 80: 8, 10_000: 16}[num_programs]
     heads = replace(HEADS, **changes)
@@ -82,7 +82,7 @@ def test_however_keys_are_split_the_sum_is_the_same(
     torch.testing.assert_close(out.double(), exact(*arrays, heads), rtol=1e-5, atol=1e-5)
 
 
-def test_in_bf16_what_comes_out_is_rounded_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_in_bf16_is_rounded_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_ops, "PROGRAMS", 40)
     arrays = case(device, torch.bfloat16)
     out = triton_ops.attend(*arrays, HEADS, BLOCK)
@@ -90,17 +90,17 @@ def test_in_bf16_what_comes_out_is_rounded_once(device: str, monkeypatch: pytest
     torch.testing.assert_close(out.double(), exact(*arrays, HEADS), rtol=2**-8, atol=2**-7)
 
 
-def test_a_device_is_filled_but_no_sequence_cut_too_small() -> None:
+def test_splits_fill_a_device_but_are_limited_in_number() -> None:
     splits = [triton_ops.num_splits_for(count) for count in (1, 8, 24, 64, 128, 129, 256, 4096)]
     assert splits == [16, 16, 16, 4, 2, 1, 1, 1]
 
 
 def compile_ahead() -> dict[str, object]:
-    """Compiles both kernels as real models want them, and returns what their code is like. Needs triton not to interpret.
+    """Compile both kernels for the shapes of real models, and return the properties of their code. Needs compiling triton.
 
-    For two devices: every model and dtype for both, and every number of splits.
+    Covers two devices: every model and dtype on both, and every number of splits.
     """
-    found: dict[str, object] = {}
+    codes: dict[str, object] = {}
     models = {"SmolLM2-135M": (3, 3, 64, 0.0, 0), "Llama-3-8B": (8, 4, 128, 0.0, 0), "Gemma-2-9B": (8, 2, 256, 50.0, 4096)}
     cases = [*product(models, [torch.bfloat16]), ("SmolLM2-135M", torch.float32)]
     for place, ((model, dtype), num_splits) in enumerate(product(cases, (1, 16))):
@@ -115,15 +115,15 @@ def compile_ahead() -> dict[str, object]:
         types["p_part"] = value if num_splits == 1 else "*fp32"
         for kernel in (triton_ops.attend_split, *([triton_ops.join] if num_splits > 1 else [])):
             code = properties(kernel, sizes, types, value, capability, triton_ops.OPTIONS)
-            found[f"{kernel.__name__} {model} {dtype} {num_splits} {capability}"] = code
-    return found
+            codes[f"{kernel.__name__} {model} {dtype} {num_splits} {capability}"] = code
+    return codes
 
 
 @pytest.mark.slow
 def test_the_kernels_compile_for_real_devices(tmp_path: Path) -> None:
-    found = compiled_elsewhere("tests.server.engine.model.test_paged_attention", "compile_ahead()", tmp_path)
-    assert len(found) == 12
-    for name, code in found.items():
+    codes = compiled_elsewhere("tests.server.engine.model.test_paged_attention", "compile_ahead()", tmp_path)
+    assert len(codes) == 12
+    for name, code in codes.items():
         assert code["is_elf"], name
         assert code["shared"] <= 160 << 10, (name, code)  # an A100 has 164 KiB
         assert code["multiplies_matrices"] == ("attend_split" in name and "bfloat16" in name), name

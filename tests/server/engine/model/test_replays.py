@@ -1,4 +1,4 @@
-"""Decoding steps of fixed shapes, replayed: they say what steps say that are computed as they come."""
+"""Replays of decoding steps of fixed shapes: their outputs equal those of eager steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,17 +37,17 @@ def values(heard: Heard) -> list[float | None]:
     return [one.value for one in heard.logprobs]
 
 
-def assert_alike(found: Sequence[Heard], expected: Sequence[Heard]) -> None:
-    assert [heard.tokens for heard in found] == [heard.tokens for heard in expected]
-    for one, other in zip(found, expected, strict=True):
+def assert_alike(actual: Sequence[Heard], expected: Sequence[Heard]) -> None:
+    assert [heard.tokens for heard in actual] == [heard.tokens for heard in expected]
+    for one, other in zip(actual, expected, strict=True):
         assert values(one) == pytest.approx(values(other), abs=1e-4)
 
 
 @pytest.mark.parametrize("block_size", [1, 16])
-def test_what_is_said_is_what_a_cpu_says(
+def test_replayed_steps_give_the_outputs_of_a_cpu(
     block_size: int, writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batch, its adapters and their merges change from step to step; with blocks of one token the table grows on the way."""
+    """The batch, its adapters and their merges change from step to step. With blocks of one token the table grows on the way."""
     sizes = {"max_step_tokens": 64, "block_size": block_size, "num_blocks": 512}
     expected = build(writer_model, adapters, **sizes).run(ASKS, JOINS)
     recorder = pretend_gpu(monkeypatch)
@@ -57,7 +57,7 @@ def test_what_is_said_is_what_a_cpu_says(
 
 
 def test_scarce_memory_changes_nothing(writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests give up their blocks for others and come back with other ones."""
+    """Requests are preempted, and resume with other blocks."""
     sizes = {"max_step_tokens": 64, "block_size": 4, "num_blocks": 26}
     expected = build(writer_model, adapters, **sizes).run(ASKS, JOINS)
     recorder = pretend_gpu(monkeypatch)
@@ -70,7 +70,7 @@ def test_scarce_memory_changes_nothing(writer_model: Path, adapters: Path, monke
 def test_replays_read_adapters_with_the_kernel_of_a_gpu(
     writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters come and go between the steps: with room for one alone, each request's is put where the other's was."""
+    """Adapters come and go between the steps: in the only slot, each request's adapter replaces the one before."""
     asks = [replace(ask, prompt=ask.prompt[:4], max_tokens=3) for ask in ASKS if len(ask.adapters) == 1]
     alone = [build(writer_model, adapters).run([ask])[0] for ask in asks]
     recorder = pretend_gpu(monkeypatch, kernel="gpu")
@@ -83,7 +83,7 @@ def test_replays_read_adapters_with_the_kernel_of_a_gpu(
 
 
 class Steps:
-    """The steps of a runner in a GPU's way, and beside them those of a CPU's."""
+    """Steps of two runners on the same sequences: one replays as on a GPU, the other computes on the CPU."""
 
     def __init__(self, folder: Path, adapters: Path | None, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
         self.plain = build(folder, adapters, **sizes)
@@ -96,7 +96,7 @@ class Steps:
         self.num_blocks_used = 0
 
     def start(self, num_tokens: int, *terms: tuple[int, float]) -> EngineSequence:
-        """Returns a sequence with keys of its first `num_tokens` tokens, and room for as many again and 16."""
+        """Return a sequence with the keys of its first `num_tokens` tokens, and blocks for as many more tokens and 16."""
         blocks = range(self.num_blocks_used, self.num_blocks_used + 1 + (2 * num_tokens + 16) // self.block_size)
         self.num_blocks_used = blocks.stop
         sequence = EngineSequence(request(num_tokens), output_ids=[7], blocks=[*blocks], terms=[*terms])
@@ -105,25 +105,25 @@ class Steps:
         return sequence
 
     def check(self, *sequences: EngineSequence) -> None:
-        """Decodes a token of each, and appends another."""
+        """Decode the last token of each sequence, compare both runners' logits, and append a token."""
         chunks = [Chunk(sequence, sequence.num_tokens - 1, sequence.num_tokens) for sequence in sequences]
         rows = range(len(chunks))
-        expected, found = (rig.runner.forward(chunks, rows) for rig in (self.plain, self.rig))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+        expected, actual = (rig.runner.forward(chunks, rows) for rig in (self.plain, self.rig))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-5)
         for sequence in sequences:
             sequence.output_ids.append(len(sequence.output_ids) * 13 % 256)
 
 
 def put(rig: Rig, slot: int, name: str) -> None:
-    """Makes an adapter resident, past the adapter cache."""
+    """Make an adapter resident without the adapter cache."""
     adapter_cache = rig.engine.adapter_cache
     adapter_cache._pool.put(slot, adapter_cache._loader._reader.read_entry(rig.registry.by_name[name].entry))
 
 
 def replays_of(rig: Rig) -> Replays:
-    found = rig.runner._replays
-    assert found is not None
-    return found
+    replays = rig.runner._replays
+    assert replays is not None
+    return replays
 
 
 def test_steps_of_every_size(writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +132,8 @@ def test_steps_of_every_size(writer_model: Path, adapters: Path, monkeypatch: py
     for count in (1, 9, 3, 2, 4, 7):
         steps.check(*sequences[:count])
     steps.check(*sequences[:4:-1])  # in other rows
-    assert steps.recorder.num_replayed == 8  # a prompt of one token is one, too
-    assert steps.recorder.num_recorded == replays_of(steps.rig).num_recorded == 5  # of 1, 16, 4, 2 and 8
+    assert steps.recorder.num_replayed == 8  # the prompt of one token is a replay, too
+    assert steps.recorder.num_recorded == replays_of(steps.rig).num_recorded == 5  # for 1, 16, 4, 2 and 8 rows
 
 
 def test_a_sequence_grows_over_all_strides_of_the_table(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_rows_that_pad_a_step_touch_no_block_of_a_sequence(writer_model: Path, m
     assert is_changed == [[sequence.blocks[0], 3] for sequence in sequences] + [[ops.spare_block, 0]]
 
 
-def test_what_memory_holds_elsewhere_is_not_seen(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_holds_no_key_of_a_sequence_is_not_read(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(writer_model, None, monkeypatch, num_blocks=12)
     ops = steps.rig.runner._ops
     assert isinstance(ops, GpuOps)
@@ -194,7 +194,7 @@ def test_when_the_pool_moves_steps_are_recorded_anew(
     assert replays_of(steps.rig).num_recorded == 1
 
 
-def test_an_adapter_put_where_another_was_is_the_one_that_is_read(
+def test_a_replay_reads_the_adapter_that_replaced_another_in_its_slot(
     writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(writer_model, adapters, monkeypatch)
@@ -207,44 +207,40 @@ def test_an_adapter_put_where_another_was_is_the_one_that_is_read(
     assert steps.recorder.num_recorded == 1
 
 
-def test_a_step_with_too_many_terms_is_computed_as_it_comes(
-    writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_with_too_many_terms_is_not_replayed(writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(writer_model, adapters, monkeypatch)
     many = [(i % 3, 0.1 + i) for i in range(TERMS + 1)]
     one, other = steps.start(4, *many), steps.start(3)
     steps.check(one)
     assert steps.recorder.num_replayed == 0
-    steps.check(one, other)  # the room is that of all rows
+    steps.check(one, other)  # the limit is for the terms of all rows together
     assert steps.recorder.num_replayed == 1
 
 
-def test_steps_with_prompts_and_larger_ones_are_computed_as_they_come(
-    writer_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_with_prompts_or_with_too_many_rows_are_not_replayed(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(writer_model, None, monkeypatch, max_batch=2)
     sequences = [steps.start(3) for _ in range(3)]
     steps.check(*sequences)
     mixed = [Chunk(sequences[0], 4, 5), Chunk(sequences[1], 0, 4)]
-    expected, found = (rig.runner.forward(mixed, range(5)) for rig in (steps.plain, steps.rig))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+    expected, actual = (rig.runner.forward(mixed, range(5)) for rig in (steps.plain, steps.rig))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-5)
     assert steps.recorder.num_replayed == 0
 
 
-def test_wanted_rows_in_any_order_stay_when_the_next_step_is_computed(
+def test_the_next_step_does_not_overwrite_logits_of_rows_in_any_order(
     writer_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(writer_model, None, monkeypatch)
     chunks = [Chunk(steps.start(count), count, count + 1) for count in (2, 5, 9)]
     expected = steps.plain.runner.forward(chunks, [2, 0])
-    found = steps.rig.runner.forward(chunks, [2, 0])
+    actual = steps.rig.runner.forward(chunks, [2, 0])
     steps.rig.runner.forward(chunks[1:], [0, 1])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-5)
     assert steps.rig.runner.forward(chunks, []).shape == (0, 257)
 
 
-def test_nothing_is_replayed_before_it_is_prepared(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What steps cost is measured before, when all are computed in one way."""
+def test_nothing_is_replayed_before_the_runner_is_prepared(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step costs are measured before `prepare`, while all steps are computed in the same way."""
     recorder = pretend_gpu(monkeypatch)
     monkeypatch.setattr(Runner, "_can_replay", False)
     rig = build(writer_model, max_batch=1)
@@ -277,10 +273,10 @@ def test_a_runner_on_a_cpu_has_nothing_to_prepare(writer_model: Path) -> None:
     assert rig.runner._replays is None
 
 
-def test_steps_that_are_computed_as_they_come_ask_the_device_for_nothing(
+def test_eager_steps_read_nothing_back_from_the_device(
     writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As far as a CPU can tell: prompts of several adapters, one so long that its deltas are dense, beside a row that decodes."""
+    """Checked as far as a CPU can: prompts of several adapters, one so long that its deltas are dense, beside a decoding row."""
     steps = Steps(writer_model, adapters, monkeypatch)
     monkeypatch.setattr(lori.projection, "add_delta", gpu.add_delta)
     decodes, dense, merged = steps.start(4, (0, 1.0)), steps.start(1, (1, 1.0)), steps.start(1, (0, 0.5), (2, 1.0))
@@ -290,8 +286,8 @@ def test_steps_that_are_computed_as_they_come_ask_the_device_for_nothing(
     expected = steps.plain.runner.forward(chunks, [0, 9])
     monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("numbers are read back"))
     with Tape():
-        found = steps.rig.runner.forward(chunks, [0, 9])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+        actual = steps.rig.runner.forward(chunks, [0, 9])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-5)
     assert isinstance(steps.rig.runner._cached_route.route, Route)
     plan = steps.rig.runner._cached_route.route.gpu
     assert isinstance(plan, gpu.Plan)
@@ -299,7 +295,7 @@ def test_steps_that_are_computed_as_they_come_ask_the_device_for_nothing(
 
 
 @pytest.mark.parametrize(
-    ("said", "is_broken"),
+    ("message", "is_broken"),
     [
         ("CUDA error: an illegal memory access was encountered", True),
         ("Triton Error [CUDA]: an illegal memory access was encountered", True),
@@ -307,12 +303,12 @@ def test_steps_that_are_computed_as_they_come_ask_the_device_for_nothing(
         ("no", False),
     ],
 )
-def test_after_a_fault_of_a_gpu_nothing_can_be_computed(said: str, is_broken: bool, writer_model: Path) -> None:
-    assert build(writer_model).runner.is_broken(RuntimeError(said)) == is_broken
+def test_an_illegal_memory_access_breaks_the_runner(message: str, is_broken: bool, writer_model: Path) -> None:
+    assert build(writer_model).runner.is_broken(RuntimeError(message)) == is_broken
 
 
 def test_a_step_that_waits_for_the_device_cannot_be_recorded() -> None:
-    """The tape of these tests is as strict as a graph."""
+    """The tape of these tests is as strict as a CUDA graph."""
     x = torch.ones(3)
     waits: list[Callable[[], object]] = [lambda: x.sum().item(), x.nonzero, lambda: x[x > 0], lambda: bool(x[0]), x.unique]
     for wait in waits:

@@ -59,14 +59,12 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama with heads of 12": lambda: tiny_llama_config(EOS + 1, head_dim=12),
     "llama with tanh": lambda: tiny_llama_config(EOS + 1, hidden_act="gelu_pytorch_tanh"),
     "llama with erf": lambda: tiny_llama_config(EOS + 1, hidden_act="gelu"),
-    "llama with turns scaled": lambda: tiny_llama_config(EOS + 1, **rope("linear", factor=4.0)),
-    "llama with llama3's turns": lambda: tiny_llama_config(
+    "llama with scaled RoPE": lambda: tiny_llama_config(EOS + 1, **rope("linear", factor=4.0)),
+    "llama with llama3's RoPE": lambda: tiny_llama_config(
         EOS + 1,
         **rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
     ),
-    "llama with yarn's turns": lambda: tiny_llama_config(
-        EOS + 1, **rope("yarn", factor=4.0, original_max_position_embeddings=64)
-    ),
+    "llama with yarn's RoPE": lambda: tiny_llama_config(EOS + 1, **rope("yarn", factor=4.0, original_max_position_embeddings=64)),
     "qwen2": lambda: Qwen2Config(**SIZES | {"hidden_size": 64}),
     "qwen2 with a window of 8 in the second layer": lambda: Qwen2Config(
         **SIZES | {"hidden_size": 64}, use_sliding_window=True, sliding_window=8, max_window_layers=1
@@ -82,7 +80,7 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 needs_products = pytest.mark.needs("kernels")
 NATIVE, TORCH = 16, 5
-"""Block sizes that the compiled operations know, and do not."""
+"""Block sizes that the compiled operations support, and do not support."""
 PROMPT_LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 70)
 """Below, at and above a window of 8 and a step of 16 tokens."""
 
@@ -92,7 +90,7 @@ def prompt(length: int) -> str:
 
 
 def run(rig: Rig, num_tokens: int) -> list[Heard]:
-    """Runs one request of each length, half of them from the start and the others one step after the other."""
+    """Run one request of each length, half of them from the start and the others one step after the other."""
     joins = [max(0, place - 5) for place in range(len(PROMPT_LENGTHS))]
     return rig.run([GenerateRequest(prompt=prompt(length), max_tokens=num_tokens) for length in PROMPT_LENGTHS], joins)
 
@@ -115,31 +113,33 @@ def test_greedy_tokens_are_those_of_transformers(name: str, block_size: int, tmp
     reference = reference_of(tmp_path)
     heard = run(rig, 24)
     assert [h.tokens for h in heard] == [greedy(reference, h.sequence.request.prompt_ids, 24) for h in heard]
-    assert len({token for h in heard for token in h.tokens}) > 20, "a model that says much the same proves little"
+    assert len({token for h in heard for token in h.tokens}) > 20, "a model whose output hardly varies proves little"
 
 
 def paged_logits(rig: Rig, ids: Sequence[int], cuts: Sequence[int], blocks: Sequence[int]) -> torch.Tensor:
-    """Returns the logits (T, V) of `ids`, computed in a step for each part between `cuts`, with its keys in `blocks`."""
-    of = replace(request(len(ids)), prompt_ids=tuple(ids))
-    sequence = EngineSequence(of, blocks=[*blocks], terms=[])
+    """Return the logits (T, V) of `ids`, computed in a step for each part between `cuts`, with its keys in `blocks`."""
+    prompted = replace(request(len(ids)), prompt_ids=tuple(ids))
+    sequence = EngineSequence(prompted, blocks=[*blocks], terms=[])
     parts = [rig.runner.forward([Chunk(sequence, i, j)], range(j - i)) for i, j in pairwise(cuts)]
     return torch.cat(parts)
 
 
 @pytest.mark.parametrize("block_size", [NATIVE, TORCH])
 @pytest.mark.parametrize("name", SERVED)
-def test_in_bf16_logits_are_as_near_to_exact_ones_as_transformers_are(name: str, block_size: int, tmp_path: Path) -> None:
+def test_logits_in_bf16_are_as_near_to_the_exact_ones_as_those_of_transformers(
+    name: str, block_size: int, tmp_path: Path
+) -> None:
     save_tiny_model(tmp_path, SERVED[name]())
     ids = [*range(40, 80)]
     own = reference_of(tmp_path, torch.bfloat16)
     with torch.inference_mode():
         theirs = own(torch.tensor([ids])).logits[0].float()
-        exact = own.float()(torch.tensor([ids])).logits[0]  # of the same weights, rounded already
+        exact = own.float()(torch.tensor([ids])).logits[0]  # in fp32, of the weights already rounded to bf16
     rig = build(tmp_path, dtype=torch.bfloat16, block_size=block_size)
     blocks = [*range(-(-len(ids) // block_size))][::-1]
     ours = paged_logits(rig, ids, (0, 13, 14, 15, 37, 38, 39, 40), blocks)
     assert ours.dtype == torch.float32
-    error, allowed = ((found - exact).norm() / exact.norm() for found in (ours, theirs))
+    error, allowed = ((logits - exact).norm() / exact.norm() for logits in (ours, theirs))
     assert error < 1.25 * allowed + 0.002
     assert error < 0.05
 
@@ -154,15 +154,15 @@ def test_neither_chunks_nor_blocks_change_the_tokens(tmp_path: Path, max_step_to
 
 
 @pytest.mark.slow
-def test_scarce_memory_changes_the_order_alone(tmp_path: Path) -> None:
-    """Blocks are used again and again, by one sequence after the other: no key of an earlier one is seen."""
+def test_scarce_memory_changes_only_the_order(tmp_path: Path) -> None:
+    """Blocks are reused by one sequence after the other: no key of an earlier sequence is read."""
     save_tiny_model(tmp_path, tiny_llama_config(EOS + 1, tie_word_embeddings=False))
     heard = run(build(tmp_path, num_blocks=24, block_size=4), 16)
     reference = reference_of(tmp_path)
     assert [h.tokens for h in heard] == [greedy(reference, h.sequence.request.prompt_ids, 16) for h in heard]
 
 
-def test_a_model_whose_output_is_its_embedding_is_served(tiny_model: Path) -> None:
+def test_a_model_with_tied_embeddings_is_served(tiny_model: Path) -> None:
     rig = build(tiny_model)
     reference = reference_of(tiny_model)
     heard = run(rig, 12)
@@ -191,11 +191,11 @@ REFUSED = {
         lambda: Lfm2Config(**SIZES, layer_types=["conv", "full_attention"], bos_token_id=EOS),
         "models of type 'lfm2'",
     ),
-    "turns that depend on the length": (
+    "RoPE that depends on the length": (
         lambda: tiny_llama_config(EOS + 1, **rope("dynamic", factor=4.0)),
         "rope type 'dynamic', expected one that does not depend on a sequence's length",
     ),
-    "turns that depend on the length in some layers": (
+    "RoPE that depends on the length in some layers": (
         lambda: gemma3(
             rope_parameters={
                 "full_attention": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 4.0},
@@ -204,7 +204,7 @@ REFUSED = {
         ),
         "rope type 'dynamic'",
     ),
-    "long turns": (
+    "longrope": (
         lambda: tiny_llama_config(
             EOS + 1,
             **rope("longrope", factor=4.0, short_factor=[1.0] * 8, long_factor=[2.0] * 8, original_max_position_embeddings=64),
@@ -227,21 +227,21 @@ REFUSED = {
 @pytest.mark.parametrize("name", ["gemma2 with caps and a window of 8 in some layers", "qwen3", "mistral with a window of 8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_family_that_is_served_starts(name: str, dtype: Literal["float32", "bfloat16"], tmp_path: Path) -> None:
-    """Gemma 2 was refused: transformers attends to its scores in no other way than eagerly."""
+    """Regression: Gemma 2 was refused, because transformers supports its capped scores only with eager attention."""
     save_tiny_model(tmp_path, SERVED[name]())
     load_service(Settings(model=str(tmp_path), dtype=dtype, kv_cache_gib=0.01))
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_would_be_served_wrong_is_refused_at_the_start(name: str, tmp_path: Path) -> None:
-    make, said = REFUSED[name]
+    make, message = REFUSED[name]
     save_tiny_model(tmp_path, make())
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         service_of(tmp_path)
 
 
 def test_log_probabilities_of_capped_logits_are_those_of_transformers(tmp_path: Path) -> None:
-    """The start's check compares directions, and a scale has none: log-probabilities could be off, in silence."""
+    """The check at the start compares directions, which no scale changes, so wrong log-probabilities would pass it."""
     save_tiny_model(tmp_path, SERVED["gemma2 with caps and a window of 8 in some layers"]())
     (heard,) = build(tmp_path).run(
         [GenerateRequest(prompt=prompt(30), max_tokens=0, sampling=SamplingParams(echo=True, num_logprobs=0))]
@@ -253,8 +253,8 @@ def test_log_probabilities_of_capped_logits_are_those_of_transformers(tmp_path: 
     assert [one.value for one in heard.logprobs if one.value is not None] == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_model_whose_own_logits_are_others_is_refused(tmp_path: Path) -> None:
-    """Whatever `families` overlooks: the probe compares."""
+def test_a_model_whose_logits_differ_from_transformers_is_refused(tmp_path: Path) -> None:
+    """The probe at the start compares logits, so it catches whatever the check of the model's family overlooks."""
     save_tiny_model(tmp_path, SERVED["llama"]())
     base = load_base_model(str(tmp_path), torch.float32, attention="eager")
     expected = reference_logits(base.model)
@@ -271,7 +271,7 @@ def test_a_folder_without_a_model_is_a_model_error(tmp_path: Path) -> None:
 
 
 def test_the_logits_are_those_of_the_wanted_positions(tmp_path: Path) -> None:
-    """One forward over two sequences, all positions wanted out of order: the rows are the model's own logits."""
+    """One forward over two sequences, with the wanted positions out of order: the rows are the model's own logits."""
     save_tiny_model(tmp_path, tiny_llama_config(EOS + 1))
     rig = build(tmp_path, max_step_tokens=32)
     lengths = (5, 9)
@@ -279,12 +279,12 @@ def test_the_logits_are_those_of_the_wanted_positions(tmp_path: Path) -> None:
         rig.submit(request(num_prompt=length))
     chunks = rig.scheduler.plan()
     order = [13, 0, 4, 5, 9]
-    found = rig.runner.forward(chunks, order)
+    actual = rig.runner.forward(chunks, order)
     reference = reference_of(tmp_path)
     with torch.inference_mode():
         rows = torch.cat([reference(torch.arange(length)[None]).logits[0] for length in lengths])
-    assert torch.allclose(found, rows[order], atol=1e-4)
-    assert found.dtype == torch.float32
+    assert torch.allclose(actual, rows[order], atol=1e-4)
+    assert actual.dtype == torch.float32
 
 
 @needs_products
@@ -308,7 +308,7 @@ def test_a_server_on_weights_in_int8_answers(tmp_path: Path) -> None:
     assert len(heard.tokens) == 5
 
 
-def test_int8_is_refused_where_there_are_no_products_for_it(tmp_path: Path) -> None:
+def test_int8_is_refused_where_its_products_are_missing(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, SERVED["llama"]())
     with pytest.raises(ModelError, match=r"no products in int8 .* in torch.float32 on cpu"):
         load_service(Settings(model=str(folder), dtype="float32", device="cpu", quantization="int8"))

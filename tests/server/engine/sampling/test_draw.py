@@ -19,7 +19,7 @@ def levels(*values: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [1, 2, 50, WIDTH - 1, WIDTH, WIDTH + 1, 1000, 10 * WIDTH])
 @pytest.mark.parametrize("spread", [0.0, 3.0, 30.0])
-def test_the_token_is_where_the_cdf_passes_the_level(size: int, spread: float) -> None:
+def test_the_drawn_token_is_where_the_cdf_passes_the_level(size: int, spread: float) -> None:
     rows = probabilities(40, size, spread)
     numbers = uniform_numbers(1, 0, 0, 40)
     mass = rows.numpy().astype(np.float64).cumsum(-1)
@@ -52,25 +52,25 @@ def test_the_last_level_draws_a_token_that_has_a_probability() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_draws_are_distributed_as_the_probabilities_say(temperature: float) -> None:
+def test_draws_follow_the_probabilities(temperature: float) -> None:
     count = 4000
     row = (torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -3.0, 1.5, -30.0]) / temperature).softmax(-1)
     numbers = [uniform_numbers(seed, 0, 0, 1)[0] for seed in range(count)]
-    found = torch.bincount(draw(row.expand(count, -1), levels(*numbers)), minlength=8)
+    counts = torch.bincount(draw(row.expand(count, -1), levels(*numbers)), minlength=8)
     expected = row.double() * count
     spread = (expected * (1 - expected / count)).sqrt()
-    assert ((found - expected).abs() <= 4 * spread + 1e-6).all(), (found, expected)
+    assert ((counts - expected).abs() <= 4 * spread + 1e-6).all(), (counts, expected)
 
 
-def test_a_row_without_numbers_gives_a_token_and_leaves_the_others_alone() -> None:
+def test_a_row_of_nan_gives_a_token_and_leaves_the_others_alone() -> None:
     rows, numbers = probabilities(5, 300), levels(*uniform_numbers(3, 0, 0, 5))
     expected = draw(rows, numbers).tolist()
     rows[2] = torch.nan
-    found = draw(rows, numbers).tolist()
-    assert 0 <= found.pop(2) < 300
-    assert found == expected[:2] + expected[3:]
+    tokens = draw(rows, numbers).tolist()
+    assert 0 <= tokens.pop(2) < 300
+    assert tokens == expected[:2] + expected[3:]
 
 
 def test_nothing_waits_for_the_device() -> None:
-    """A meta tensor has no numbers: to look at one is an error."""
+    """A meta tensor has no values, so reading one is an error."""
     assert draw(torch.empty(4, 300, device="meta"), torch.empty(4, dtype=torch.float64, device="meta")).shape == (4,)

@@ -1,4 +1,4 @@
-"""Which grammars are taken, and what is said of the others."""
+"""Grammar compiler: the grammars that it accepts, and the error messages for the others."""
 
 import json
 
@@ -16,7 +16,7 @@ def compiler(tokenizer: PreTrainedTokenizerFast) -> GrammarCompiler:
 
 
 def is_whole(compiler: GrammarCompiler, grammar: Grammar, text: str) -> bool:
-    """Whether a text is all of what a grammar asks for."""
+    """Return whether `grammar` accepts `text` as a complete answer."""
     matcher = compiler.compile(grammar)
     ids = compiler._tokens.tokenize_str(text)
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
@@ -49,7 +49,7 @@ PERSON = json.dumps(
         ("lark", 'start: pair+\npair: "(" pair* ")"', ["()", "(())()"], ["(", ")", ""]),
     ],
 )
-def test_a_grammar_takes_what_its_words_say_and_nothing_else(
+def test_a_grammar_accepts_its_own_texts_and_no_others(
     compiler: GrammarCompiler, kind: GrammarKind, source: str, whole: list[str], others: list[str]
 ) -> None:
     grammar = Grammar(kind, source)
@@ -57,7 +57,7 @@ def test_a_grammar_takes_what_its_words_say_and_nothing_else(
     assert [text for text in others if is_whole(compiler, grammar, text)] == []
 
 
-def test_json_has_few_blanks_between_its_parts_unless_its_schema_says_otherwise(compiler: GrammarCompiler) -> None:
+def test_json_has_little_whitespace_unless_its_schema_allows_more(compiler: GrammarCompiler) -> None:
     free = json.dumps({"type": "object", "x-guidance": {"whitespace_pattern": "[ \n]+"}})
     for text in ['{\n\n"a":1}', '{   "a":1}', '{"a":' + "\n " * 30 + "1}"]:
         assert not is_whole(compiler, Grammar("json_object"), text)
@@ -65,7 +65,7 @@ def test_json_has_few_blanks_between_its_parts_unless_its_schema_says_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "said"),
+    ("kind", "source", "message"),
     [
         ("json_schema", "{", "not JSON: .* line 1 column 2"),
         ("json_schema", "", "not JSON"),
@@ -93,20 +93,22 @@ def test_json_has_few_blanks_between_its_parts_unless_its_schema_says_otherwise(
         ("lark", "start: " + "(" * 3000 + '"a"' + ")" * 3000, "too deeply nested"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(compiler: GrammarCompiler, kind: GrammarKind, source: str, said: str) -> None:
-    with pytest.raises(GrammarError, match=said) as caught:
+def test_the_error_of_a_wrong_grammar_is_one_short_line(
+    compiler: GrammarCompiler, kind: GrammarKind, source: str, message: str
+) -> None:
+    with pytest.raises(GrammarError, match=message) as caught:
         compiler.compile(Grammar(kind, source))
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_whose_answers_do_not_end_can_follow_none(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_model_without_a_stop_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     text = tokenizer.backend_tokenizer.to_str()
     for stop_ids in ([], [EOS + 1]):
         with pytest.raises(GrammarError, match="no stop token"):
             GrammarCompiler(text, EOS + 1, stop_ids)
 
 
-def test_a_tokenizer_that_is_not_known_is_said() -> None:
+def test_an_unknown_tokenizer_is_refused() -> None:
     with pytest.raises(GrammarError, match="tokenizer"):
         GrammarCompiler('{"model": {}}', 10, [1])

@@ -1,4 +1,4 @@
-"""Rows of logits with what grammars allow, on a CPU and elsewhere, and as they were afterwards."""
+"""Grammar masks over rows of logits, on a CPU and on other devices, and the logits that are restored afterwards."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,9 @@ cases = st.integers(1, 70).flatmap(
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(cases, min_size=1, max_size=3))
-def test_all_but_the_allowed_tokens_are_forbidden_and_then_all_is_as_it_was(cases: list[tuple[int, dict[int, set[int]]]]) -> None:
+def test_all_but_the_allowed_tokens_are_masked_and_the_logits_are_restored_afterwards(
+    cases: list[tuple[int, dict[int, set[int]]]],
+) -> None:
     masks = GrammarMasks()
     for size, tokens in cases:
         allowed = {row: bitmask(some, size) for row, some in tokens.items()}
@@ -54,7 +56,7 @@ def test_the_logits_are_put_back_after_an_error_too() -> None:
         assert torch.equal(rows, before)
 
 
-def test_numbers_that_are_none_are_put_back_as_they_were() -> None:
+def test_nan_and_infinite_logits_are_put_back_as_they_were() -> None:
     rows = logits(1, 40)
     rows[0, 3], rows[0, 4], rows[0, 5] = torch.nan, torch.inf, -torch.inf
     for masked in (GrammarMasks().masked, _masked_on_device):
@@ -65,13 +67,13 @@ def test_numbers_that_are_none_are_put_back_as_they_were() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    """A meta tensor has no numbers: to look at one is an error."""
+    """A meta tensor has no values, so reading one is an error."""
     with GrammarMasks().masked(torch.empty(2, 40, device="meta"), {1: bitmask([1], 40)}):
         pass
 
 
 @pytest.mark.gpu
-def test_a_gpu_forbids_what_a_cpu_does() -> None:
+def test_a_gpu_masks_the_same_tokens_as_a_cpu() -> None:
     rows, allowed = logits(3, 1000), {2: bitmask(range(0, 1000, 3), 1000), 0: bitmask([999], 1000)}
     there = rows.cuda()
     with GrammarMasks().masked(rows, allowed), GrammarMasks().masked(there, allowed):

@@ -1,4 +1,4 @@
-"""What one sequence's grammar allows next, as its output grows."""
+"""Grammar state of a sequence: the tokens allowed next, as its output grows."""
 
 import json
 from typing import cast
@@ -37,7 +37,7 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return encode(tokenizer, text).ids
 
 
-def test_words_are_the_bits_of_the_tokens() -> None:
+def test_a_bitmask_has_the_bits_of_its_tokens() -> None:
     assert tokens(bitmask([0, 31, 32, 70], 70)) == [0, 31, 32]
     assert bitmask([], 33).shape == (2,)
 
@@ -74,10 +74,10 @@ def test_logits_beyond_the_tokenizer_s_tokens_are_never_allowed(tokenizer: PreTr
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.sampled_from('{}[]",:ab1 -'), max_size=30), st.data())
-def test_output_that_comes_in_parts_is_followed_as_all_at_once(
+def test_output_in_parts_gives_the_same_state_as_output_at_once(
     grammars: Grammars, tokenizer: PreTrainedTokenizerFast, text: str, data: st.DataObject
 ) -> None:
-    """However the parts are cut, and however often the same output comes again, as after a preemption."""
+    """However the parts are cut, and however often the same output is repeated, as after a preemption."""
     whole, state = ids(tokenizer, text), grammars.start(Grammar("json_object"))
     output: list[int] = []
     for token in whole:
@@ -93,7 +93,7 @@ def test_output_that_comes_in_parts_is_followed_as_all_at_once(
     assert allowed(again, output) == allowed(state, output)
 
 
-def test_what_does_not_follow_is_a_fault_and_nothing_is_allowed_from_then_on(
+def test_output_against_the_grammar_is_a_fault_and_nothing_is_allowed_afterwards(
     grammars: Grammars, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     state = grammars.start(Grammar("regex", "ab"))
@@ -102,7 +102,7 @@ def test_what_does_not_follow_is_a_fault_and_nothing_is_allowed_from_then_on(
     assert allowed(state, ids(tokenizer, "xy")) == []
 
 
-def test_sequences_of_one_grammar_go_their_own_ways(grammars: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_sequences_of_one_grammar_have_independent_states(grammars: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
     one, other = grammars.start(Grammar("regex", "aa|bc")), grammars.start(Grammar("regex", "aa|bc"))
     a, b, c = ids(tokenizer, "abc")
     assert allowed(one, [a]) == [a]
@@ -117,7 +117,7 @@ def test_a_grammar_that_grows_beyond_its_limits_is_a_fault(grammars: Grammars, t
 
 
 class SlowMatcher:
-    """Takes `seconds` of a clock for each mask, which allows all."""
+    """A matcher that takes `seconds` of a fake clock for each mask, and allows all tokens."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self.now = seconds, 0.0
@@ -135,7 +135,7 @@ class SlowMatcher:
 
 
 @pytest.mark.parametrize(("seconds", "num_masks"), [(0.001, 400), (0.012, 11), (0.2, 1)])
-def test_who_takes_long_for_its_masks_again_and_again_is_ended(
+def test_a_sequence_whose_masks_take_long_again_and_again_is_ended(
     monkeypatch: pytest.MonkeyPatch, seconds: float, num_masks: int
 ) -> None:
     matcher = SlowMatcher(seconds)
@@ -143,13 +143,13 @@ def test_who_takes_long_for_its_masks_again_and_again_is_ended(
     state = GrammarState(cast(LLMatcher, matcher), bitmask([EOS], SIZE))
     for length in range(400):
         state.follow([0] * length)
-        state.follow([0] * length)  # a step that is tried again computes nothing
+        state.follow([0] * length)  # a step that is tried again computes no mask
     assert matcher.num_masks == num_masks
     assert bool(state.fault) == (num_masks < 400)
 
 
-def test_a_schema_s_masks_take_no_time_to_speak_of(grammars: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The share of its time that a usual answer takes."""
+def test_the_masks_of_a_usual_answer_take_little_of_their_time(grammars: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Quick masks leave more time than there was at the start."""
     text = json.dumps({"name": "A" * 200, "tags": ["x", "y"] * 20, "age": 3})
     state = grammars.start(Grammar("json_object"))
     for end in range(len(ids(tokenizer, text)) + 1):

@@ -1,4 +1,4 @@
-"""Grammars are tried in a process of their own: hostile ones end it, and nobody else."""
+"""Trials of grammars in a process of their own: a hostile grammar ends that process and nothing else."""
 
 import json
 
@@ -35,12 +35,12 @@ HOSTILE = {
     ),
     "repeated repetition": ("regex", "((a{1000}){1000}){1000}"),
     "many ways to repeat": ("lark", 'start: "a"{50000}'),
-    "itself": ("json_schema", '{"$ref": "#"}'),
-    "itself by another": (
+    "reference to itself": ("json_schema", '{"$ref": "#"}'),
+    "reference to itself by another": (
         "json_schema",
         '{"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}',
     ),
-    "itself by a choice": ("json_schema", '{"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}'),
+    "reference to itself in a choice": ("json_schema", '{"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}'),
     "a rule that is itself": ("lark", "start: start"),
     "no character": ("regex", r"[^\s\S]"),
     "many choices at once": (
@@ -74,11 +74,11 @@ def test_a_hostile_grammar_is_refused(grammars: Grammars, name: str) -> None:
     with pytest.raises(GrammarError) as caught:
         grammars.check(Grammar(kind, text))
     assert str(caught.value)
-    grammars.check(Grammar("regex", "ab"))  # and the next is taken
+    grammars.check(Grammar("regex", "ab"))  # The next grammar is accepted.
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_what_is_only_large_or_endless_is_taken(grammars: Grammars, name: str) -> None:
+def test_a_grammar_that_is_only_large_or_endless_is_accepted(grammars: Grammars, name: str) -> None:
     kind, text = FINE[name]
     grammars.check(Grammar(kind, text))
     state = grammars.start(Grammar(kind, text))
@@ -87,7 +87,7 @@ def test_what_is_only_large_or_endless_is_taken(grammars: Grammars, name: str) -
 
 
 @pytest.mark.slow
-def test_one_that_takes_too_long_is_said_to(grammars: Grammars) -> None:
+def test_a_grammar_that_takes_too_long_is_refused_with_the_limit(grammars: Grammars) -> None:
     slow = Grammar(*HOSTILE["large remainders"])
     assert not grammars.check_quickly(slow)
     with pytest.raises(GrammarError, match=r"more than 0\.5 s"):
@@ -96,14 +96,14 @@ def test_one_that_takes_too_long_is_said_to(grammars: Grammars) -> None:
 
 
 @pytest.mark.slow
-def test_one_that_ends_with_its_time_is_no_fault_of_the_next(trials: GrammarTrials) -> None:
+def test_a_grammar_that_ran_out_of_time_does_not_harm_the_next(trials: GrammarTrials) -> None:
     assert trials.fault(Grammar(*HOSTILE["large remainders"])) is None
     assert trials.fault(Grammar("regex", "a")) == ""
 
 
 def test_slow_grammars_have_a_process_of_their_own(grammars: Grammars) -> None:
     assert grammars.check_quickly(Grammar("regex", "own"))
-    with grammars._slow._lock:  # as while one is tried
+    with grammars._slow._lock:  # as while a slow grammar is tried
         assert grammars.check_quickly(Grammar("regex", "another"))
 
 
@@ -117,7 +117,7 @@ def test_a_grammar_is_tried_once(grammars: Grammars, monkeypatch: pytest.MonkeyP
     assert [(grammar.kind, grammar.text) for grammar in tried] == [("regex", "once"), ("regex", "twice"), ("lark", "once")]
 
 
-def test_those_that_were_used_last_are_kept(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_recently_used_grammars_are_cached(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars_module, "MAX_COMPILED", 3)
     monkeypatch.setattr(grammars_module, "MAX_COMPILED_CHARACTERS", 20)
     grammars = Grammars(tokenizer.backend_tokenizer, EOS + 1, [EOS])
@@ -145,7 +145,7 @@ def test_a_process_that_has_died_is_started_again(trials: GrammarTrials) -> None
     assert trials.fault(Grammar("regex", "(a")) != ""
 
 
-def test_its_process_ends_with_it(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_process_ends_with_its_trials(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "num_tokens": EOS + 1, "stop_ids": [EOS]}
     trials = GrammarTrials(tokens, TRIAL_SECONDS)
     trials.fault(Grammar("regex", "a"))
@@ -156,7 +156,7 @@ def test_its_process_ends_with_it(tokenizer: PreTrainedTokenizerFast) -> None:
     assert process.poll() is not None
 
 
-def test_kinds_are_known(grammars: Grammars) -> None:
+def test_all_kinds_of_grammars_are_accepted(grammars: Grammars) -> None:
     kinds: list[tuple[GrammarKind, str]] = [("json_object", ""), ("json_schema", "{}"), ("regex", "a"), ("lark", 'start: "a"')]
     for kind, text in kinds:
         grammars.check(Grammar(kind, text))

@@ -1,4 +1,4 @@
-"""Bias, min_tokens and penalties, against a slow reading of their meaning."""
+"""Bias, min_tokens and penalties, against a slow reference."""
 
 import math
 from dataclasses import replace
@@ -69,33 +69,33 @@ sequences_ = st.builds(sequence, samplings, tokens, tokens, st.booleans())
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(sequences_, min_size=1, max_size=6))
-def test_each_row_is_changed_as_the_words_say_and_put_back(sequences: list[Sequence]) -> None:
+def test_each_row_is_changed_like_the_reference_and_put_back(sequences: list[Sequence]) -> None:
     rows = logits(2 * len(sequences))
     before = rows.clone()
-    found = apply(rows, {2 * i: s for i, s in enumerate(sequences)})
+    actual = apply(rows, {2 * i: s for i, s in enumerate(sequences)})
     assert torch.equal(rows, before)
     for i, s in enumerate(sequences):
-        assert found[2 * i].tolist() == pytest.approx(expected_row(before[2 * i].tolist(), s), abs=1e-4)
-        assert torch.equal(found[2 * i + 1], before[2 * i + 1])
+        assert actual[2 * i].tolist() == pytest.approx(expected_row(before[2 * i].tolist(), s), abs=1e-4)
+        assert torch.equal(actual[2 * i + 1], before[2 * i + 1])
 
 
 def test_the_bias_of_a_token_named_twice_is_the_sum() -> None:
     rows = logits(1)
-    found = apply(rows, {0: sequence(SamplingParams(logit_bias=((4, 1.0), (4, 2.5), (5, 3.0), (5, -math.inf))))})
-    assert found[0, 4] - rows[0, 4] == pytest.approx(3.5)
-    assert found[0, 5] == -math.inf
+    actual = apply(rows, {0: sequence(SamplingParams(logit_bias=((4, 1.0), (4, 2.5), (5, 3.0), (5, -math.inf))))})
+    assert actual[0, 4] - rows[0, 4] == pytest.approx(3.5)
+    assert actual[0, 5] == -math.inf
 
 
-def test_the_prompt_counts_for_repetition_alone() -> None:
+def test_the_prompt_counts_only_for_the_repetition_penalty() -> None:
     rows = torch.full((1, SIZE), 4.0)
-    found = apply(rows, {0: sequence(SamplingParams(repetition_penalty=2.0, presence_penalty=1.0), (1,), (2,))})
-    assert found[0, :4].tolist() == [4.0, 2.0, 1.0, 4.0]
+    actual = apply(rows, {0: sequence(SamplingParams(repetition_penalty=2.0, presence_penalty=1.0), (1,), (2,))})
+    assert actual[0, :4].tolist() == [4.0, 2.0, 1.0, 4.0]
 
 
 def test_a_stop_token_is_forbidden_until_there_are_enough_tokens() -> None:
     sampling = SamplingParams(min_tokens=2)
-    found = [apply(logits(1), {0: sequence(sampling, output_ids=(1,) * num)})[0, STOP_IDS].tolist() for num in range(4)]
-    assert [row == [-math.inf, -math.inf] for row in found] == [True, True, False, False]
+    actual = [apply(logits(1), {0: sequence(sampling, output_ids=(1,) * num)})[0, STOP_IDS].tolist() for num in range(4)]
+    assert [row == [-math.inf, -math.inf] for row in actual] == [True, True, False, False]
     ignoring = sequence(sampling, ignore_eos=True)
     assert not LogitsProcessors(ignoring, STOP_IDS).can_change
 
@@ -114,10 +114,10 @@ def test_huge_values_give_neither_nan_nor_infinity(scale: float, repetition: flo
     )
     rows = logits(1)
     rows[0, 8], rows[0, 9], rows[0, 10] = 3e38, -3e38, 0.0
-    found = apply(rows, {0: sequence(sampling, output_ids=(1, 1, 2, 5, 6, 8, 9, 10, 7))})
-    assert not found.isnan().any()
-    assert (found < math.inf).all()
-    assert found[0, [2, 3, 7]].tolist() == [-math.inf] * 3
+    actual = apply(rows, {0: sequence(sampling, output_ids=(1, 1, 2, 5, 6, 8, 9, 10, 7))})
+    assert not actual.isnan().any()
+    assert (actual < math.inf).all()
+    assert actual[0, [2, 3, 7]].tolist() == [-math.inf] * 3
 
 
 def test_the_logits_are_put_back_after_an_error_too() -> None:
@@ -130,7 +130,7 @@ def test_the_logits_are_put_back_after_an_error_too() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    """A meta tensor has no numbers: to look at one is an error."""
+    """A meta tensor has no values, so reading one is an error."""
     edits = LogitsProcessors(
         sequence(SamplingParams(logit_bias=((1, 9.0),), repetition_penalty=2.0, min_tokens=1), (1, 2)), STOP_IDS
     )
@@ -139,7 +139,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 @given(st.lists(st.integers(0, 200), max_size=300), st.lists(st.integers(0, 200), max_size=300), st.integers(1, 40))
-def test_tokens_counted_as_they_come_are_counted_as_at_once(prompt: list[int], output: list[int], step: int) -> None:
+def test_counting_tokens_in_steps_equals_counting_them_at_once(prompt: list[int], output: list[int], step: int) -> None:
     counts = TokenCounts(prompt)
     for end in range(0, len(output) + step, step):
         counts.update(output[:end])
@@ -148,7 +148,7 @@ def test_tokens_counted_as_they_come_are_counted_as_at_once(prompt: list[int], o
     }
 
 
-def test_what_was_counted_is_not_looked_at_again() -> None:
+def test_tokens_that_were_counted_are_not_counted_again() -> None:
     counts = TokenCounts(())
     counts.update([1, 2])
     counts.update([9, 9, 2])

@@ -1,4 +1,4 @@
-"""The tokens that are picked over a mixed batch, and their log-probabilities."""
+"""The sampler over a mixed batch, and log-probabilities."""
 
 import gc
 import math
@@ -42,7 +42,7 @@ def logits(num_rows: int, size: int = SIZE, seed: int = 0) -> torch.Tensor:
 
 
 def pick(sampler: Sampler, rows: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], list[bool]]:
-    """Returns the tokens, and which rows are sound."""
+    """Return the tokens, and whether each row is sound."""
     tokens, is_sound = sampler.sample(rows, sequences).tolist()
     return tokens, [sound == 1 for sound in is_sound]
 
@@ -54,7 +54,7 @@ def sample(rows: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 
 
 def expected_token(row: list[float], s: Sequence) -> int:
-    """Every step by itself, in Python's numbers."""
+    """Return the token of a slow reference: one operation after the other, in Python's floats."""
     ask, outputs = s.request.sampling, s.output_ids
     for token, value in ask.logit_bias:
         row[token] += value
@@ -104,7 +104,7 @@ batches = st.lists(sequences_, min_size=1, max_size=8)
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(batches, st.integers(0, 1000))
-def test_every_row_of_a_mixed_batch_gets_what_the_words_say(sequences: list[Sequence], seed: int) -> None:
+def test_every_row_of_a_mixed_batch_gets_the_token_of_the_reference(sequences: list[Sequence], seed: int) -> None:
     rows = logits(len(sequences), seed=seed)
     before = rows.clone()
     expected = [expected_token(row.tolist(), s) for row, s in zip(rows.double(), sequences, strict=True)]
@@ -115,7 +115,7 @@ def test_every_row_of_a_mixed_batch_gets_what_the_words_say(sequences: list[Sequ
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(batches, st.integers(0, 1000), st.randoms(use_true_random=False))
-def test_who_shares_the_batch_changes_nothing(sequences: list[Sequence], seed: int, random: object) -> None:
+def test_a_token_does_not_depend_on_the_other_rows_of_the_batch(sequences: list[Sequence], seed: int, random: object) -> None:
     rows = logits(len(sequences), seed=seed)
     together = sample(rows, sequences)
     assert together == [sample(rows[i : i + 1], [s])[0] for i, s in enumerate(sequences)]
@@ -124,8 +124,8 @@ def test_who_shares_the_batch_changes_nothing(sequences: list[Sequence], seed: i
     assert sample(rows[order], [sequences[i] for i in order]) == [together[i] for i in order]
 
 
-def test_steps_of_one_sampler_pick_as_a_new_one_does() -> None:
-    """Its memory of the sequences must not matter: rows come, go, wait a while and change places."""
+def test_a_used_sampler_picks_the_same_tokens_as_a_new_one() -> None:
+    """The sampler's state of the sequences must not matter: rows come, go, wait a while and change places."""
     ask = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, min_tokens=20)
     kinds = [
         SamplingParams(),
@@ -145,7 +145,7 @@ def test_steps_of_one_sampler_pick_as_a_new_one_does() -> None:
             s.output_ids.append(token)
 
 
-def test_what_is_kept_of_a_sequence_ends_with_it() -> None:
+def test_the_state_of_a_sequence_is_freed_with_the_sequence() -> None:
     sampler = Sampler(STOP_IDS)
     gone = [sequence(SamplingParams(temperature=1.0, repetition_penalty=1.1)) for _ in range(5)]
     watched = [weakref.ref(s) for s in gone]
@@ -173,26 +173,26 @@ def test_a_temperature_near_0_takes_the_likeliest_too(temperature: float, scale:
     assert sample(rows, [heated(temperature, seed=i) for i in range(6)]) == rows.argmax(-1).tolist()
 
 
-def test_an_endless_temperature_draws_from_all_that_is_allowed() -> None:
+def test_a_huge_temperature_draws_from_all_allowed_tokens() -> None:
     forbidden = tuple((token, -math.inf) for token in range(10))
     asks = [SamplingParams(temperature=1e300, logit_bias=forbidden, seed=seed) for seed in range(200)]
     drawn = set(sample(logits(1, 20).expand(200, -1).contiguous(), [sequence(ask) for ask in asks]))
     assert drawn == set(range(10, 20))
 
 
-def test_another_seed_choice_and_place_draw_anew() -> None:
+def test_another_seed_choice_or_position_draws_anew() -> None:
     asks = [(seed, place, choice) for seed in (0, 1, 2**63 - 1) for place in range(10) for choice in (0, 1)]
     drawn = sample(torch.zeros(60, 10_000), [heated(1.0, *ask) for ask in asks])
     assert len(set(drawn)) > 55
 
 
 def test_draws_are_those_of_the_earlier_versions() -> None:
-    """Golden values, of choice 0."""
+    """Golden values, for choice 0."""
     rows = (torch.arange(6000) * 37 % 1009 / 150).view(6, 1000)
     assert sample(rows, [heated(1.5, seed=i, num_outputs=i) for i in range(6)]) == [22, 902, 913, 925, 222, 126]
 
 
-def test_a_bias_leaves_what_it_does_not_forbid() -> None:
+def test_the_only_token_that_a_bias_does_not_forbid_is_picked() -> None:
     all_but_one = tuple((token, -math.inf) for token in range(SIZE) if token != 31)
     for ask in (
         SamplingParams(),
@@ -211,7 +211,7 @@ def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(ask: SamplingPa
     asks = [replace(ask, seed=i, logit_bias=((9, -math.inf),)) for i in range(5)]
     rows = logits(5)
     expected = sample(rows, [sequence(ask) for ask in asks])
-    rows[2, 9] = bad  # What a bias forbids is looked at, too.
+    rows[2, 9] = bad  # Logits that a bias forbids are checked, too.
     tokens, is_sound = pick(Sampler(STOP_IDS), rows, [sequence(ask) for ask in asks])
     assert is_sound == are_valid(rows).tolist() == [True, True, False, True, True]
     assert 0 <= tokens[2] < SIZE
@@ -233,7 +233,7 @@ def test_a_request_that_forbids_every_token_is_reported(temperature: float) -> N
 
 
 def test_nothing_waits_for_the_device_before_the_tokens_are_fetched() -> None:
-    """A meta tensor has no numbers: to look at one is an error."""
+    """A meta tensor has no values, so reading one is an error."""
     asks = [
         SamplingParams(),
         SamplingParams(temperature=1.0),
@@ -243,7 +243,7 @@ def test_nothing_waits_for_the_device_before_the_tokens_are_fetched() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_picks_what_a_cpu_does() -> None:
+def test_a_gpu_picks_the_same_tokens_as_a_cpu() -> None:
     asks = [
         SamplingParams(),
         SamplingParams(temperature=1.0),
@@ -254,19 +254,19 @@ def test_a_gpu_picks_what_a_cpu_does() -> None:
     assert sample(rows.cuda(), [sequence(ask) for ask in asks]) == sample(rows, [sequence(ask) for ask in asks])
 
 
-def test_log_probabilities_are_torchs() -> None:
+def test_log_probabilities_equal_those_of_torch() -> None:
     rows = logits(5)
     tokens = [4, 0, 49, 17, 17]
     expected = torch.log_softmax(rows, -1)
-    found = to_logprobs(gather_logprobs(rows, torch.tensor(tokens), 3).tolist())
-    for row, (token, (value, top)) in enumerate(zip(tokens, found, strict=True)):
+    scores = to_logprobs(gather_logprobs(rows, torch.tensor(tokens), 3).tolist())
+    for row, (token, (value, top)) in enumerate(zip(tokens, scores, strict=True)):
         assert value == pytest.approx(expected[row, token].item(), abs=1e-6)
         best = expected[row].topk(3)
         assert list(top) == best.indices.tolist()
         assert list(top.values()) == pytest.approx(best.values.tolist(), abs=1e-6)
 
 
-def test_no_alternatives_where_none_are_asked_for() -> None:
+def test_no_alternatives_are_given_where_none_are_asked_for() -> None:
     assert [top for _, top in to_logprobs(gather_logprobs(logits(2), torch.tensor([1, 2]), 0).tolist())] == [{}, {}]
     assert to_logprobs([]) == []
 
@@ -277,9 +277,9 @@ def test_scores_do_not_wait_for_the_device() -> None:
     assert are_valid(torch.empty(3, 300, device="meta")).shape == (3,)
 
 
-def test_what_is_read_back_together_is_what_was_in_each() -> None:
+def test_tensors_that_are_read_back_together_keep_their_values() -> None:
     parts = [torch.tensor([[2**53 - 1, 7], [0, 1]]), torch.zeros(2, 0), torch.tensor([[0.1, -torch.inf, 3.0]]), torch.zeros(0, 4)]
     assert read_back(parts) == [[[2**53 - 1, 7], [0, 1]], [[], []], [[torch.tensor(0.1).item(), -math.inf, 3.0]], []]
-    assert read_back([torch.empty(2, 0, device="meta")]) == [[[], []]], "where there is nothing, nobody waits"
+    assert read_back([torch.empty(2, 0, device="meta")]) == [[[], []]], "an empty tensor is not read from its device"
     with pytest.raises(NotImplementedError):
         read_back([torch.empty(2, 1, device="meta")])

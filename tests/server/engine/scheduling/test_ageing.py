@@ -1,4 +1,4 @@
-"""A lower priority waits for a bounded time, and a sequence that has waited for so long is not displaced again and again."""
+"""Ageing: a lower priority waits for a bounded time, and an overdue sequence is not preempted again and again."""
 
 import threading
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def step_at(it: Scheduler, now: float) -> None:
 
 
 class Stream:
-    """Urgent requests without end: as many as `num_waiting` wait at any time."""
+    """An endless stream of urgent requests, of which `num_waiting` wait at any time."""
 
     def __init__(self, it: Scheduler, num_waiting: int = 3, tenant: str = "", max_tokens: int = 4, priority: int = 0) -> None:
         self._it, self._num_waiting, self._tenant, self._max_tokens = it, num_waiting, tenant, max_tokens
@@ -36,12 +36,12 @@ class Stream:
 
     def fill(self) -> None:
         while sum(sequence in self._it.waiting for sequence in self.sent) < self._num_waiting:
-            of = request(4, self._max_tokens, text=1, priority=self._priority, tenant=self._tenant)
-            self.sent.append(added(self._it, of))
+            urgent_request = request(4, self._max_tokens, text=1, priority=self._priority, tenant=self._tenant)
+            self.sent.append(added(self._it, urgent_request))
 
 
 def steps_until(it: Scheduler, is_so: Callable[[], bool], stream: Stream, start_s: float, max_steps: int = 200) -> int:
-    """Steps, a second each, while the stream goes on; returns how many steps it took."""
+    """Run steps, a second each, beside the stream until `is_so`. Return the number of steps."""
     for step in range(max_steps):
         if is_so():
             return step
@@ -75,7 +75,7 @@ def test_without_a_limit_a_lower_priority_waits_as_long_as_there_is_a_higher_one
     assert steps_until(it, lambda: is_served(low), stream, 0.0) == 200
 
 
-def test_the_wait_is_of_the_sequence_and_not_of_its_flow() -> None:
+def test_each_sequence_of_a_flow_has_a_wait_of_its_own() -> None:
     it = ageing_scheduler(max_sequences=1)
     stream = Stream(it)
     stream.fill()
@@ -90,7 +90,7 @@ def test_the_wait_is_of_the_sequence_and_not_of_its_flow() -> None:
 
 
 def test_a_backlog_that_was_raised_delays_a_higher_priority_by_no_more_than_its_share() -> None:
-    """In one queue with it, a thousand that had waited would have been before every urgent one that came later."""
+    """In a queue shared with the urgent requests, the whole raised backlog would go before every later urgent request."""
     it = ageing_scheduler(max_sequences=1)
     blocker = added(it, request(4, 3))
     step_at(it, 0.0)
@@ -107,8 +107,8 @@ def test_a_backlog_that_was_raised_delays_a_higher_priority_by_no_more_than_its_
     assert len(order) <= 1 + 2 * len(urgent) + 1
 
 
-def test_an_overdue_sequence_is_not_displaced_by_those_it_waited_for() -> None:
-    """Growing sequences take the blocks of the lowest priority: it would have joined and gone, again and again."""
+def test_an_overdue_sequence_is_not_preempted_again_and_again_by_the_requests_it_waited_for() -> None:
+    """Growing sequences take the blocks of the lowest priority, so the overdue one would join and be preempted repeatedly."""
     it = ageing_scheduler(num_blocks=9, max_sequences=3)
     stream = Stream(it, max_tokens=12)
     stream.fill()
@@ -118,7 +118,7 @@ def test_an_overdue_sequence_is_not_displaced_by_those_it_waited_for() -> None:
     num_urgent = len(stream.sent)
     assert steps_until(it, lambda: is_served(low), stream, 100.0) < 120
     assert low.num_preemptions <= 2
-    assert len(stream.sent) > num_urgent, "the others went on"
+    assert len(stream.sent) > num_urgent, "the urgent requests went on"
 
 
 def test_an_overdue_sequence_that_was_preempted_is_overdue_at_once() -> None:
@@ -139,7 +139,7 @@ def test_an_overdue_sequence_that_was_preempted_is_overdue_at_once() -> None:
     assert is_served(urgent)
 
 
-def test_an_overdue_sequence_goes_on_to_the_highest_priority_that_comes() -> None:
+def test_an_overdue_sequence_is_raised_to_the_highest_priority_that_arrives() -> None:
     it = ageing_scheduler(max_sequences=1)
     zero = Stream(it)
     zero.fill()
@@ -150,7 +150,7 @@ def test_an_overdue_sequence_goes_on_to_the_highest_priority_that_comes() -> Non
     assert steps_until(it, lambda: is_served(low), more_urgent, WAIT_S) < 30
 
 
-def test_among_equals_nothing_changes() -> None:
+def test_ageing_changes_nothing_among_equal_priorities() -> None:
     plain, ageing = (ageing_scheduler(max_sequences=2, wait_s=wait_s) for wait_s in (float("inf"), 0.0))
     orders: list[list[int]] = []
     for it in (plain, ageing):
@@ -164,7 +164,7 @@ def test_among_equals_nothing_changes() -> None:
     assert len(orders[0]) == 20
 
 
-def test_a_tenant_that_was_raised_is_owed_a_place_and_takes_none_of_a_tenant_with_one() -> None:
+def test_a_raised_tenant_preempts_for_its_first_place_but_not_for_a_second() -> None:
     it = ageing_scheduler(max_sequences=2)
     first, second = (added(it, request(4, 30, tenant="urgent")) for _ in range(2))
     step_at(it, 0.0)

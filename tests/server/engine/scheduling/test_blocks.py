@@ -1,4 +1,4 @@
-"""Blocks are conserved, whoever owns them, and are found again until they are given away."""
+"""Block pool: blocks are conserved, whoever owns them, and cached blocks are found until they are reallocated."""
 
 import random
 
@@ -14,11 +14,11 @@ def published(pool: BlockPool, *keys: bytes) -> list[int]:
     return blocks
 
 
-def found(pool: BlockPool, *keys: bytes) -> list[int | None]:
+def find_all(pool: BlockPool, *keys: bytes) -> list[int | None]:
     return [pool.find(key) for key in keys]
 
 
-def test_it_gives_exactly_what_it_has() -> None:
+def test_a_pool_allocates_exactly_the_blocks_that_it_has() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(2)
     with pytest.raises(AssertionError):
@@ -28,7 +28,7 @@ def test_it_gives_exactly_what_it_has() -> None:
     assert sorted(pool.allocate(3)) == [0, 1, 2]
 
 
-def test_releasing_the_same_list_again_gives_nothing_twice() -> None:
+def test_releasing_the_same_list_again_frees_nothing_twice() -> None:
     pool = BlockPool(4)
     blocks = pool.allocate(2)
     pool.release(blocks)
@@ -37,7 +37,7 @@ def test_releasing_the_same_list_again_gives_nothing_twice() -> None:
     pool.check_integrity([])
 
 
-def test_releasing_more_often_than_it_is_owned_is_our_own_fault() -> None:
+def test_releasing_a_block_without_an_owner_is_an_assertion_error() -> None:
     pool = BlockPool(4)
     (block,) = pool.allocate(1)
     pool.release([block])
@@ -69,7 +69,7 @@ def test_a_published_block_is_found_after_its_owner_has_left() -> None:
     pool.check_integrity([[block]])
 
 
-def test_of_two_blocks_of_one_key_the_first_is_found_and_the_other_just_freed() -> None:
+def test_of_two_blocks_of_one_key_the_first_is_found_and_the_other_is_only_freed() -> None:
     pool = BlockPool(2)
     first, second = published(pool, b"a", b"a")
     assert pool.find(b"a") == first
@@ -80,19 +80,19 @@ def test_of_two_blocks_of_one_key_the_first_is_found_and_the_other_just_freed() 
     pool.check_integrity([])
 
 
-def test_what_was_released_longest_ago_is_given_away_first_and_never_before_what_is_free() -> None:
+def test_free_blocks_are_allocated_first_and_then_the_least_recently_released() -> None:
     pool = BlockPool(4)
     early, late = published(pool, b"a"), published(pool, b"b")
     pool.release(early)
     pool.release(late)
-    kept = pool.allocate(2)
-    assert None not in found(pool, b"a", b"b"), "two were free"
-    kept += pool.allocate(1)
-    assert [block is None for block in found(pool, b"a", b"b")] == [True, False]
-    pool.check_integrity([kept])
+    owned = pool.allocate(2)
+    assert None not in find_all(pool, b"a", b"b"), "two blocks were free"
+    owned += pool.allocate(1)
+    assert [block is None for block in find_all(pool, b"a", b"b")] == [True, False]
+    pool.check_integrity([owned])
 
 
-def test_using_a_block_again_keeps_it_longer() -> None:
+def test_a_block_that_is_used_again_stays_cached_longer() -> None:
     pool = BlockPool(2)
     (early,), (late,) = published(pool, b"a"), published(pool, b"b")
     pool.release([early])
@@ -100,19 +100,19 @@ def test_using_a_block_again_keeps_it_longer() -> None:
     pool.acquire([early])
     pool.release([early])
     pool.allocate(1)
-    assert [block is None for block in found(pool, b"a", b"b")] == [False, True]
+    assert [block is None for block in find_all(pool, b"a", b"b")] == [False, True]
 
 
-def test_the_end_of_a_chain_is_given_away_before_its_beginning() -> None:
+def test_the_end_of_a_chain_is_reallocated_before_its_beginning() -> None:
     pool = BlockPool(3)
     pool.release(published(pool, b"a", b"b", b"c"))
     for lost in (1, 2, 3):
         pool.allocate(1)
-        assert [block is None for block in found(pool, b"a", b"b", b"c")] == [False] * (3 - lost) + [True] * lost
+        assert [block is None for block in find_all(pool, b"a", b"b", b"c")] == [False] * (3 - lost) + [True] * lost
 
 
 @pytest.mark.parametrize("fault", ["lost", "stolen", "doubled"])
-def test_integrity_notices(fault: str) -> None:
+def test_the_integrity_check_notices_wrong_owners(fault: str) -> None:
     pool = BlockPool(4)
     blocks = published(pool, b"a", b"b")
     pool.check_integrity([blocks])
@@ -122,7 +122,7 @@ def test_integrity_notices(fault: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_block_is_lost_and_none_is_given_to_two(seed: int) -> None:
+def test_no_block_is_lost_and_none_is_allocated_to_two_owners(seed: int) -> None:
     rng = random.Random(seed)
     pool = BlockPool(rng.randint(1, 40))
     owners: list[list[int]] = []
@@ -130,7 +130,7 @@ def test_no_block_is_lost_and_none_is_given_to_two(seed: int) -> None:
         if (kind := rng.random()) < 0.4 and (count := rng.randint(0, 3)) <= pool.num_available:
             before = {block for blocks in owners for block in blocks}
             owners.append(pool.allocate(count))
-            assert not before & set(owners[-1]), "what is new belongs to nobody else"
+            assert not before & set(owners[-1]), "an allocated block has no other owner"
             for block in owners[-1]:
                 if rng.random() < 0.7:
                     pool.publish(block, bytes([rng.randrange(30)]))

@@ -1,4 +1,4 @@
-"""Whose turn it is: by priority, then by tokens served to tenants and to their flows, then by arrival."""
+"""Fair queue: order by priority, then by the tokens served to tenants and to their flows, then by arrival."""
 
 import random
 
@@ -15,17 +15,17 @@ def added(to: FairQueue, adapter: str = "", tenant: str = "", priority: int = 0)
     return sequence
 
 
-def taken(of: FairQueue, num_tokens: int = 0) -> Sequence:
-    """Lets the first run and serves it."""
-    sequence = of.first()
+def taken(queue: FairQueue, num_tokens: int = 0) -> Sequence:
+    """Start the first sequence, and charge it."""
+    sequence = queue.first()
     assert sequence is not None
-    of.start(sequence)
-    of.charge(sequence, num_tokens)
+    queue.start(sequence)
+    queue.charge(sequence, num_tokens)
     return sequence
 
 
-def tenants(of: FairQueue, count: int, num_tokens: int) -> list[str]:
-    return [taken(of, num_tokens).request.tenant for _ in range(count)]
+def tenants(queue: FairQueue, count: int, num_tokens: int) -> list[str]:
+    return [taken(queue, num_tokens).request.tenant for _ in range(count)]
 
 
 def adapter(sequence: Sequence) -> str:
@@ -39,7 +39,7 @@ def test_within_a_flow_the_first_to_come_is_first() -> None:
     assert queue.first() is None
 
 
-def test_a_lower_priority_is_first_however_much_it_was_served() -> None:
+def test_a_lower_priority_number_goes_first_however_many_tokens_it_was_served() -> None:
     queue = FairQueue()
     late, early, middle = added(queue, priority=5), added(queue, priority=-1), added(queue, priority=0)
     assert [taken(queue, 100) for _ in range(3)] == [early, middle, late]
@@ -100,7 +100,7 @@ def test_idleness_earns_no_credit() -> None:
     assert tenants(queue, 20, 100).count("busy") == 10
 
 
-def test_who_only_runs_earns_no_credit_against_those_that_wait() -> None:
+def test_a_tenant_that_only_runs_earns_no_credit_against_waiting_tenants() -> None:
     queue = FairQueue()
     added(queue, tenant="slow")
     for _ in range(100):
@@ -111,7 +111,7 @@ def test_who_only_runs_earns_no_credit_against_those_that_wait() -> None:
     assert tenants(queue, 20, 100).count("busy") >= 9
 
 
-def test_who_comes_while_nobody_waits_has_no_credit_over_those_that_run() -> None:
+def test_a_tenant_that_arrives_while_none_waits_has_no_credit_over_running_tenants() -> None:
     queue = FairQueue()
     for _ in range(10):
         added(queue, tenant="busy")
@@ -122,7 +122,7 @@ def test_who_comes_while_nobody_waits_has_no_credit_over_those_that_run() -> Non
     assert tenants(queue, 20, 100).count("busy") == 10
 
 
-def test_a_debt_is_not_shaken_off_by_being_idle() -> None:
+def test_the_counter_of_a_tenant_is_remembered_while_it_is_idle() -> None:
     queue = FairQueue()
     for _ in range(30):
         added(queue, tenant="steady")
@@ -135,7 +135,7 @@ def test_a_debt_is_not_shaken_off_by_being_idle() -> None:
     assert tenants(queue, 19, 10) == ["steady"] * 19
 
 
-def test_what_is_idle_is_forgotten() -> None:
+def test_idle_tenants_and_flows_are_forgotten() -> None:
     queue = FairQueue()
     for number in range(1000):
         added(queue, tenant=f"t{number}", adapter=f"a{number}", priority=number % 3)
@@ -144,23 +144,23 @@ def test_what_is_idle_is_forgotten() -> None:
     assert not queue._placements
 
 
-def test_debts_and_what_has_ceased_to_wait_take_bounded_memory() -> None:
-    contest: VirtualTokenQueue[Flow] = VirtualTokenQueue()
-    steady = contest.get_or_add("steady", Flow)
-    contest.add_waiting(steady)
+def test_remembered_counters_and_stale_heap_entries_take_bounded_memory() -> None:
+    flows: VirtualTokenQueue[Flow] = VirtualTokenQueue()
+    steady = flows.get_or_add("steady", Flow)
+    flows.add_waiting(steady)
     for number in range(3000):
-        share = contest.get_or_add(number % 1500, Flow)
-        share.charge(1000)
-        contest.add_waiting(share)
-        contest.remove_waiting(share)
-        contest.drop_idle(number % 1500)
-    assert len(contest._remembered_counters) <= MAX_REMEMBERED
-    assert len(contest._heap) <= 32
-    assert list(contest.active) == ["steady"]
-    assert contest.first() is steady
+        flow = flows.get_or_add(number % 1500, Flow)
+        flow.charge(1000)
+        flows.add_waiting(flow)
+        flows.remove_waiting(flow)
+        flows.drop_idle(number % 1500)
+    assert len(flows._remembered_counters) <= MAX_REMEMBERED
+    assert len(flows._heap) <= 32
+    assert list(flows.active) == ["steady"]
+    assert flows.first() is steady
 
 
-def test_who_is_put_back_is_before_all_others_of_its_flow() -> None:
+def test_a_requeued_sequence_goes_before_all_others_of_its_flow() -> None:
     queue = FairQueue()
     sequences = [added(queue) for _ in range(4)]
     first, second = taken(queue), taken(queue)
@@ -169,7 +169,7 @@ def test_who_is_put_back_is_before_all_others_of_its_flow() -> None:
     assert [taken(queue) for _ in range(4)] == sequences
 
 
-def test_a_flow_that_is_passed_over_holds_up_no_other() -> None:
+def test_a_skipped_flow_delays_no_other() -> None:
     queue = FairQueue()
     cold = [added(queue, adapter="cold") for _ in range(2)]
     warm = added(queue, adapter="warm")
@@ -185,7 +185,7 @@ def test_a_flow_that_is_passed_over_holds_up_no_other() -> None:
     queue.check_integrity(set(), {*cold, warm, other, low})
 
 
-def test_tokens_are_told_of_active_flows() -> None:
+def test_charged_tokens_are_reported_for_active_flows() -> None:
     queue = FairQueue()
     one, two = added(queue, tenant="t", adapter="a"), added(queue, tenant="t", adapter="b")
     taken(queue, 5)
@@ -198,7 +198,7 @@ def test_tokens_are_told_of_active_flows() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_order_is_that_of_the_counters(seed: int) -> None:
-    """Beside a queue that looks at all shares each time, through arrivals, ends, returns and flows that are passed over."""
+    """Compare with a search over all counters, through arrivals, ends, requeued sequences and skipped flows."""
     rng = random.Random(seed)
     queue = FairQueue()
     waiting: set[Sequence] = set()
@@ -208,14 +208,14 @@ def test_the_order_is_that_of_the_counters(seed: int) -> None:
         if kind < 0.4:
             waiting.add(added(queue, rng.choice("abc"), rng.choice("tu"), rng.randint(0, 1)))
         elif kind < 0.7 and waiting:
-            passed = []
+            skipped = []
             for _ in range(rng.randint(0, 2)):
                 if (sequence := queue.first()) is not None:
                     queue.skip(sequence)
-                    passed.append(queue._placements[sequence].flow)
+                    skipped.append(queue._placements[sequence].flow)
             if (sequence := queue.first()) is not None:
-                open_places = [p for s in waiting if (p := queue._placements[s]).flow not in passed]
-                least = min(s.request.priority for s in waiting if queue._placements[s].flow not in passed)
+                open_places = [p for s in waiting if (p := queue._placements[s]).flow not in skipped]
+                least = min(s.request.priority for s in waiting if queue._placements[s].flow not in skipped)
                 level = queue._levels[least]
                 open_places = [p for p in open_places if p.level is level]
                 tenant = queue._placements[sequence].tenant

@@ -1,4 +1,4 @@
-"""What a sequence finds computed, and what it never finds."""
+"""KV cache: the blocks that a sequence finds computed, and those that it never finds."""
 
 from dataclasses import replace
 
@@ -9,16 +9,16 @@ from server.engine.scheduling.kv_cache import KvCache, block_key
 from tests.server.plans import request
 
 
-def computed(cache: KvCache, of: Request, num_tokens: int | None = None) -> Sequence:
-    """Returns a sequence in `cache` whose prompt, or `num_tokens` of it, is computed."""
-    sequence = Sequence(of)
+def computed(cache: KvCache, request: Request, num_tokens: int | None = None) -> Sequence:
+    """Return a sequence in `cache` whose prompt, or `num_tokens` of it, is computed."""
+    sequence = Sequence(request)
     cache.allocate(sequence, cache.find_prefix(sequence))
-    cache.publish(sequence, sequence.num_computed, len(of.prompt_ids) if num_tokens is None else num_tokens)
+    cache.publish(sequence, sequence.num_computed, len(request.prompt_ids) if num_tokens is None else num_tokens)
     return sequence
 
 
-def num_found(cache: KvCache, of: Request) -> int:
-    return len(cache.find_prefix(Sequence(of)))
+def num_found(cache: KvCache, request: Request) -> int:
+    return len(cache.find_prefix(Sequence(request)))
 
 
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(1, 1), (15, 1), (16, 1), (17, 2), (160, 10), (161, 11)])
@@ -44,15 +44,15 @@ def test_the_longest_run_of_full_blocks_is_found_but_never_the_last_token(num_pr
     cache = KvCache(64, 4, "base")
     first = computed(cache, request(15))
     other = Sequence(request(num_prompt))
-    found = cache.find_prefix(other)
-    assert found == first.blocks[:num_blocks]
-    cache.allocate(other, found)
+    prefix = cache.find_prefix(other)
+    assert prefix == first.blocks[:num_blocks]
+    cache.allocate(other, prefix)
     assert other.num_computed == other.num_cached == 4 * num_blocks
     cache.check_integrity([first, other])
     assert set(first.blocks) & set(other.blocks) == set(first.blocks[:num_blocks])
 
 
-def test_only_what_is_computed_is_found() -> None:
+def test_only_computed_blocks_are_found() -> None:
     cache = KvCache(64, 4, "base")
     computed(cache, request(15), num_tokens=7)
     assert num_found(cache, request(15)) == 1
@@ -64,7 +64,7 @@ def test_blocks_are_found_by_output_tokens_too() -> None:
     sequence.output_ids = [6, 7, 8]
     for start in (6, 7):
         cache.publish(sequence, start, start + 1)
-    assert num_found(cache, request(9)) == 2, "the prompt of another goes on as this output did"
+    assert num_found(cache, request(9)) == 2, "the other prompt continues with the tokens of this output"
 
 
 @pytest.mark.parametrize(
@@ -108,19 +108,19 @@ def test_a_key_stands_for_all_tokens_before_it() -> None:
     assert len(set(sequence.block_keys)) == 3
 
 
-def test_whose_prompt_is_scored_finds_nothing_but_is_found() -> None:
+def test_a_sequence_whose_prompt_is_scored_finds_no_blocks_but_its_own_are_found() -> None:
     cache = KvCache(64, 4, "base")
     computed(cache, request(20))
     scored = computed(cache, request(20, text=1, is_scored=True))
     assert num_found(cache, request(20, is_scored=True)) == 0
     assert num_found(cache, request(20, text=1)) == 4
-    assert len(cache.find_prefix(Sequence(request(20, text=1, is_scored=True), choice=1))) == 4, "one choice has the scores"
+    assert len(cache.find_prefix(Sequence(request(20, text=1, is_scored=True), choice=1))) == 4, "only the first choice is scored"
     cache.free(scored)
     scored.output_ids.append(7)
     assert len(cache.find_prefix(scored)) == 5, "its prompt is scored already"
 
 
-def test_of_two_that_computed_the_same_the_first_is_found() -> None:
+def test_of_two_sequences_with_equal_tokens_the_blocks_of_the_first_are_found() -> None:
     cache = KvCache(64, 4, "base")
     first, second = Sequence(request(9)), Sequence(request(9))
     for sequence in (first, second):
@@ -133,7 +133,7 @@ def test_of_two_that_computed_the_same_the_first_is_found() -> None:
     cache.check_integrity([first])
 
 
-def test_room_counts_what_is_shared_once_and_what_is_cached_as_taken() -> None:
+def test_room_counts_shared_blocks_once_and_cached_blocks_as_taken() -> None:
     cache = KvCache(6, 4, "base")
     first = computed(cache, request(13))  # 4 blocks, 3 of them full
     other = Sequence(request(17))  # 5 blocks, 3 of them shared
@@ -141,7 +141,7 @@ def test_room_counts_what_is_shared_once_and_what_is_cached_as_taken() -> None:
     assert not cache.has_room(other, cache.find_prefix(other), headroom=1)
     assert not cache.has_room(other, [], headroom=0)
     cache.free(first)
-    assert cache.has_room(other, cache.find_prefix(other), headroom=1), "3 cached that it takes, 2 new ones, one left"
+    assert cache.has_room(other, cache.find_prefix(other), headroom=1), "it takes 3 cached blocks and 2 new ones, so one is left"
     assert not cache.has_room(other, cache.find_prefix(other), headroom=2)
 
 
@@ -157,7 +157,7 @@ def test_a_sequence_grows_while_there_are_blocks() -> None:
     assert not cache.grow(sequence)
 
 
-def test_tokens_asked_for_and_found_are_counted_once_a_sequence() -> None:
+def test_prefix_query_and_hit_tokens_are_counted_once_per_sequence() -> None:
     cache = KvCache(64, 4, "base")
     computed(cache, request(10))
     assert (cache.num_prefix_query_tokens, cache.num_prefix_hit_tokens) == (10, 0)
@@ -179,7 +179,7 @@ def test_integrity_notices_a_lost_block() -> None:
         cache.check_integrity([sequence])
 
 
-def test_a_tenant_finds_nothing_that_another_one_asked() -> None:
+def test_a_tenant_finds_no_blocks_of_another_tenant() -> None:
     cache = KvCache(64, 4, "base")
     computed(cache, replace(request(15), tenant="acme"))
     assert num_found(cache, replace(request(15), tenant="acme")) == 3

@@ -1,11 +1,11 @@
-"""When the KV memory runs out, the last that joined gives up its blocks, and all end none the less."""
+"""Preemption: when KV memory runs out, the sequence that joined last gives up its blocks, and all sequences still end."""
 
 import pytest
 
 from tests.server.plans import FakeGate, added, added_choices, request, run, run_step, scheduler
 
 
-def test_the_last_that_joined_is_computed_again_later_and_keeps_its_output() -> None:
+def test_the_sequence_that_joined_last_is_recomputed_later_and_keeps_its_output() -> None:
     gate = FakeGate()
     it = scheduler(num_blocks=6, max_tokens=64, gate=gate)
     first = added(it, request(8, 12))
@@ -25,7 +25,7 @@ def test_the_last_that_joined_is_computed_again_later_and_keeps_its_output() -> 
     assert not gate.held
 
 
-def test_a_step_holds_no_chunk_of_who_was_preempted_in_it() -> None:
+def test_a_step_has_no_chunk_of_a_sequence_that_it_preempted() -> None:
     it = scheduler(num_blocks=6, max_tokens=64)
     first, second = added(it, request(8, 12)), added(it, request(8, 12, text=1))
     run_step(it)
@@ -37,7 +37,7 @@ def test_a_step_holds_no_chunk_of_who_was_preempted_in_it() -> None:
     assert list(it.waiting) == [second]
 
 
-def test_what_was_computed_is_found_again_if_nobody_took_it() -> None:
+def test_blocks_of_a_preempted_sequence_are_found_again_if_no_other_took_them() -> None:
     it = scheduler(num_blocks=8, max_tokens=64)
     first, second = added(it, request(12, 8)), added(it, request(12, 8, text=1))
     run_step(it)
@@ -49,7 +49,7 @@ def test_what_was_computed_is_found_again_if_nobody_took_it() -> None:
     assert chunk.start >= 12
 
 
-def test_the_lowest_priority_goes_first_whenever_it_joined() -> None:
+def test_the_lowest_priority_is_preempted_first_whenever_it_joined() -> None:
     it = scheduler(num_blocks=8, max_tokens=64)
     low = added(it, request(8, 20, priority=9))
     run_step(it)
@@ -63,27 +63,27 @@ def test_the_lowest_priority_goes_first_whenever_it_joined() -> None:
     assert high.num_preemptions == 0
 
 
-def test_who_was_preempted_does_not_come_back_at_once() -> None:
+def test_a_preempted_sequence_is_not_readmitted_at_once() -> None:
     it = scheduler(num_blocks=6, max_tokens=64)
     added(it, request(8, 12))
     added(it, request(8, 12, text=1))
     steps = run(it)
-    assert it.num_preemptions == 1, "its blocks would have been taken again"
+    assert it.num_preemptions == 1, "a sequence readmitted at once would have been preempted again"
     assert len(steps) < 30
 
 
-def test_it_goes_before_the_others_of_its_flow() -> None:
+def test_a_preempted_sequence_goes_before_the_others_of_its_flow() -> None:
     it = scheduler(num_blocks=6, max_tokens=64, max_sequences=2)
     first, second = added(it, request(8, 12)), added(it, request(8, 12, text=1))
     third = added(it, request(4, 1, text=2))
     while first in it.running or first in it.waiting:
         run_step(it)
         assert third not in it.running or second not in it.waiting
-    assert second.num_preemptions, "it had to wait again while the third waited"
+    assert second.num_preemptions, "the second has to be preempted while the third waits"
     run(it)
 
 
-def test_tokens_computed_again_are_not_charged_again() -> None:
+def test_recomputed_tokens_are_not_charged_again() -> None:
     it = scheduler(num_blocks=6, max_tokens=64)
     added(it, request(8, 12, tenant="a"))
     second = added(it, request(8, 12, text=1, tenant="b"))
@@ -106,7 +106,7 @@ def test_the_choice_that_computes_the_prompt_goes_on_after_a_preemption() -> Non
 
 
 @pytest.mark.parametrize("num_sequences", [2, 3, 8])
-def test_all_end_however_little_memory_there_is(num_sequences: int) -> None:
+def test_all_sequences_end_however_little_memory_there_is(num_sequences: int) -> None:
     it = scheduler(num_blocks=5, max_sequences=8, max_tokens=16)
     sequences = [added(it, request(4, 16, text=text)) for text in range(num_sequences)]
     run(it)

@@ -1,4 +1,4 @@
-"""Which sequences run in a step, and how much of each."""
+"""Scheduler: the sequences that run in a step, and the chunk of each."""
 
 from typing import NoReturn
 
@@ -46,7 +46,7 @@ def test_nothing_is_sampled_for_a_request_without_output() -> None:
     assert (chunk.start, chunk.stop, chunk.is_last) == (0, 4, False)
 
 
-def test_decoding_comes_first_and_prompts_share_what_is_left_by_turns() -> None:
+def test_decoding_comes_first_and_prompts_alternate_in_the_rest_of_the_budget() -> None:
     it = scheduler(max_tokens=8)
     long = added(it, request(30))
     short = added(it, request(3, text=1))
@@ -59,14 +59,14 @@ def test_decoding_comes_first_and_prompts_share_what_is_left_by_turns() -> None:
     assert spans(run_step(it)) == [(late, 9, 10), (long, 25, 30)]
 
 
-def test_a_prompt_cut_to_one_token_is_among_the_first() -> None:
+def test_a_prompt_chunk_of_one_token_comes_first() -> None:
     it = scheduler(max_tokens=8)
     added(it, request(7))
     added(it, request(7, text=1))
     assert [(c.stop - c.start) for c in it.plan()] == [1, 7]
 
 
-def test_of_prompts_that_run_the_lower_priority_is_computed_first() -> None:
+def test_of_running_prompts_the_lower_priority_number_is_computed_first() -> None:
     it = scheduler(max_tokens=8)
     late = added(it, request(20, priority=1))
     run_step(it)
@@ -120,11 +120,11 @@ def test_chunks_become_shorter_the_more_keys_they_read() -> None:
     sizes = [c.stop - c.start for chunks in run(it) for c in chunks if c.sequence is long]
     assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
     assert sizes[0] == 41
-    assert sizes[-2] == MIN_CHUNK_TOKENS + 1, "it comes to its end, whatever it costs"
+    assert sizes[-2] == MIN_CHUNK_TOKENS + 1, "a prompt reaches its end, whatever a step costs"
 
 
 def prompts_beside_decoding(*sizes: int) -> tuple[list[Sequence], list[list[Sequence]]]:
-    """Returns prompts that come together where little is left beside decoding, and which of them each step computes."""
+    """Return prompts that arrive together where decoding leaves little room, and the prompts that each step computes."""
     it = scheduler(400, max_tokens=64, max_stall=1.5, cost=step_cost(free_tokens=20))
     added(it, request(2, 200))
     run_step(it)
@@ -132,21 +132,21 @@ def prompts_beside_decoding(*sizes: int) -> tuple[list[Sequence], list[list[Sequ
     return prompts, [[c.sequence for c in chunks if c.sequence in prompts] for chunks in run(it)]
 
 
-def test_a_prompt_waits_for_one_as_long_that_came_before() -> None:
+def test_a_prompt_waits_for_an_earlier_one_of_the_same_length() -> None:
     (first, second), steps = prompts_beside_decoding(30, 30)
     assert max(step for step, computed in enumerate(steps) if first in computed) <= min(
         step for step, computed in enumerate(steps) if second in computed
     )
 
 
-def test_a_short_prompt_waits_a_step_at_most_for_each_of_its_own_behind_a_long_one() -> None:
+def test_a_short_prompt_has_every_other_step_beside_a_long_one() -> None:
     (_, short), steps = prompts_beside_decoding(500, 30)
-    of_short = [step for step, computed in enumerate(steps) if short in computed]
-    assert of_short[-1] <= 2 * len(of_short)
+    short_steps = [step for step, computed in enumerate(steps) if short in computed]
+    assert short_steps[-1] <= 2 * len(short_steps)
     assert len(steps) > 40
 
 
-def test_a_long_prompt_has_every_other_step_though_shorter_ones_never_cease() -> None:
+def test_a_long_prompt_has_every_other_step_beside_endless_shorter_ones() -> None:
     it = scheduler(1000, max_tokens=64, max_stall=1.5, cost=step_cost(free_tokens=20))
     added(it, request(2, 400))
     run_step(it)
@@ -159,7 +159,7 @@ def test_a_long_prompt_has_every_other_step_though_shorter_ones_never_cease() ->
 
 
 def test_short_prompts_may_make_a_step_take_longer_than_the_greatest_stall() -> None:
-    """With two prompts beside one decoding request thrice as long as `short_step_s`."""
+    """With two prompts beside one decoding request, a step may take three times `short_step_s`."""
     it = scheduler(max_tokens=64, max_stall=1.5, short_step_s=50 / 3, cost=step_cost(free_tokens=20))
     one = added(it, request(2, 50))
     run_step(it)
@@ -168,7 +168,7 @@ def test_short_prompts_may_make_a_step_take_longer_than_the_greatest_stall() -> 
     assert spans(run_step(it)) == [(one, 3, 4), (second, 9, 20)]
 
 
-def test_a_prompt_that_stalls_nobody_has_the_whole_budget() -> None:
+def test_a_prompt_that_stalls_no_decoding_has_the_whole_budget() -> None:
     it = scheduler(max_tokens=64, max_stall=1.0)
     added(it, request(200))
     assert num_tokens(run_step(it)) == 64
@@ -179,14 +179,14 @@ def test_a_step_must_have_room_for_a_prompt() -> None:
         step_limits(8, 8)
 
 
-def test_no_more_than_the_greatest_number_runs() -> None:
+def test_no_more_sequences_run_than_the_limit() -> None:
     it = scheduler(max_sequences=2)
     sequences = [added(it, request(1, 1)) for _ in range(3)]
     assert [c.sequence for c in run_step(it)] == sequences[:2]
     assert [c.sequence for c in run_step(it)] == sequences[2:]
 
 
-def test_nobody_is_asked_about_while_all_places_are_taken() -> None:
+def test_the_gate_is_not_asked_while_all_places_are_taken() -> None:
     gate = FakeGate()
     it = scheduler(max_sequences=2, gate=gate)
     for _ in range(10):
@@ -197,7 +197,7 @@ def test_nobody_is_asked_about_while_all_places_are_taken() -> None:
     assert len(gate.asked) == 2
 
 
-def test_nobody_overtakes_the_first_that_waits_for_memory() -> None:
+def test_no_sequence_overtakes_the_first_that_waits_for_memory() -> None:
     it = scheduler(num_blocks=4)
     added(it, request(7, 4))  # 2 blocks, so 2 are left
     large = added(it, request(10, 4, text=1))  # 3 blocks
@@ -216,7 +216,7 @@ def test_a_sequence_takes_the_blocks_of_its_tokens_and_not_of_all_that_it_may_gr
     assert (one.num_tokens, len(one.blocks)) == (14, 4)
 
 
-def test_who_joins_leaves_a_block_for_each_that_runs() -> None:
+def test_a_sequence_that_joins_leaves_a_block_for_each_running_one() -> None:
     it = scheduler(num_blocks=4)
     added(it, request(8, 4))
     late = added(it, request(5, 3, text=1))
@@ -232,7 +232,7 @@ def test_a_sequence_of_all_the_memory_runs() -> None:
     assert len(one.output_ids) == 6
 
 
-def test_what_can_never_run_is_our_own_fault() -> None:
+def test_a_sequence_that_can_never_run_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError):
         added(scheduler(num_blocks=4), request(10, 7))
 
@@ -281,7 +281,7 @@ def test_aborting_a_waiting_sequence_lets_the_next_one_in() -> None:
     assert it.drop_aborted() == []
 
 
-def test_those_whose_time_is_up_are_dropped_wherever_they_are() -> None:
+def test_sequences_past_their_deadline_are_dropped_whether_they_wait_or_run() -> None:
     it = scheduler(max_sequences=1)
     running = added(it, deadline=2.0)
     waiting = added(it, deadline=1.0)
@@ -301,13 +301,13 @@ def test_those_whose_time_is_up_are_dropped_wherever_they_are() -> None:
 
 
 class Unsearched(dict[Sequence, None]):
-    """Fails where anybody looks through it."""
+    """A dict that fails when it is iterated over."""
 
     def __iter__(self) -> NoReturn:
-        raise AssertionError("a step should not take longer for those that wait")
+        raise AssertionError("a step should not iterate over the waiting sequences")
 
 
-def test_those_that_were_aborted_are_dropped_and_nobody_looks_through_the_others() -> None:
+def test_aborted_sequences_are_dropped_without_a_search_through_the_others() -> None:
     it = scheduler(max_sequences=1)
     first, second, third, ended = (added(it, request(max_tokens=m)) for m in (4, 5, 6, 7))
     run_step(it)
@@ -331,10 +331,10 @@ def test_integrity_notices_a_lost_block() -> None:
         it.check_integrity()
 
 
-# Adapters that are not there.
+# Adapters that are not resident.
 
 
-def test_who_waits_for_an_adapter_is_overtaken_and_joins_once_it_is_there() -> None:
+def test_a_sequence_that_waits_for_an_adapter_is_overtaken_and_joins_once_it_is_loaded() -> None:
     gate = FakeGate(delays={"cold": 2})
     it = scheduler(gate=gate)
     cold = added(it, request(adapters=["cold"]))
@@ -347,7 +347,7 @@ def test_who_waits_for_an_adapter_is_overtaken_and_joins_once_it_is_there() -> N
     assert cold in {c.sequence for c in run_step(it)}
 
 
-def test_others_of_its_flow_do_not_pass_and_are_not_asked_about() -> None:
+def test_others_of_the_flow_of_a_loading_sequence_do_not_overtake_it_and_are_not_asked_about() -> None:
     gate = FakeGate(delays={"cold": 1})
     it = scheduler(gate=gate)
     sequences = [added(it, request(adapters=["cold"])) for _ in range(3)]
@@ -359,7 +359,7 @@ def test_others_of_its_flow_do_not_pass_and_are_not_asked_about() -> None:
     assert list(it.running) == sequences
 
 
-def test_an_engine_whose_sequences_all_wait_for_adapters_may_sleep_until_one_is_there() -> None:
+def test_an_engine_whose_sequences_all_wait_for_adapters_may_sleep_until_one_is_loaded() -> None:
     gate = FakeGate(delays={"cold": 1})
     it = scheduler(gate=gate)
     assert not it.can_step
@@ -369,7 +369,7 @@ def test_an_engine_whose_sequences_all_wait_for_adapters_may_sleep_until_one_is_
     assert it.has_work
     assert not it.can_step
     warm = added(it, request(1, 1))
-    assert it.can_step, "another came"
+    assert it.can_step, "another sequence arrived"
     assert [c.sequence for c in run_step(it)] == [warm]
     assert run_step(it) == []
     assert not it.can_step
@@ -379,7 +379,7 @@ def test_an_engine_whose_sequences_all_wait_for_adapters_may_sleep_until_one_is_
     assert [c.sequence for c in run_step(it)] == [cold]
 
 
-def test_nobody_overtakes_who_finds_the_adapters_memory_full() -> None:
+def test_no_sequence_overtakes_one_that_finds_the_adapter_memory_full() -> None:
     gate = FakeGate(num_slots=1)
     it = scheduler(gate=gate)
     holder = added(it, request(2, 3, adapters=["a"]))
@@ -393,8 +393,8 @@ def test_nobody_overtakes_who_finds_the_adapters_memory_full() -> None:
     assert {c.sequence for c in run_step(it)} == {waiting, behind}
 
 
-def test_who_loads_already_may_pass_who_finds_it_full() -> None:
-    # The one that loads holds the only slot, and its tenant has been served more: it is not the first any more.
+def test_a_loading_sequence_may_overtake_one_that_finds_the_adapter_memory_full() -> None:
+    # The loading sequence holds the only slot. Its tenant has been served more, so it is not the first any more.
     gate = FakeGate(num_slots=1, delays={"a": 1})
     it = scheduler(gate=gate)
     loading = added(it, request(adapters=["a"], tenant="t"))
@@ -410,7 +410,7 @@ def test_who_loads_already_may_pass_who_finds_it_full() -> None:
 
 
 class ForgetfulGate(FakeGate):
-    """Gives the room of those in `evicted` to others while they load."""
+    """A gate that gives the room of the sequences in `evicted` to others while they load."""
 
     evicted: tuple[Sequence, ...] = ()
 
@@ -421,7 +421,7 @@ class ForgetfulGate(FakeGate):
         return super().acquire(sequence)
 
 
-def test_who_loads_passes_another_that_was_loading_and_finds_it_full() -> None:
+def test_a_loading_sequence_overtakes_one_that_lost_its_room_while_it_was_loading() -> None:
     gate = ForgetfulGate(delays={"a": 1, "b": 1})
     it = scheduler(gate=gate)
     first, second = added(it, request(adapters=["a"])), added(it, request(adapters=["b"]))
@@ -434,7 +434,7 @@ def test_who_loads_passes_another_that_was_loading_and_finds_it_full() -> None:
 
 
 class BusyGate(FakeGate):
-    """Reads for nobody in `behind`."""
+    """A gate that defers the loads of the sequences in `behind`."""
 
     behind: tuple[Sequence, ...] = ()
 
@@ -442,8 +442,8 @@ class BusyGate(FakeGate):
         return sequence in self.behind
 
 
-def test_who_waits_until_others_are_read_is_not_asked_about_meanwhile_and_others_pass() -> None:
-    """A thousand adapters that were asked for at once were all asked about in every step."""
+def test_a_sequence_whose_load_is_deferred_is_not_asked_about_and_others_overtake_it() -> None:
+    """Regression: of a thousand adapters that were requested at once, all were asked about in every step."""
     gate = BusyGate(delays={"a": 5, "b": 5})
     it = scheduler(gate=gate)
     read, behind = added(it, request(adapters=["a"])), added(it, request(adapters=["b"]))
@@ -459,7 +459,7 @@ def test_who_waits_until_others_are_read_is_not_asked_about_meanwhile_and_others
         run_step(it)
 
 
-def test_an_engine_that_sleeps_steps_when_one_that_held_up_others_is_dropped() -> None:
+def test_a_sleeping_engine_steps_when_a_sequence_that_blocked_others_is_dropped() -> None:
     gate = FakeGate(num_slots=1, delays={"cold": 9})
     it = scheduler(gate=gate)
     loading = added(it, request(adapters=["cold"]))
@@ -472,7 +472,7 @@ def test_an_engine_that_sleeps_steps_when_one_that_held_up_others_is_dropped() -
     assert [c.sequence for c in run_step(it)] == [behind]
 
 
-def test_what_is_held_for_a_sequence_is_let_go_when_it_is_dropped() -> None:
+def test_the_adapters_of_a_sequence_are_released_when_it_is_dropped() -> None:
     gate = FakeGate(num_slots=2, delays={"cold": 5})
     it = scheduler(gate=gate)
     loading = added(it, request(adapters=["cold"]))
@@ -503,7 +503,7 @@ def test_the_prompt_of_several_choices_is_computed_once() -> None:
     assert [s.output_ids for s in choices] == [[7] * 3] * 3
 
 
-def test_choices_that_wait_for_the_prompt_hold_up_nobody() -> None:
+def test_choices_that_wait_for_the_prompt_block_no_other_sequence() -> None:
     it = scheduler(max_tokens=8)
     first, second = added_choices(it, request(12, num_choices=2))
     behind = added(it, request(3, text=1))
@@ -514,7 +514,7 @@ def test_choices_that_wait_for_the_prompt_hold_up_nobody() -> None:
     assert list(it.running) == [first, behind, second]
 
 
-def test_choices_go_before_those_of_their_flow_that_came_later() -> None:
+def test_choices_go_before_later_sequences_of_their_flow() -> None:
     it = scheduler(max_sequences=1, max_tokens=64)
     choices = added_choices(it, request(8, 1, num_choices=3))
     later = added(it, request(8, 1, text=1))
@@ -522,7 +522,7 @@ def test_choices_go_before_those_of_their_flow_that_came_later() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [0, 1])
-def test_when_the_choice_that_computes_the_prompt_is_dropped_another_does(num_steps: int) -> None:
+def test_when_the_choice_that_computes_the_prompt_is_dropped_another_computes_it(num_steps: int) -> None:
     it = scheduler(max_tokens=8)
     choices = added_choices(it, request(18, 2, num_choices=3))
     for _ in range(num_steps):
@@ -534,7 +534,7 @@ def test_when_the_choice_that_computes_the_prompt_is_dropped_another_does(num_st
     assert [len(s.output_ids) for s in choices] == [0, 2, 2]
 
 
-def test_who_computes_the_prompt_instead_goes_before_those_that_came_later() -> None:
+def test_the_choice_that_takes_over_the_prompt_goes_before_later_sequences() -> None:
     it = scheduler(max_sequences=1)
     first, second = added_choices(it, request(18, 2, num_choices=2))
     later = added(it, request(8, 1, text=1))
@@ -575,33 +575,33 @@ def test_a_prompt_to_be_scored_is_computed_whole_by_the_first_choice_alone() -> 
     assert spans(run_step(it)) == [(first, 18, 19), (second, 16, 18)]
 
 
-# Shares.
+# Fair shares.
 
 
 def served_until(it: Scheduler, stop: Sequence, max_steps: int = 100) -> int:
-    """Steps until a sequence runs; returns the tokens computed until then."""
+    """Run steps until the sequence `stop` runs. Return the number of tokens computed until then."""
     total = 0
     for _ in range(max_steps):
         if stop in it.running:
             return total
         total += num_tokens(run_step(it))
-    raise AssertionError("it never ran")
+    raise AssertionError("the sequence never ran")
 
 
-@pytest.mark.parametrize("of", ["tenant", "adapter"])
-def test_a_flood_starves_nobody(of: str) -> None:
+@pytest.mark.parametrize("difference", ["tenant", "adapter"])
+def test_a_flood_starves_no_other_tenant_or_adapter(difference: str) -> None:
     it = scheduler(1000, max_sequences=4, max_tokens=64)
     for text in range(200):
         added(it, request(40, 4, text=text, adapters=["flood"], tenant="flood"))
     for _ in range(20):
         run_step(it)
-    other = added(it, request(4, 4, adapters=["other"], tenant="other" if of == "tenant" else "flood"))
-    assert served_until(it, other) <= 4 * 44, "at most what already runs"
+    other = added(it, request(4, 4, adapters=["other"], tenant="other" if difference == "tenant" else "flood"))
+    assert served_until(it, other) <= 4 * 44, "it waits at most for the sequences that already run"
 
 
 @pytest.mark.parametrize("lacks", ["places", "memory"])
-def test_a_tenant_that_has_nothing_is_given_a_place_of_the_one_that_has_most(lacks: str) -> None:
-    """Waited for the end of the longest answers, where one tenant had taken all."""
+def test_a_tenant_with_nothing_running_is_given_a_place_of_the_tenant_with_the_most(lacks: str) -> None:
+    """Regression: where one tenant had taken all places, another tenant waited for the end of the longest answers."""
     max_sequences, num_blocks = (4, 1000) if lacks == "places" else (16, 12)
     it = scheduler(num_blocks, block_size=16, max_sequences=max_sequences, max_tokens=64)
     flood = [added(it, request(20, 100, text=text, tenant="flood")) for text in range(8)]
@@ -612,16 +612,16 @@ def test_a_tenant_that_has_nothing_is_given_a_place_of_the_one_that_has_most(lac
     for _ in range(3):
         run_step(it)
     assert late in it.running
-    assert modest in it.running, "it has but one"
+    assert modest in it.running, "a tenant keeps its only place"
     assert it.num_preemptions >= 1
     for _ in range(2000):
         if not it.has_work:
             break
         run_step(it)
-    assert [len(of.output_ids) for of in (*flood, modest, late)] == [100] * 9 + [4], "nothing is lost"
+    assert [len(sequence.output_ids) for sequence in (*flood, modest, late)] == [100] * 9 + [4], "no output is lost"
 
 
-def test_nobody_gives_up_a_place_for_who_waits_for_an_adapter() -> None:
+def test_no_sequence_is_preempted_for_one_that_waits_for_an_adapter() -> None:
     gate = FakeGate(num_slots=4, delays={"slow": 5})
     it = scheduler(1000, gate=gate, max_sequences=4, max_tokens=64)
     for text in range(4):
@@ -639,7 +639,7 @@ def test_nobody_gives_up_a_place_for_who_waits_for_an_adapter() -> None:
 
 
 @pytest.mark.parametrize("lacks", ["memory", "slots"])
-def test_nobody_gives_up_a_place_in_vain(lacks: str) -> None:
+def test_no_sequence_is_preempted_in_vain(lacks: str) -> None:
     gate = FakeGate(num_slots=1 if lacks == "slots" else 1000)
     it = scheduler(40, block_size=4, max_sequences=8, max_tokens=64, gate=gate)
     for text in range(4):
@@ -654,7 +654,7 @@ def test_nobody_gives_up_a_place_in_vain(lacks: str) -> None:
         run_step(it)
 
 
-def test_who_is_owed_a_place_has_it_while_others_wait_for_adapters() -> None:
+def test_a_tenant_with_nothing_running_gets_a_place_while_others_wait_for_adapters() -> None:
     gate = FakeGate(delays={"slow": 5})
     it = scheduler(1000, max_sequences=4, max_tokens=64, gate=gate)
     for text in range(3):
@@ -669,7 +669,7 @@ def test_who_is_owed_a_place_has_it_while_others_wait_for_adapters() -> None:
     assert late in it.running
 
 
-def test_who_has_a_place_takes_none_of_another() -> None:
+def test_a_tenant_with_a_place_preempts_no_other_tenant() -> None:
     it = scheduler(1000, max_sequences=4, max_tokens=64)
     for text in range(8):
         added(it, request(20, 50, text=text, tenant="flood"))
@@ -680,7 +680,7 @@ def test_who_has_a_place_takes_none_of_another() -> None:
     assert it.num_preemptions == 0
 
 
-def test_nobody_gives_a_place_to_who_is_less_urgent() -> None:
+def test_no_sequence_is_preempted_for_a_less_urgent_one() -> None:
     it = scheduler(1000, max_sequences=4, max_tokens=64)
     for text in range(4):
         added(it, request(20, 50, text=text, tenant="urgent"))
@@ -693,7 +693,7 @@ def test_nobody_gives_a_place_to_who_is_less_urgent() -> None:
 
 
 def test_two_tenants_that_always_wait_are_served_about_the_same() -> None:
-    """Not farther apart than twice what can run at once, which is the paper's bound, though one floods with long prompts."""
+    """The difference stays within the paper's bound, twice what can run at once, though one floods with long prompts."""
     max_sequences, long, short = 8, request(200, 4, tenant="flood"), request(10, 30, tenant="other")
     it = scheduler(2000, block_size=16, max_sequences=max_sequences, max_tokens=128)
     for text in range(1000):
@@ -706,16 +706,16 @@ def test_two_tenants_that_always_wait_are_served_about_the_same() -> None:
         for chunk in run_step_unchecked(it):
             served[chunk.sequence.request.tenant] += chunk.stop - chunk.start
         assert abs(served["flood"] - served["other"]) <= bound
-    assert served["other"] > 5 * bound, "long enough to tell"
+    assert served["other"] > 5 * bound, "the run has to be long enough to show a difference"
     assert sum(s.request.tenant == "flood" for s in it.waiting) > 0
 
 
-def run_step_unchecked(of: Scheduler) -> list[Chunk]:
-    chunks = of.plan()
+def run_step_unchecked(scheduler: Scheduler) -> list[Chunk]:
+    chunks = scheduler.plan()
     for chunk in chunks:
-        of.commit(chunk, 7 if chunk.is_last else None)
+        scheduler.commit(chunk, 7 if chunk.is_last else None)
         if len(chunk.sequence.output_ids) == chunk.sequence.request.max_tokens:
-            of.finish(chunk.sequence)
+            scheduler.finish(chunk.sequence)
     return chunks
 
 
@@ -728,7 +728,7 @@ def test_free_places_are_shared_before_anything_is_computed() -> None:
     assert sorted(s.request.tenant for s in it.running) == ["a"] * 4 + ["b"] * 4
 
 
-def test_tokens_served_are_told_by_tenant_and_adapters() -> None:
+def test_tokens_served_are_reported_by_tenant_and_adapters() -> None:
     it = scheduler(max_tokens=64)
     added(it, request(10, 5, tenant="t", adapters=["a"]))
     run_step(it)

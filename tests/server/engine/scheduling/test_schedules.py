@@ -1,4 +1,4 @@
-"""Any schedule keeps its promises, and no step reads keys that were computed for other tokens or other adapters."""
+"""Random schedules: the scheduler keeps its promises, and no step reads keys of other tokens or other adapters."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ MAX_STEPS = 2000
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, the step in which it comes, and how many steps later it is cancelled or its time is up."""
+    """A request, the step in which it arrives, and the number of steps until it is cancelled or past its deadline."""
 
     step: int
     request: Request
@@ -29,7 +29,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What happens, and how little there is of all."""
+    """The arrivals, and the scarce resources of the scheduler."""
 
     num_blocks: int
     block_size: int
@@ -53,7 +53,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     arrivals = []
     for _ in range(draw(st.integers(1, 14))):
         num_prompt = draw(st.integers(1, min(capacity, 30)))
-        of = request(
+        new_request = request(
             num_prompt,
             draw(st.integers(0, min(24, capacity - num_prompt))),
             text=draw(st.integers(0, 1)),
@@ -65,7 +65,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
             is_scored=draw(st.booleans()) and draw(st.booleans()),
         )
         later = st.one_of(st.none(), st.none(), st.integers(0, 30))
-        arrivals.append(Arrival(draw(st.integers(0, 12)), of, draw(later), draw(later)))
+        arrivals.append(Arrival(draw(st.integers(0, 12)), new_request, draw(later), draw(later)))
     return Schedule(
         num_blocks,
         block_size,
@@ -82,7 +82,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
 
 
 class FakeMemory:
-    """KV memory that knows what each place was computed from, and checks all that a chunk reads."""
+    """KV memory that records the tokens and adapters of each place, and checks all places that a chunk reads."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
@@ -101,9 +101,9 @@ class FakeMemory:
 
 @dataclass
 class Run:
-    """A schedule under way."""
+    """The run of a schedule."""
 
-    of: Schedule
+    schedule: Schedule
     it: Scheduler
     gate: FakeGate
     memory: FakeMemory
@@ -115,7 +115,7 @@ class Run:
     cancelled_at: dict[int, list[Sequence]] = field(default_factory=lambda: defaultdict(list))
 
     def arrive(self) -> None:
-        for arrival in self.of.arrivals:
+        for arrival in self.schedule.arrivals:
             if arrival.step == self.step:
                 deadline = None if arrival.expires_after is None else float(self.step + arrival.expires_after)
                 sequences = added_choices(self.it, arrival.request, deadline)
@@ -150,12 +150,12 @@ class Run:
         self.it.check_integrity()
         self.joined |= dict.fromkeys(self.it.running)
         assert {s for s, answer in self.gate.held.items() if answer == "ready"} == self.it.running.keys()
-        assert bool(chunks) == bool(self.it.running), "what runs goes on"
-        assert could_step or not chunks, "who sleeps misses nothing"
-        assert chunks or not self.it.waiting or "loading" in self.gate.held.values(), "nothing but a load stops all"
+        assert bool(chunks) == bool(self.it.running), "running sequences make progress"
+        assert could_step or not chunks, "a scheduler that cannot step has no chunks"
+        assert chunks or not self.it.waiting or "loading" in self.gate.held.values(), "only a load may keep all sequences waiting"
         preempted = {s for s, number in before.items() if s.num_preemptions > number}
         assert self.it.num_preemptions - num_preemptions == sum(s.num_preemptions - before[s] for s in preempted)
-        assert ran.keys() - self.it.running.keys() <= preempted, "nobody else goes before its end"
+        assert ran.keys() - self.it.running.keys() <= preempted, "only a preempted sequence leaves before its end"
         self.check_sizes(chunks)
         return chunks
 
@@ -163,9 +163,9 @@ class Run:
         limits = self.it.limits
         sizes = [c.stop - c.start for c in chunks]
         assert sum(sizes) <= limits.max_tokens
-        assert sizes == sorted(sizes, key=lambda size: size > 1), "those of one token come first"
+        assert sizes == sorted(sizes, key=lambda size: size > 1), "chunks of one token come first"
         decoding = {s for s in self.it.running if s.num_tokens - s.num_computed == 1}
-        assert decoding <= {c.sequence for c in chunks}, "all that decode do so in every step"
+        assert decoding <= {c.sequence for c in chunks}, "every decoding sequence has a chunk in every step"
         assert len({c.sequence for c in chunks}) == len(chunks)
         if decoding:
             prompts = [c for c in chunks if c.sequence not in decoding]
@@ -179,25 +179,25 @@ class Run:
             usual = limits.cost.decode_seconds([s.num_computed for s in decoding])
             seconds, num_tokens = usual, len(decoding)
             most = longest = limits.max_stall * usual
-            of_long, long_sizes = usual, list[int]()
+            long_seconds, long_sizes = usual, list[int]()
             for chunk in prompts:
                 added = limits.cost.chunk_seconds(num_tokens, chunk.start, chunk.stop - chunk.start)
                 seconds += added
                 num_tokens += chunk.stop - chunk.start
-                found = chunk.sequence.num_prefix_tokens
+                prefix = chunk.sequence.num_prefix_tokens
                 if (
-                    limits.cost.chunk_seconds(0, found, chunk.sequence.num_tokens - found)
+                    limits.cost.chunk_seconds(0, prefix, chunk.sequence.num_tokens - prefix)
                     <= MAX_SHORT_STEPS * limits.short_step_s
                 ):
                     longest = max(most, limits.short_step_s * min(1 + num_short / len(decoding), 4))
                 else:
-                    of_long += added
+                    long_seconds += added
                     long_sizes.append(chunk.stop - chunk.start)
-            # The first prompt gets some room where there is none.
+            # The first prompt gets a minimal chunk even where there is no room.
             is_least = len(prompts) <= 1 and num_tokens - len(decoding) <= MIN_CHUNK_TOKENS + 1
             is_least_of_long = len(long_sizes) == 1 and long_sizes[0] <= MIN_CHUNK_TOKENS + 1
             assert is_least or seconds <= longest * (1 + 1e-9)
-            assert is_least_of_long or of_long <= most * (1 + 1e-9)
+            assert is_least_of_long or long_seconds <= most * (1 + 1e-9)
 
     def commit(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -213,48 +213,48 @@ class Run:
         self.it.check_integrity()
 
     def check_order(self) -> None:
-        """First come, first served among the sequences of a flow that never waited for another choice."""
+        """Check first come, first served among the sequences of a flow that never waited for another choice."""
         flows = defaultdict(list)
         for sequence in self.arrived:
             if sequence in self.joined and not sequence.choice:
-                of = sequence.request
-                flows[of.priority, of.tenant, tuple(sorted(digests(sequence)))].append(sequence)
+                own_request = sequence.request
+                flows[own_request.priority, own_request.tenant, tuple(sorted(digests(sequence)))].append(sequence)
         for sequences in flows.values():
             assert [s for s in self.joined if s in sequences] == sequences
 
 
 def token_of(sequence: Sequence) -> int:
-    """The token that a model would say next: the same whoever shares the batch, and however often it is computed."""
+    """Return the next token of the fake model. It depends neither on the batch nor on how often it is computed."""
     return 100 + (len(sequence.output_ids) * 7 + sequence.choice) % 13
 
 
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(schedules())
-def test_any_schedule_keeps_its_promises(of: Schedule) -> None:
-    """Arrivals, cancels, deadlines, choices, priorities, tenants, too little memory; adapters that are slow, bad, or too many."""
-    gate = FakeGate(of.num_slots, of.delays)
+def test_any_schedule_keeps_its_promises(schedule: Schedule) -> None:
+    """With cancels, deadlines, choices, priorities, tenants, scarce memory, and adapters that are slow, bad or too many."""
+    gate = FakeGate(schedule.num_slots, schedule.delays)
     it = scheduler(
-        of.num_blocks,
-        block_size=of.block_size,
-        max_sequences=of.max_sequences,
-        max_tokens=of.max_sequences + of.max_prompt_tokens,
-        max_stall=of.max_stall,
-        short_step_s=of.short_step_s,
-        cost=of.cost,
+        schedule.num_blocks,
+        block_size=schedule.block_size,
+        max_sequences=schedule.max_sequences,
+        max_tokens=schedule.max_sequences + schedule.max_prompt_tokens,
+        max_stall=schedule.max_stall,
+        short_step_s=schedule.short_step_s,
+        cost=schedule.cost,
         gate=gate,
-        max_priority_wait_s=of.max_priority_wait,
+        max_priority_wait_s=schedule.max_priority_wait,
     )
-    run = Run(of, it, gate, FakeMemory(of.block_size))
-    while run.step <= of.arrivals[-1].step or it.has_work:
-        assert run.step < MAX_STEPS, "somebody waits for ever"
+    run = Run(schedule, it, gate, FakeMemory(schedule.block_size))
+    while run.step <= schedule.arrivals[-1].step or it.has_work:
+        assert run.step < MAX_STEPS, "a sequence waits for ever"
         run.arrive()
         run.leave()
         run.commit(run.plan())
         run.step += 1
     run.check_order()
-    assert run.ended == Counter(run.arrived), "all end, once"
-    assert it.kv_cache.num_available == of.num_blocks
+    assert run.ended == Counter(run.arrived), "every sequence ends exactly once"
+    assert it.kv_cache.num_available == schedule.num_blocks
     assert not gate.held
     assert not it.has_work
     for sequence in run.arrived:
