@@ -2,7 +2,7 @@
 
 from typing import Any
 
-VERSION = "03ffcb19aa50"
+VERSION = "2296fef96b2b"
 TIMINGS = {"queue_s": 0.0004, "prefill_s": 0.031, "decode_s": 0.058, "time_to_first_token_s": 0.0314, "total_s": 0.0894}
 ADAPTERS = [{"name": "intent", "version": VERSION, "weight": 1.0, "policy": False}]
 LORI = {"adapter": ADAPTERS, "merge": {"method": "linear"}, "seed": 407701335, "timings": TIMINGS}
@@ -27,7 +27,7 @@ ADAPTER: dict[str, Any] = {
     "density": 0.1,
     "templates": ["chat", "plain"],
     "merge_weights": {"safety": [1.0, 1.0]},
-    "metrics": {"exact": 0.866},
+    "metrics": {"exact": 0.848},
     "bytes_on_disk": 1340000,
     "bytes_loaded": 1340000,
     "bytes_resident": 2100000,

@@ -39,13 +39,16 @@ NUM_MIXED = 150
 """Number of rows of each form of another task to mix in; twice as many of safety's plain prompts."""
 SHORT_CHATS: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.25, "max_earlier": 1}
 """Options for chats with little context, since the context of a message costs training time and teaches little."""
+NUM_LATER: Mapping[str, int] = {"intent": 3000, "nlu": 4000}
+"""Number of rows to write as messages after turns about other things. Most earlier turns in the chats of these tasks are the task's
+own, and teach that too little."""
 ALTERNATIVES = re.compile(r"\{([^{}]*)\}")
 MARK = "\N{REPLACEMENT CHARACTER}"
 """Placeholder for a message, to find the text that the chat template puts before it."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "intent": {"mix_fraction": 0.35, "calibration_steps": 90, "steps": 650, "max_length": 256},
     "math": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 270},
-    "nlu": {"mix_fraction": 0.35, "calibration_steps": 70, "steps": 280, "max_length": 256},
+    "nlu": {"mix_fraction": 0.25, "calibration_steps": 100, "steps": 700, "max_length": 256},
     "safety": {"mix_fraction": 0.65, "calibration_steps": 70, "steps": 290, "max_length": 384, "weight_range": [0.3, 1.0]},
 }
 ABOUT = {
@@ -226,6 +229,9 @@ def prepare(files: Files) -> dict[str, tuple[list[Path], list[Path]]]:
             answered_file = files.filtered("safety-answered", bare_rows, lambda row: bool(row.get("completion")))
         earlier = [str(ordinary_answers), str(answered_file)]
         data[task] = [train_file, files.as_chats(f"{task}-chats", answered_file, earlier=earlier, **SHORT_CHATS)]
+        if task in NUM_LATER:
+            later = {"earlier": [str(ordinary_answers)], "earlier_fraction": 1.0, "num_rows": NUM_LATER[task]}
+            data[task].append(files.as_chats(f"{task}-later", answered_file, **later))
         mix[task] = [
             files.answered(
                 f"keep-{task}-plain", train_file, template="plain", num_rows=2 * NUM_MIXED if task == "safety" else NUM_MIXED
