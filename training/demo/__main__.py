@@ -40,8 +40,8 @@ NUM_MIXED = 150
 SHORT_CHATS: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.25, "max_earlier": 1}
 """Options for chats with little context, since the context of a message costs training time and teaches little."""
 NUM_LATER: Mapping[str, int] = {"intent": 3000, "nlu": 4000}
-"""Number of rows to write as messages after turns about other things. Most earlier turns in the chats of these tasks are the task's
-own, and teach that too little."""
+"""Number of rows to write as messages after turns about other things. Most earlier turns in the chats of these tasks are the
+task's own, and teach that too little."""
 ALTERNATIVES = re.compile(r"\{([^{}]*)\}")
 MARK = "\N{REPLACEMENT CHARACTER}"
 """Placeholder for a message, to find the text that the chat template puts before it."""
