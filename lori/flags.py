@@ -28,7 +28,10 @@ NUM_COLUMNS = 80
 """Width of `--help`."""
 LIST = re.compile(r"list\[(?P<type>.*)\]")
 """pydantic-settings' name for the value of a flag that may be repeated."""
-REQUIRED = " (required)"
+NOTE = re.compile(r" \((required|default: .*)\)")
+"""pydantic-settings' note at the end of a help text."""
+METAVARS = {"JSON": "VALUE"}
+"""Metavars for types whose name says too little: such a flag takes a text, or an object as JSON."""
 REPEATED = " May be given several times."
 UNSET = (" (default: null)", " (default: False)", " (default: [])", " (default: )")
 """Defaults that say only that a flag is absent, and are left out of `--help`."""
@@ -62,11 +65,9 @@ def add_argument(parser: Any, *names: str, **kwargs: Any) -> Action:
     for unset in UNSET:
         kwargs["help"] = kwargs["help"].removesuffix(unset)
     if item := LIST.fullmatch(kwargs.get("metavar") or ""):
-        text, mark, default = kwargs["help"].partition(" (default: ")
-        kwargs |= {
-            "metavar": item["type"],
-            "help": f"{text.removesuffix(REQUIRED)}{REPEATED}{REQUIRED * text.endswith(REQUIRED)}{mark}{default}",
-        }
+        text, mark, note = kwargs["help"].rpartition(" (")  # (required) or (default: …)
+        help_text = f"{text}{REPEATED}{mark}{note}" if NOTE.fullmatch(mark + note) else kwargs["help"] + REPEATED
+        kwargs |= {"metavar": METAVARS.get(item["type"], item["type"]), "help": help_text}
     action: Action = parser.add_argument(*names, **kwargs)
     if "--help" in names:
         text = f"{PACKAGE} {package_version()}"

@@ -59,7 +59,7 @@ class FitConfig(CommandLine):
     """The base model: a local folder or a hub id; the embedded model if absent."""
     template: list[Template] = Field(default=["chat"], min_length=1)
     """Templates that format the prompts. With both, each row is learned in both. The server answers `messages` in `chat` if
-    all adapters of the request know it, otherwise in `plain`."""
+    all adapters of the request know it, else in `plain` if all know that, and refuses them otherwise."""
     about: str = ""
     """A sentence for the adapter's card: the task, the data and the data's licence."""
     prepare: list[str] = Field(default=[])
@@ -92,8 +92,8 @@ class FitConfig(CommandLine):
     `init_from` stay in the new adapter: `init_from` must share no entry with the adapters named here, or be named here itself, so
     that none of its entries change."""
     weight_range: list[Annotated[float, Field(gt=0, le=4)]] = Field(default=[])
-    """Two numbers: each step applies the adapter at a weight drawn uniformly between them, so that the adapter also works at such
-    weights in a merge. If absent, the weight is always 1."""
+    """Two numbers, such as `--weight-range 0.3 --weight-range 1`: each step applies the adapter at a weight drawn uniformly
+    between them, so that the adapter also works at such weights in a merge. If absent, the weight is always 1."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps of LoRI-S (or of `lori-d` or `lora`); 0 to use `epochs`."""
     epochs: float = Field(default=1.0, gt=0)

@@ -103,7 +103,8 @@ def fit(config: FitConfig, command: str) -> Path:
         check_tensorboard()
     rows = read_all(config)  # before the model is loaded, so that bad rows are reported at once
     create_run_folder(config)
-    logger.info("loading the base model: %s", config.model or EMBEDDED_NAME)
+    if processes().is_main_process:
+        logger.info("loading the base model: %s", config.model or EMBEDDED_NAME)
     base = load_base(config.model, config.dtype, config.threads, ATTENTION, config.fsdp)
     run = Run(config, tokenize_rows(rows, base, config), started)
     if processes().is_main_process:
@@ -170,7 +171,8 @@ def main() -> int:
     def program() -> str:
         folder = fit(config, command)
         if processes().is_main_process:
-            logger.info("to serve it: python -m server --adapters %s", shlex.quote(str(folder.parent)))
+            model = ["--model", config.model] if config.model else []
+            logger.info("to serve it: %s", shlex.join(["python", "-m", "server", *model, "--adapters", str(folder.parent)]))
         return f"{'found' if exists else 'saved'} {folder}"
 
     return run_program(program, interrupted)

@@ -44,7 +44,7 @@ def held_out_losses_of(state: TrainerState) -> list[list[float]]:
 
 
 def recent_loss(losses: list[float]) -> float:
-    """Return the mean of the last `NUM_RECENT` losses, or of the last quarter of them if they are few."""
+    """Return the mean of the last `NUM_RECENT` losses, or of the last quarter if that is less."""
     recent = losses[-max(1, min(NUM_RECENT, len(losses) // 4)) :]
     return sum(recent) / len(recent)
 

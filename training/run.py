@@ -76,7 +76,7 @@ def is_finished(config: FitConfig) -> bool:
 def create_run_folder(config: FitConfig) -> None:
     """Create the run's folder. Call this before anything slow, so that an older adapter is not taken for the run's result.
 
-    Raises `DataError` if another run has not ended there and is not to be resumed.
+    Raises `DataError` if another run writes there, or has not ended there and is not to be resumed.
     """
     if processes().is_main_process:
         _check_no_other_run(config)
@@ -85,7 +85,21 @@ def create_run_folder(config: FitConfig) -> None:
 
 def _check_no_other_run(config: FitConfig) -> None:
     if not config.resume and (config.checkpoints / RUN_FILE).is_file():
-        raise DataError(f"{config.checkpoints} is of a run that did not end: --resume goes on with it; to start anew, remove it")
+        lock = FileLock(config.checkpoints / LOCK_FILE)
+        _acquire(lock, config.checkpoints)
+        lock.release()
+        raise _unfinished(config.checkpoints)
+
+
+def _unfinished(folder: Path) -> DataError:
+    return DataError(f"{folder} is of a run that did not end: --resume goes on with it; to start anew, remove it")
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise DataError(f"another run is writing to {folder}") from error
 
 
 class Run:
@@ -147,7 +161,7 @@ class Run:
         if self.folder.exists() and not file.is_file() and not all(map(_is_of_unfinished_start, self.folder.iterdir())):
             raise DataError(f"{self.folder} is there and is of no run: checkpoints are not put in it")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._acquire_lock()
+        _acquire(self._lock, self.folder)
         if self.config.resume and file.is_file():
             if differences := _differences(identity, _read_json(file)):
                 listed = "; ".join(differences)
@@ -159,7 +173,8 @@ class Run:
             return
         if self.config.resume:
             logger.warning("%s has nothing to go on from: starting from the beginning", self.folder)
-        _check_no_other_run(self.config)
+        elif file.is_file():
+            raise _unfinished(self.folder)
         for path in self.folder.iterdir():
             if path.name != LOCK_FILE:
                 discard(path)
@@ -192,12 +207,6 @@ class Run:
         if parallelism.processes == processes().num_processes and parallelism.threads != torch.get_num_threads():
             logger.info("computing with %d CPU threads, as the run began", parallelism.threads)
             use_threads(parallelism.threads)
-
-    def _acquire_lock(self) -> None:
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout as error:
-            raise DataError(f"another run is writing to {self.folder}") from error
 
     @property
     def _num_micro_batches(self) -> int:

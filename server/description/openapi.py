@@ -35,7 +35,8 @@ def allowed_methods(request: Request) -> list[str]:
 
 
 DESCRIPTION = """
-Every request names the adapters that answer it, with a weight for each. The server adds their deltas inside the batch.
+A generation request names the adapters that answer it, with or without weights, or none for the base model. The server adds their
+deltas inside the batch.
 
 - **Errors** are `{"error": {"message", "type", "param", "code"}}`, with the status as `code` and the field at fault as `param`. A
   request that is not valid is refused before the first byte of its answer. A failure after that ends a stream with an `error`

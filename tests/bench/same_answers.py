@@ -56,7 +56,7 @@ class Run:
 
 
 def main() -> int:
-    """Run the benchmark and print the table. Return 1 if an answer differs."""
+    """Run the benchmark and print the table. Return 1 if an answer differs, or little KV memory led to no preemption."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of the tasks' rows")
     parser.add_argument("--num-requests", type=int, default=500)
@@ -68,13 +68,14 @@ def main() -> int:
     rows = [result.row(way, alone) for way, result in tqdm(run_ways(first, requests), total=NUM_WAYS, unit="way", disable=None)]
     print(f"{len(requests)} requests in bf16, {description()}")
     print_table(["way", "other answers", "other tokens", "cached tokens", "preempted"], rows)
-    if not any(int(num_preemptions) for *_, num_preemptions in rows):
-        print("no sequence was preempted: NUM_TIGHT_BLOCKS is too large for these requests", file=sys.stderr)
+    if not any(way == TIGHT and int(num_preemptions) for way, *_, num_preemptions in rows):
+        print(f"{TIGHT}: no sequence was preempted, since these are too few requests or blocks too many", file=sys.stderr)
         return 1
     return int(any(count != "0" for _, count, *_ in rows))
 
 
 NUM_WAYS = 7
+TIGHT = "32 at once, with little KV memory"
 
 
 def run_ways(first: Rig, requests: Sequence[GenerateRequest]) -> Iterator[tuple[str, Run]]:
@@ -83,7 +84,7 @@ def run_ways(first: Rig, requests: Sequence[GenerateRequest]) -> Iterator[tuple[
     yield "32 at once, from the prefix cache", run(first, requests)
     yield "32 at once", run(make_rig(), requests)
     yield "chunks of 16", run(make_rig(max_step_tokens=16 + MAX_BATCH), requests)
-    yield "32 at once, with little KV memory", run(make_rig(num_blocks=NUM_TIGHT_BLOCKS), requests)
+    yield TIGHT, run(make_rig(num_blocks=NUM_TIGHT_BLOCKS), requests)
     backwards = run(make_rig(), requests[::-1])
     yield "in another order", replace(backwards, answers=backwards.answers[::-1])
     torch.set_num_threads(2)

@@ -1,11 +1,12 @@
 """Messages about a program's flags."""
 
+from argparse import ArgumentParser
 from typing import Self
 
 import pytest
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from lori.flags import STRAY, flag_faults, refused_arguments
+from lori.flags import STRAY, add_argument, flag_faults, refused_arguments
 
 
 class Settings(BaseModel):
@@ -77,3 +78,23 @@ HINTS = {"--max-model-len": "leave it out", "-c": "use --place", STRAY: "a place
 )  # fmt: skip
 def test_a_flag_with_a_hint_is_reported_with_the_hint_and_no_similar_flag(message: str, expected: str) -> None:
     assert refused_arguments(ValueError(f"error parsing CLI: {message}"), Settings.model_fields, HINTS) == expected
+
+
+@pytest.mark.parametrize(
+    ("metavar", "text", "expected"),
+    [
+        ("Path", "A file. (required)", ("Path", "A file. (required)")),
+        ("int", "A number. (default: 0)", ("int", "A number. (default: 0)")),
+        ("str", "A name. (default: null)", ("str", "A name.")),
+        ("list[Path]", "Files. (required)", ("Path", "Files. May be given several times. (required)")),
+        (
+            "list[str]",
+            "Names (all). (default: ['chat'])",
+            ("str", "Names (all). May be given several times. (default: ['chat'])"),
+        ),
+        ("list[JSON]", "Rows (JSONL). (default: [])", ("VALUE", "Rows (JSONL). May be given several times.")),
+    ],
+)
+def test_help_says_which_flags_may_be_repeated(metavar: str, text: str, expected: tuple[str, str]) -> None:
+    action = add_argument(ArgumentParser(), "--flag", metavar=metavar, help=text)
+    assert (action.metavar, action.help) == expected

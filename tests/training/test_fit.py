@@ -835,7 +835,20 @@ def test_another_number_of_processes_ignores_the_saved_threads(tiny_model: Path,
 
 def test_two_runs_do_not_write_to_one_output(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "a.checkpoint").mkdir()
-    with FileLock(tmp_path / "a.checkpoint" / "lock"), pytest.raises(LoriError, match="another run is writing to"):
+    for files in ([], ["run.json"]):  # before and after the other run has written its identity
+        for name in files:
+            (tmp_path / "a.checkpoint" / name).write_text("{}")
+        with FileLock(tmp_path / "a.checkpoint" / "lock"), pytest.raises(LoriError, match="another run is writing to"):
+            fit(config_for(tiny_model, data, tmp_path / "a"), "command")
+
+
+def test_an_unfinished_run_is_refused_before_the_base_is_loaded(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.checkpoint").mkdir()
+    (tmp_path / "a.checkpoint" / "run.json").write_text("{}")
+    monkeypatch.setattr("training.fit.load_base", lambda *_: pytest.fail("the base is loaded"))
+    with pytest.raises(LoriError, match="did not end: --resume goes on with it"):
         fit(config_for(tiny_model, data, tmp_path / "a"), "command")
 
 

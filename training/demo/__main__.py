@@ -1,9 +1,9 @@
 """`python -m training.demo`: the training data of the demo adapters, and the commands that train them.
 
-An adapter learns its task as a plain prompt, as that prompt in a message, and as the bare message in a chat, with and without a
-system prompt and earlier turns. Mixed in, with the base's own answers, are messages of the other tasks and ordinary messages. The
-base model writes the ordinary messages itself, as turns of a user (Magpie, arXiv 2406.08464). For `safety` everyday messages
-(`ordinary.txt`) are mixed in, too.
+An adapter learns its task as a plain prompt, as that prompt in a message, and as the bare message in a chat, with and without
+a system prompt and earlier turns; `intent` and `nlu` also after turns about other things. Mixed in, with the base's own
+answers, are messages of the other tasks and ordinary messages. The base model writes the ordinary messages itself, as turns
+of a user (Magpie, arXiv 2406.08464). For `safety` everyday messages (`ordinary.txt`) are mixed in, too.
 
 `nlu` in `server/adapters` is older: its card has the commands that made it.
 """
@@ -41,14 +41,14 @@ SHORT_CHATS: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.
 """Options for chats with little context, since the context of a message costs training time and teaches little."""
 NUM_LATER: Mapping[str, int] = {"intent": 3000, "nlu": 4000}
 """Number of rows to write as messages after turns about other things. Most earlier turns in the chats of these tasks are the
-task's own, and teach that too little."""
+task's own, so their adapters would not learn to answer after other topics."""
 ALTERNATIVES = re.compile(r"\{([^{}]*)\}")
 MARK = "\N{REPLACEMENT CHARACTER}"
 """Placeholder for a message, to find the text that the chat template puts before it."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "intent": {"mix_fraction": 0.35, "calibration_steps": 90, "steps": 650, "max_length": 256},
     "math": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 270},
-    "nlu": {"mix_fraction": 0.25, "calibration_steps": 100, "steps": 700, "max_length": 256},
+    "nlu": {"mix_fraction": 0.35, "calibration_steps": 70, "steps": 560, "max_length": 256},
     "safety": {"mix_fraction": 0.65, "calibration_steps": 70, "steps": 290, "max_length": 384, "weight_range": [0.3, 1.0]},
 }
 ABOUT = {

@@ -103,7 +103,7 @@ def test_a_large_model_needs_no_weights(tmp_path: Path) -> None:
     assert sizes.weights == pytest.approx(2 * 8.03e9, rel=1e-3)
     adapter = adapter_sizes(sizes.shapes, 32, 0.9, BF16)
     assert adapter.dense == pytest.approx(167.8e6, rel=1e-3)
-    assert adapter.on_disk == pytest.approx(11.5e6, rel=0.01)  # the README's figure, from tests.bench.format
+    assert adapter.on_disk == pytest.approx(11.5e6, rel=0.01)  # the figure of docs/format.md, from tests.bench.format
 
 
 def test_only_the_targets_count() -> None:

@@ -165,7 +165,7 @@ def test_gate_of_what_is_large_or_small(activation: str, dtype: torch.dtype, imp
 @each_implementation
 @each_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_what_is_not_a_number_passes_the_gate_alone(activation: str, dtype: torch.dtype, implementation: str) -> None:
+def test_nan_passes_the_gate_in_its_own_column_alone(activation: str, dtype: torch.dtype, implementation: str) -> None:
     x = torch.ones(2, 64, dtype=dtype)
     x[0, 3] = x[1, 32 + 5] = torch.nan
     out = make_ops(implementation, [HEADS], 1, 16, dtype).gate(x, activation)
@@ -477,7 +477,7 @@ STEPS: tuple[tuple[Work, ...], ...] = (
 
 
 @each_case("poison,layout", POISON, [(16, 0), (16, 7), (48, 7), (48, 0)])
-def test_what_memory_held_before_changes_no_bit(
+def test_earlier_content_of_the_memory_changes_no_bit(
     poison: float, layout: tuple[int, int], dtype: torch.dtype, implementation: str
 ) -> None:
     block_size, window = layout
@@ -500,7 +500,7 @@ def test_blocks_of_a_sequence_that_has_ended_are_as_fresh_ones(dtype: torch.dtyp
 
 @each_implementation
 @each_dtype
-def test_what_is_not_finite_stays_with_its_sequence(dtype: torch.dtype, implementation: str) -> None:
+def test_infinities_and_nan_stay_with_their_sequence(dtype: torch.dtype, implementation: str) -> None:
     ill, well = (Rig.of(implementation, heads_of(6, 2, 32), dtype) for _ in range(2))
     for work in ((("a", 5), ("b", 20), ("c", 7)), (("b", 1), ("a", 1), ("c", 1))):
         spans, qkv, rotary = ill.plan(work)
@@ -536,7 +536,7 @@ def test_sequences_that_share_the_blocks_of_a_prefix(block_size: int, dtype: tor
 @each_dtype
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("sizes", [(6, 2, 48), (16, 1, 16), (2, 2, 80), (14, 2, 64)])
-def test_how_a_sequence_is_cut_in_chunks_and_who_shares_its_steps_changes_no_bit(
+def test_chunks_and_the_other_sequences_of_a_step_change_no_bit(
     sizes: tuple[int, int, int], window: int, dtype: torch.dtype, implementation: str
 ) -> None:
     heads, cuts = heads_of(*sizes, window=window), (0, 1, 16, 30, 31, 32, 70)
