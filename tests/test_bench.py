@@ -26,6 +26,7 @@ def rows() -> list[Row]:
     return [replace(row, shape=name) for name in ("576x576", "4096x4096") for row in measured]
 
 
+@pytest.mark.slow
 def test_a_row_has_every_figure(rows: list[Row]) -> None:
     assert all(row.base_us > 0 and row.expand_us > 0 and row.dense_us and row.floor_us > 0 for row in rows)
     assert {row.popularity for row in rows} == set(POPULARITY)
@@ -34,6 +35,7 @@ def test_a_row_has_every_figure(rows: list[Row]) -> None:
     assert all(len(cells(row)) == len(COLUMNS) for row in rows)
 
 
+@pytest.mark.slow
 def test_every_goal_is_judged_by_its_own_rows(rows: list[Row]) -> None:
     wide = [replace(row, tokens=64) for row in rows]
     lines = list(verdicts([*rows, *wide]))
@@ -45,11 +47,13 @@ def test_every_goal_is_judged_by_its_own_rows(rows: list[Row]) -> None:
     assert all(line.startswith("noisy ") for line in verdicts(noisy))
 
 
+@pytest.mark.slow
 def test_the_plot_is_drawn(rows: list[Row], tmp_path: Path) -> None:
     plot([asdict(row) for row in rows], tmp_path / "kernel.png")
     assert (tmp_path / "kernel.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_products_of_each_set_are_measured() -> None:
     rows = list(product.measure(0.0, (40, 24), 4 * 40 * 24 * 2))

@@ -317,6 +317,7 @@ def test_other_requests_that_end_before_the_probe_fail_it(stage: Stage) -> None:
         probe_long(server, 2, [], short, "seed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_random_model_of_a_larger_shape_answers_with_its_tokenizers_tokens(name: str, tmp_path: Path) -> None:
     sizes = {

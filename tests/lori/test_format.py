@@ -586,6 +586,7 @@ def corruptions(whole: bytes, count: int, rng: random.Random) -> list[bytes]:
     return copies
 
 
+@pytest.mark.slow
 def test_one_wrong_byte_in_the_weights_is_always_found(folder: Path) -> None:
     for weights in corruptions((folder / WEIGHTS_FILE).read_bytes(), 400, random.Random(1)):
         (folder / WEIGHTS_FILE).write_bytes(weights)
@@ -604,6 +605,7 @@ def test_one_wrong_byte_in_a_signed_file_gives_an_adapter_or_a_format_error(fold
     assert all(b.values.isfinite().all() for adapter in sound for b in adapter.modules.values())
 
 
+@pytest.mark.slow
 def test_one_wrong_byte_in_the_config_never_gives_another_adapter(folder: Path) -> None:
     before, loaded = effect(load(folder)), []
     for config in corruptions((folder / CONFIG_FILE).read_bytes(), 600, random.Random(3)):

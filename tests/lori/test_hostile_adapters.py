@@ -273,6 +273,7 @@ def test_an_adapter_with_right_digests_is_refused_or_matches_its_files(
     assert counts["accepted"] > 0 or mutate is header_changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutate", [header_changed, data_changed, tensors_changed])
 def test_an_adapter_on_a_hostile_basis_is_refused_or_matches_the_basis_file(
     tmp_path: Path, mutate: Callable[[bytes, random.Random], bytes]

@@ -312,6 +312,7 @@ ADAPTERS = [adapter("a", 3), adapter("b", 5), adapter("c", 3, [Q0, UP1], alpha=1
 WEIGHTS = st.floats(-4, 4, allow_subnormal=False, width=32)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.permutations(range(4)), st.lists(WEIGHTS, min_size=4, max_size=4), st.integers(-3, 3), st.booleans())
 def test_linear_is_linear_in_any_order(order: list[int], weights: list[float], exponent: int, is_negative: bool) -> None:

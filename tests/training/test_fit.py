@@ -106,6 +106,7 @@ def apart(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     return first, fit(config_for(tiny_model, data, folder / "second", avoid=[first]), "")
 
 
+@pytest.mark.slow
 def test_the_adapter_has_the_properties_of_its_method(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     folder = fit(config_for(tiny_model, data, tmp_path / "colours"), "command")
     base = load_base_model(str(tiny_model), torch.float32)
@@ -120,6 +121,7 @@ def test_the_adapter_has_the_properties_of_its_method(tiny_model: Path, data: Pa
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
+@pytest.mark.slow
 def test_the_second_phase_starts_from_zero_on_the_largest_entries_of_the_first(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -620,6 +622,7 @@ def test_an_avoided_adapter_s_entries_are_left_alone(
         fit(config_for(tiny_model, data, tmp_path / "third", avoid=[second], sparsity=0.05), "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.5), (0.25, 1.0)])
 def test_a_sum_with_an_avoided_adapter_keeps_the_values_of_both(apart: tuple[Path, Path], weights: tuple[float, float]) -> None:
     """The weights are powers of two, so nothing is rounded."""
@@ -804,6 +807,7 @@ def test_a_folder_that_is_not_a_run_s_is_left_alone(tiny_model: Path, data: Path
     assert (tmp_path / "a.checkpoint" / "mine").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_an_interrupted_start_is_repeated(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """The folder has only the files that a start writes before `run.json`."""
     folder = tmp_path / "a.checkpoint"

@@ -143,6 +143,7 @@ def luminance(colour: NDArray[np.float64]) -> float:
     return float(linear[:3] @ (0.2126, 0.7152, 0.0722))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FIGURES)
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PNG"])
 def test_a_figure_is_saved_in_the_format_of_its_suffix(make: Callable[[], Figure], suffix: str, tmp_path: Path) -> None:

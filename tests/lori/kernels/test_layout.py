@@ -24,6 +24,7 @@ def pack_both(target: Layout, b: SparseB, scale: float = 1.0) -> Packed:
     return ours
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     num_outputs=st.integers(1, 600),

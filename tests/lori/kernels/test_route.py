@@ -1,5 +1,6 @@
 """Routes: the segments of a step's tokens that have the same terms."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from lori.kernels import Route, Term
 TERM = st.tuples(st.integers(0, 11), st.integers(1, 12), st.integers(0, 4), st.integers(-3, 3)).filter(lambda t: t[0] < t[1])
 
 
+@pytest.mark.slow
 @given(st.lists(TERM, max_size=12))
 def test_each_token_gets_its_terms_once_a_slot(drawn: list[tuple[int, int, int, int]]) -> None:
     terms = [Term(start, stop, slot, weight / 4) for start, stop, slot, weight in drawn]

@@ -86,6 +86,7 @@ def test_an_adapter_that_one_process_publishes_is_read_by_another(open_store: Op
     assert same(open_store().current()["math"].load(), expected)
 
 
+@pytest.mark.slow
 def test_only_configs_are_fetched_at_start_and_weights_once(open_store: Open) -> None:
     writer = open_store()
     for number in range(20):
@@ -103,6 +104,7 @@ def test_only_configs_are_fetched_at_start_and_weights_once(open_store: Open) ->
     assert WatchedFileSystem.num("fetch") == 1
 
 
+@pytest.mark.slow
 def test_a_process_reuses_the_cache_of_an_earlier_one(open_store: Open) -> None:
     writer = open_store()
     for number in range(20):

@@ -25,6 +25,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=30)
 
 
+@pytest.mark.slow
 @given(VALUES)
 def test_written_json_is_read_back(value: Any) -> None:
     assert read_json(json.dumps(value).encode()) == value

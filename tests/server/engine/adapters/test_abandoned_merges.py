@@ -63,6 +63,7 @@ def body(method: str) -> dict[str, Any]:
     return {"prompt": "x", "adapter": ["math", "safety"], "merge": method, "density": 0.5, "max_tokens": 2}
 
 
+@pytest.mark.slow
 def test_the_next_merge_begins_when_the_client_of_the_current_one_leaves(client: httpx.Client, builder: Builder) -> None:
     """Regression: the abandoned build went on, for 16 s with eight large adapters, and delayed all other merges."""
     with client.stream("POST", "/generate", json=body("ties") | {"stream": True}) as stream:

@@ -419,6 +419,7 @@ def test_any_steps(seed: int, implementation: str) -> None:
         rig.check(*sorted(work, key=lambda item: item[1] > 1))
 
 
+@pytest.mark.slow
 @each_implementation
 @each_dtype
 def test_five_thousand_keys(dtype: torch.dtype, implementation: str) -> None:
