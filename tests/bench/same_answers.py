@@ -32,9 +32,10 @@ from tests.server.rig import Rig, build
 ADAPTERS = Path(__file__).parents[2] / "server" / "adapters"
 NAMES = ("intent", "math", "nlu", "safety")
 WEIGHTS = (0.5, 0.8, 1.0, -0.25)
-MAX_TOKENS = 24
+MAX_TOKENS = (6, 24, 96, 96)
+"""Lengths of answers. A sequence starts with a block of headroom, so only long answers lead to preemption."""
 MAX_BATCH = 32
-NUM_BLOCKS, NUM_TIGHT_BLOCKS = 8192, 48
+NUM_BLOCKS, NUM_TIGHT_BLOCKS = 8192, 40
 """Blocks of KV memory: for all prompts of 500 requests, and too few for 32 requests at once."""
 
 Answer = tuple[list[int], list[float | None], list[dict[str, float]]]
@@ -120,7 +121,7 @@ def draw_requests(rig: Rig, data: Path, count: int) -> list[GenerateRequest]:
             adapters=adapters,
             weights=tuple(rng.choice(WEIGHTS) for _ in adapters) or None,
             merge=MergeOptions("ties") if len(adapters) > 1 and rng.random() < 0.2 else MergeOptions(),
-            max_tokens=rng.randint(4, MAX_TOKENS),
+            max_tokens=rng.choice(MAX_TOKENS),
             sampling=SamplingParams(temperature=rng.choice([0.0, 1.0]), seed=len(requests), num_logprobs=2, ignore_eos=True),
         )
         with suppress(RefusedError):  # messages to adapters without a common template
