@@ -58,10 +58,7 @@ def help_formatter(prog: str) -> HelpFormatter:
 
 
 def add_argument(parser: Any, *names: str, **kwargs: Any) -> Action:
-    """Add an argument to `parser`, or to a group of one, and `--version` after `--help`.
-
-    pydantic-settings calls this for every argument.
-    """
+    """Add an argument to `parser`, or to a group of one, and `--version` after `--help`."""
     for unset in UNSET:
         kwargs["help"] = kwargs["help"].removesuffix(unset)
     if item := LIST.fullmatch(kwargs.get("metavar") or ""):
@@ -73,6 +70,22 @@ def add_argument(parser: Any, *names: str, **kwargs: Any) -> Action:
         text = f"{PACKAGE} {package_version()}"
         parser.add_argument("--version", action="version", version=text, help="show the version and exit")
     return action
+
+
+class Headings:
+    """Headings of `--help`, each with its fields, in order. A flag of no heading stands before them."""
+
+    def __init__(self, fields: Mapping[str, Sequence[str]]) -> None:
+        self._fields = fields
+        self._groups: dict[str, Any] = {}
+
+    def add_argument(self, parser: Any, *names: str, **kwargs: Any) -> Action:
+        """Add an argument to `parser` under its heading. pydantic-settings calls this for every argument."""
+        if not self._groups:  # all groups at once, so that their order does not depend on the flags
+            self._groups = {heading: parser.add_argument_group(heading) for heading in self._fields}
+        field = kwargs.get("dest", "")
+        group = next((self._groups[heading] for heading, fields in self._fields.items() if field in fields), parser)
+        return add_argument(group, *names, **kwargs)
 
 
 @contextmanager

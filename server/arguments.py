@@ -1,13 +1,12 @@
 """Command lines of the server's programs, and the groups of flags in `--help`."""
 
-from argparse import Action, ArgumentParser
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from lori.flags import add_argument, help_formatter, refusing_flags
+from lori.flags import Headings, help_formatter, refusing_flags
 from server.migration.flags import FLAGS
 from server.settings import Settings
 
@@ -95,27 +94,9 @@ def read_arguments(settings: type[Config], groups: Mapping[str, Sequence[str]] |
             settings,
             cli_exit_on_error=False,
             cli_hide_none_type=True,
-            add_argument_method=partial(_add, _Headings(groups or {})),
+            add_argument_method=Headings(groups or {}).add_argument,
             formatter_class=help_formatter,
         )
         if groups:  # otherwise the usage line would list all flags, and fill a page
             flags.root_parser.usage = "%(prog)s [--FLAG VALUE ...]"
         return settings(_cli_settings_source=flags(args=True))
-
-
-class _Headings:
-    """Headings of `--help`, and the argparse group of each flag."""
-
-    def __init__(self, fields: Mapping[str, Sequence[str]]) -> None:
-        self._fields = fields
-        self._groups: dict[str, Any] = {}
-
-    def group(self, parser: ArgumentParser, field: str) -> Any:
-        """Return the argparse group for `field`, or `parser` itself if no heading names it."""
-        if not self._groups:  # all groups at once, so that their order does not depend on the flags
-            self._groups = {heading: parser.add_argument_group(heading) for heading in self._fields}
-        return next((self._groups[heading] for heading, fields in self._fields.items() if field in fields), parser)
-
-
-def _add(headings: _Headings, parser: ArgumentParser, *names: str, **kwargs: Any) -> Action:
-    return add_argument(headings.group(parser, kwargs.get("dest", "")), *names, **kwargs)

@@ -7,9 +7,9 @@ relative to the recipe's folder.
 
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSetti
 from safetensors import SafetensorError
 
 from lori.errors import LoriError
-from lori.flags import add_argument, help_formatter, refusing_flags
+from lori.flags import Headings, help_formatter, refusing_flags
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 
@@ -111,6 +111,8 @@ class CommandLine(BaseSettings):
         extra="forbid",
         allow_inf_nan=False,
     )
+    GROUPS: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Fields under each heading of `--help`; without any, all flags are in one list."""
 
     @classmethod
     def settings_customise_sources(
@@ -138,7 +140,7 @@ class CommandLine(BaseSettings):
                     cls,
                     cli_prog_name=_program_name(),
                     cli_hide_none_type=True,
-                    add_argument_method=add_argument,
+                    add_argument_method=Headings(cls.GROUPS).add_argument,
                     formatter_class=help_formatter,
                 )
                 flags.root_parser.usage = "%(prog)s [--FLAG VALUE ...]"  # all flags would fill a page

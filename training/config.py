@@ -1,8 +1,8 @@
 """The options of `python -m training.fit`. Each default is written once, here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
@@ -32,6 +32,38 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class FitConfig(CommandLine):
     """Train a LoRI adapter (arXiv 2504.07448) and write it as a folder that the server loads."""
 
+    GROUPS: ClassVar[Mapping[str, Sequence[str]]] = {
+        "the ten that matter first": (
+            "recipe",
+            "data",
+            "output",
+            "model",
+            "template",
+            "mix",
+            "steps",
+            "held_out_fraction",
+            "resume",
+            "threads",
+        ),
+        "the adapter": ("about", "method", "rank", "alpha", "sparsity", "granularity", "values", "target_modules"),
+        "other adapters": ("basis_seed", "stream", "init_from", "mask_from", "avoid"),
+        "the data": ("on_bad", "mix_fraction", "max_length", "prepare"),
+        "the loss": ("loss", "beta", "weight_range"),
+        "length and learning rate": (
+            "epochs",
+            "calibration_steps",
+            "calibration_epochs",
+            "lr",
+            "calibration_lr",
+            "warmup",
+            "schedule",
+            "weight_decay",
+            "max_grad_norm",
+        ),
+        "batches": ("batch_size", "batch_tokens", "accumulation", "seed"),
+        "checkpoints and reports": ("save_every", "held_out", "eval_every", "patience", "tensorboard", "report"),
+        "hardware": ("dtype", "fsdp"),
+    }
     recipe: str | None = None
     """A YAML file of these options, or the name of a recipe in `training/recipes`. Flags override it."""
     data: list[Source]
@@ -132,7 +164,8 @@ class FitConfig(CommandLine):
     held_out: list[Source] = Field(default=[])
     """Rows to measure the loss on during training. The best checkpoint becomes the adapter."""
     held_out_fraction: float = Field(default=0, ge=0, lt=1)
-    """Fraction of `data` to hold out instead."""
+    """Fraction of `data` to hold out, if there is no `held_out`: the loss on those rows is measured during training, and the best
+    checkpoint becomes the adapter."""
     eval_every: int = Field(default=50, ge=1)
     """Steps between evaluations, and between checkpoints, if something is held out."""
     patience: int = Field(default=0, ge=0)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from lori.errors import AdapterFormatError
+from lori.errors import AdapterFormatError, UnknownAdapterError
 from lori.template import Message
 from server.access.limits import RateLimitedError
 from server.description.openapi import Api, allowed_methods
@@ -23,6 +23,8 @@ from server.errors import FIELDS, TABLE, BodyError, FieldError, StoppedError, St
 from server.migration.suggestions import fields_at, unknown_field, unknown_route, value_hint
 from server.schemas.errors import error_reply, kind_of
 from server.schemas.fields import Body
+from server.schemas.model_names import UnknownModelError
+from server.telemetry.exchange import current
 
 MAX_FAULTS = 10
 MAX_NAME = 64
@@ -46,6 +48,8 @@ def _answer(
     headers: Mapping[str, str] | None = None,
     faults: Sequence[str] | None = None,
 ) -> JSONResponse:
+    if exchange := current.get():
+        exchange.refusal = {"error_type": kind} | ({"error_param": param} if param else {})
     return JSONResponse(error_reply(status, kind, message, param, faults), status, headers)
 
 
@@ -132,7 +136,10 @@ async def on_table_error(_: Request, error: Exception) -> JSONResponse:
     headers = {"Retry-After": str(retry_after_s)} if comes_back else None
     faults = cause.shown if isinstance(cause, AdapterFormatError) else None
     faults = cause.faults if isinstance(cause, FaultyAdapterError) else faults
-    return _answer(status, name, str(error), field, headers, faults)
+    reply = _answer(status, name, str(error), field, headers, faults)
+    if isinstance(cause, UnknownAdapterError | UnknownModelError) and (exchange := current.get()):
+        exchange.refusal |= {"unknown_name": _cut(cause.name, MAX_NAME)}
+    return reply
 
 
 async def on_disconnect(_: Request, error: Exception) -> Response:

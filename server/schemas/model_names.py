@@ -18,6 +18,7 @@ class UnknownModelError(Exception):
     """
 
     def __init__(self, model: str, hint: str) -> None:
+        self.name = model
         super().__init__(f"The model `{model}` does not exist. {hint}")
 
 

@@ -16,6 +16,8 @@ class Exchange:
     accounts: list[Account] = field(default_factory=list)
     scope: MutableMapping[str, Any] | None = None
     """The ASGI scope as it reached the routes; None if it did not."""
+    refusal: dict[str, str] = field(default_factory=dict)
+    """Fields of the log line that say why a route refused the request. No text of a prompt."""
 
 
 current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)

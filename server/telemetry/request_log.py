@@ -134,6 +134,7 @@ class _WatchedRequest:
             "disconnected": self._has_disconnected or None,
             "unfinished": True if self._status and not (self._is_whole or self._has_disconnected) else None,
         }
+        fields |= self._exchange.refusal
         if self._exchange.accounts:
             fields |= _account_fields(self._exchange.accounts)
         return {key: value for key, value in fields.items() if value is not None}

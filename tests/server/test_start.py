@@ -6,11 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+from pydantic_settings import BaseSettings
 
 from lori.flags import package_version
 from server.arguments import GROUPS
@@ -18,6 +19,7 @@ from server.cluster.settings import ClusterSettings
 from server.settings import Settings
 from tests.server.forked import run_forked
 from tests.server.live import LIMIT_S, REPOSITORY, Live, Process, RunProgram, run_main, start, wait_until
+from training.config import FitConfig
 
 STAGES = {
     "lori-server": "importing torch",
@@ -159,18 +161,28 @@ def sections_of_help(module: str) -> Mapping[str, list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "settings"), [("server", Settings), ("server.cluster", ClusterSettings)])
-def test_the_help_is_in_groups_with_ten_main_flags_first(module: str, settings: type[Settings]) -> None:
+@pytest.mark.parametrize(
+    ("module", "settings", "groups"),
+    [
+        ("server", Settings, GROUPS),
+        ("server.cluster", ClusterSettings, GROUPS),
+        ("training.fit", FitConfig, FitConfig.GROUPS),
+    ],
+)
+def test_the_help_is_in_groups_with_ten_main_flags_first(
+    module: str, settings: type[BaseSettings], groups: Mapping[str, Sequence[str]]
+) -> None:
     sections = sections_of_help(module)
-    headings = [heading for heading in GROUPS if set(GROUPS[heading]) & settings.model_fields.keys()]
+    headings = [heading for heading in groups if set(groups[heading]) & settings.model_fields.keys()]
     assert list(sections) == ["options", *headings]
-    assert sections.pop("options") == ["--help", "--version"], "every other flag is under a heading of `GROUPS`"
+    assert sections.pop("options") == ["--help", "--version"], "every other flag is under a heading"
     assert len(sections[headings[0]]) == 10
     flags = [flag for section in sections.values() for flag in section]
     assert sorted(flags) == sorted("--" + name.replace("_", "-") for name in settings.model_fields)
 
 
-def test_the_headings_name_existing_flags() -> None:
-    named = [field for fields in GROUPS.values() for field in fields]
+@pytest.mark.parametrize(("settings", "groups"), [(ClusterSettings, GROUPS), (FitConfig, FitConfig.GROUPS)])
+def test_the_headings_name_existing_flags(settings: type[BaseSettings], groups: Mapping[str, Sequence[str]]) -> None:
+    named = [field for fields in groups.values() for field in fields]
     assert len(named) == len(set(named))
-    assert set(named) <= ClusterSettings.model_fields.keys()
+    assert set(named) <= settings.model_fields.keys()

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,23 @@ def test_a_path_without_a_route_is_logged_as_received(
         row = line(caplog, "mine")
     assert (row["route"], row["path"], row["status"]) == ("none", "/no%0Awhere", 404)
     assert "secret" not in str(row)
+
+
+@pytest.mark.parametrize(
+    ("body", "refusal"),
+    [
+        ({"adapter": "nobody"}, {"error_type": "NotFoundError", "error_param": "adapter", "unknown_name": "nobody"}),
+        ({"adapter": "n" * 99}, {"error_type": "NotFoundError", "error_param": "adapter", "unknown_name": "n" * 63 + "…"}),
+        ({"temperature": -1}, {"error_type": "BadRequestError", "error_param": "temperature"}),
+    ],
+)
+def test_a_refused_request_s_line_says_which_field_is_wrong(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, body: Mapping[str, object], refusal: Mapping[str, str]
+) -> None:
+    with served(tokenizer, FakeEngine()) as (client, _):
+        client.post("/generate", json={"prompt": "x", **body}, headers={HEADER: "mine"})
+        row = line(caplog, "mine")
+    assert {key: value for key, value in row.items() if key.startswith("error_") or key == "unknown_name"} == refusal
 
 
 def test_probes_are_logged_only_if_they_fail(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
