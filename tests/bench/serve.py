@@ -49,6 +49,9 @@ GATE = [
         "test_engine",
         "model/test_runner",
         "scheduling/test_scheduler",
+        "scheduling/test_scheduler_adapters",
+        "scheduling/test_scheduler_choices",
+        "scheduling/test_fair_shares",
         "scheduling/test_kv_cache",
         "sampling/test_sampler",
     )

@@ -12,6 +12,7 @@ from lori.config import UNSEALED, AdapterConfig, LoriSection, SeededConfig, basi
 from lori.format import save_adapter, seal
 from lori.identity import BaseIdentity
 from lori.sparse import SparseB
+from lori.store.store import AdapterStore
 
 # The masks are bitmaps of 27 bits, and of 48, which are whole bytes.
 SHAPES = {
@@ -103,3 +104,14 @@ def fold(adapter: Adapter, module: str, num_inputs: int) -> torch.Tensor:
     """Return the delta of `adapter` at weight 1 to the weight of `module`: (alpha / r) B A, (D, N) fp64."""
     a = adapter.basis.draw(module, adapter.config.r, num_inputs).double()  # (R, N)
     return adapter.config.lora_alpha / adapter.config.r * adapter.modules[module].dense(torch.float64) @ a
+
+
+def make(folder: Path, seed: int = 0, **config: Any) -> Adapter:
+    return save(folder, make_config(**config), make_modules(seed=seed))
+
+
+def publish(store: AdapterStore, tmp_path: Path, name: str, seed: int = 0) -> str:
+    """Publish a random adapter and return its version."""
+    version = make(tmp_path / "made" / name, seed).version
+    assert store.publish(tmp_path / "made" / name).version == version
+    return version

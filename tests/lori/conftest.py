@@ -1,9 +1,12 @@
 """Fixtures for the tests of `lori`."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.lori.adapters import make_config, make_modules, save
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +16,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the folder of a sound adapter called math."""
+    return save(tmp_path / "math", make_config(metrics={"loss": 1.25}), make_modules()) and tmp_path / "math"

@@ -3,14 +3,21 @@
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
+from lori.adapter import Adapter
+from lori.store.entry import Entry
+from lori.store.remote import RemoteStore
+from lori.store.store import AdapterStore
+from tests.lori.adapters import make_adapter
+
 LIMIT_S = 60
+Open = Callable[..., RemoteStore]
 
 
 def let(_: str, __: str) -> None:
@@ -119,6 +126,18 @@ class Broken:
     def __call__(self, what: str, path: str) -> None:
         if what == self.what and path.endswith(self.end):
             raise ConnectionResetError("reset by watched://user:secret@host/path?key=secret")
+
+
+def publish(store: AdapterStore, name: str, seed: int = 0) -> Entry:
+    return store.add(make_adapter(name, seed=seed))
+
+
+def same(actual: Adapter, expected: Adapter) -> bool:
+    return actual.config.lori.content_digest == expected.config.lori.content_digest
+
+
+def paths() -> Sequence[str]:
+    return sorted(path.removeprefix("/store/") for path in WatchedFileSystem.store)
 
 
 fsspec.register_implementation("watched", WatchedFileSystem, clobber=True)

@@ -9,7 +9,8 @@ from lori.pool import AdapterPool
 from server.engine.adapters.cache import MAX_LOADING, MAX_MERGING, AdapterCache
 from server.engine.adapters.loader import Loaded, Loader
 from server.engine.adapters.residents import Residents
-from server.engine.request import Request
+from server.engine.request import Request, Sequence
+from tests.server.plans import request
 
 SCALE = 2.0
 """alpha / r of all fake adapters."""
@@ -112,3 +113,29 @@ def fake_cache(
 ) -> AdapterCache:
     pool, residents = cast(AdapterPool, FakePool()), Residents(num_slots, max_bytes)
     return AdapterCache(pool, residents, cast(Loader, loader), max_loaded_bytes, max_loading, patience_s, max_merging)
+
+
+def wanting(*digests: str, weight: float = 1.0) -> Sequence:
+    return Sequence(request(adapters=digests, weight=weight))
+
+
+def load(cache: AdapterCache, loader: FakeLoader, *digests: str, num_bytes: int = 1) -> None:
+    """Let the loads of `digests` arrive."""
+    for digest in digests:
+        loader.arrive(digest, num_bytes)
+    assert cache.collect()
+
+
+def run(cache: AdapterCache, loader: FakeLoader, *digests: str, num_bytes: int = 1) -> Sequence:
+    """Return a sequence that holds its adapters. Those that are not in memory are read first."""
+    sequence = wanting(*digests)
+    if cache.acquire(sequence) == "loading":
+        load(cache, loader, *[d for d in digests if d in loader.pending], num_bytes=num_bytes)
+        assert cache.acquire(sequence) == "ready"
+    return sequence
+
+
+def end(cache: AdapterCache, *sequences: Sequence) -> None:
+    for sequence in sequences:
+        cache.release(sequence)
+    cache.collect()

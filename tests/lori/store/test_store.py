@@ -1,48 +1,20 @@
-"""A folder of adapters: versions, aliases, and concurrent readers and writers."""
+"""A folder of adapters: publishing, versions, aliases and explicit bases."""
 
 import os
-import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
-from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
 from lori.format import WEIGHTS_FILE, load_adapter, write_record
 from lori.store.aliases import ALIASES_FOLDER
 from lori.store.bases import basis_file, load_basis, save_basis
-from lori.store.files import remove_folder
 from lori.store.store import AdapterStore
-from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> AdapterStore:
-    """Return an empty store."""
-    return AdapterStore(tmp_path / "store")
-
-
-def make(folder: Path, seed: int = 0, **config: Any) -> Adapter:
-    return save(folder, make_config(**config), make_modules(seed=seed))
-
-
-def publish(store: AdapterStore, tmp_path: Path, name: str, seed: int = 0) -> str:
-    """Publish a random adapter and return its version."""
-    version = make(tmp_path / "made" / name, seed).version
-    assert store.publish(tmp_path / "made" / name).version == version
-    return version
-
+from tests.lori.adapters import BASE, RANK, SHAPES, make, make_config, make_modules, publish, save, targeted
 
 # --- publish, find, list
 
@@ -183,6 +155,16 @@ def test_an_alias_file_cannot_lead_out_of_the_store(store: AdapterStore, tmp_pat
         store.find("law")
 
 
+@pytest.mark.slow
+def test_ten_thousand_adapters_are_listed_without_opening_one(store: AdapterStore) -> None:
+    (store.root / ALIASES_FOLDER).mkdir(parents=True)
+    for i in range(10_000):
+        (store.root / f"tenant-{i:05}@{i:012x}").mkdir()  # an empty folder, which could not be opened
+        (store.root / ALIASES_FOLDER / f"tenant-{i:05}").write_text(f"tenant-{i:05}@{i:012x}")
+    assert len(store.list()) == len(store.current()) == 10_000
+    assert store.find("tenant-04321").version == f"{4321:012x}"
+
+
 # --- aliases
 
 
@@ -206,138 +188,19 @@ def test_an_adapters_name_cannot_be_an_alias_of_another(store: AdapterStore, tmp
         store.alias("law", "math")
 
 
-# --- plain folders
-
-
-def test_a_plain_folder_is_the_adapter_of_its_name(store: AdapterStore) -> None:
-    saved = make(store.root / "math")
-    assert store.find("math").version == saved.version
-    assert store.find(f"math@{saved.version}").folder == store.root / "math"
-    assert [entry.reference for entry in store.list()] == [f"math@{saved.version}"]
-
-
-def test_publishing_keeps_a_plain_folder_as_a_version(store: AdapterStore, tmp_path: Path) -> None:
-    old = make(store.root / "math").version
-    new = publish(store, tmp_path, "math", 2)
-    assert store.find("math").version == new
-    assert store.find(f"math@{old}").load(BASE).version == old
-    assert not (store.root / "math").exists()
-
-
-def test_a_plain_folder_can_be_published_in_place(store: AdapterStore) -> None:
-    version = make(store.root / "math").version
-    assert store.publish(store.root / "math").folder == store.root / f"math@{version}"
-    assert store.find("math").load(BASE).version == version
-    assert [entry.folder.name for entry in store.list()] == [f"math@{version}"]
-
-
-def test_an_alias_of_a_plain_folder_keeps_it_as_a_version(store: AdapterStore) -> None:
-    version = make(store.root / "math").version
-    store.alias("prod", "math")
-    assert store.find("prod").version == store.find("math").version == version
-
-
-def test_a_folder_with_the_name_of_an_alias_is_reported(store: AdapterStore, tmp_path: Path) -> None:
-    publish(store, tmp_path, "math", 1)
-    make(store.root / "math", 2)
-    for act in (store.current, lambda: store.find("math")):
-        with pytest.raises(AdapterError, match="'math' is an alias and a folder of its own"):
-            act()
-    assert store.publish(store.root / "math").version == store.find("math").version
-
-
-# --- remove
-
-
-def test_a_removed_version_is_gone_and_the_others_stay(store: AdapterStore, tmp_path: Path) -> None:
-    old, new = publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)
-    store.remove(f"math@{old[:8]}")
-    assert [entry.version for entry in store.list()] == [new]
-    with pytest.raises(UnknownAdapterError):
-        store.find(f"math@{old}")
-
-
-def test_a_removed_name_is_gone_with_all_its_versions(store: AdapterStore, tmp_path: Path) -> None:
-    publish(store, tmp_path, "math", 1)
-    publish(store, tmp_path, "math", 2)
-    publish(store, tmp_path, "law", 3)
-    store.remove("math")
-    assert list(store.current()) == ["law"]
-    assert sorted(path.name for path in store.root.iterdir()) == [".aliases", ".locks", store.find("law").folder.name]
-
-
-@pytest.mark.parametrize("again", [1, 2, 3])
-def test_an_adapter_published_after_its_name_was_withdrawn_stays(store: AdapterStore, tmp_path: Path, again: int) -> None:
-    """Regression: if another server published while requests here still used the old versions, all versions were removed."""
-    versions = [publish(store, tmp_path, "math", seed) for seed in (1, 2)]
-    store.withdraw("math", [f"math@{version}" for version in versions])
-    new = publish(AdapterStore(store.root), tmp_path, "math", again)
-    store.remove("math")
-    assert [entry.version for entry in store.list()] == [store.find("math").version] == [new]
-    store.remove("math")
-    assert store.list() == []
-
-
-def test_a_withdrawn_name_is_removed_whole(store: AdapterStore, tmp_path: Path) -> None:
-    versions = [publish(store, tmp_path, "math", seed) for seed in (1, 2)]
-    store.withdraw("math", [f"math@{version}" for version in versions[:1]])
-    store.remove("math")
-    assert store.list() == []
-    assert list(store.current()) == []
-
-
-def test_a_preview_of_a_removal_lists_the_versions_and_removes_nothing(store: AdapterStore, tmp_path: Path) -> None:
-    versions = [publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)]
-    store.alias("prod", "math")
-    assert [entry.version for entry in store.removable(f"math@{versions[0][:8]}")] == versions[:1]
-    assert store.removable("prod") == []
-    with pytest.raises(AdapterError, match="'prod' means math@"):
-        store.removable("math")
-    store.remove("prod")
-    assert (
-        {entry.version for entry in store.removable("math")} == {entry.version for entry in store.versions("math")} == {*versions}
-    )
-    with pytest.raises(UnknownAdapterError):
-        store.removable("law")
-    assert store.versions("law") == AdapterStore(tmp_path / "nowhere").versions("math") == []
-    with pytest.raises(AdapterError, match="is no folder of adapters"):
-        AdapterStore(tmp_path / "nowhere").removable("math")
-
-
-def test_a_dangling_alias_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
-    # Regression: the removal of a dangling alias was refused, so the store could not be repaired.
+def test_a_name_that_is_an_alias_of_another_is_not_taken_over(store: AdapterStore, tmp_path: Path) -> None:
     publish(store, tmp_path, "math")
     store.alias("prod", "math")
-    shutil.rmtree(store.find("math").folder)
-    with pytest.raises(AdapterError, match="has none"):
+    make(tmp_path / "law", 5)
+    with pytest.raises(AdapterError, match=r"'prod' is an alias of math@.*: remove it first"):
+        store.publish(tmp_path / "law", "prod")
+
+
+def test_an_alias_file_that_is_too_long_is_refused(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math")
+    (store.root / ALIASES_FOLDER / "prod").write_text("x" * 10_000)
+    with pytest.raises(AdapterError, match="it has 10000 bytes, expected 200 at most"):
         store.find("prod")
-    store.remove("prod")
-    store.remove("math")
-    assert store.current() == {}
-
-
-def test_an_adapter_is_found_beside_a_folder_with_an_invalid_name(store: AdapterStore, tmp_path: Path) -> None:
-    publish(store, tmp_path, "math")
-    make(store.root / "law")
-    make(store.root / "Not Sound")
-    assert store.find("math").load(BASE)
-    assert store.find("law").load(BASE)
-    assert store.find(store.find("math").reference)
-    assert store.alias("prod", "law")
-    assert publish(store, tmp_path, "new")
-    store.remove("new")
-
-
-def test_the_version_of_an_alias_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
-    version = publish(store, tmp_path, "math")
-    store.alias("prod", "math")
-    for reference in ("math", f"math@{version}"):
-        with pytest.raises(AdapterError, match=r"means math@.*: move or remove the alias first"):
-            store.remove(reference)
-    store.remove("prod")
-    assert list(store.current()) == ["math"]
-    store.remove("math")
-    assert store.list() == []
 
 
 # --- explicit bases
@@ -405,242 +268,3 @@ def test_a_damaged_basis_is_refused(store: AdapterStore) -> None:
     file.write_bytes(content)
     with pytest.raises(AdapterFormatError, match=f"expected {digest}"):
         load_basis(store.root, digest)
-
-
-# --- many adapters
-
-
-@pytest.mark.slow
-def test_ten_thousand_adapters_are_listed_without_opening_one(store: AdapterStore) -> None:
-    (store.root / ALIASES_FOLDER).mkdir(parents=True)
-    for i in range(10_000):
-        (store.root / f"tenant-{i:05}@{i:012x}").mkdir()  # an empty folder, which could not be opened
-        (store.root / ALIASES_FOLDER / f"tenant-{i:05}").write_text(f"tenant-{i:05}@{i:012x}")
-    assert len(store.list()) == len(store.current()) == 10_000
-    assert store.find("tenant-04321").version == f"{4321:012x}"
-
-
-# --- concurrent readers and writers
-
-
-@pytest.mark.slow
-def test_readers_see_one_version_or_the_other_while_writers_move_it(store: AdapterStore, tmp_path: Path) -> None:
-    versions = {publish(store, tmp_path / str(seed), "math", seed) for seed in range(3)}
-    stop, seen = threading.Event(), set()
-
-    def read() -> None:
-        while not stop.is_set():
-            seen.add(store.find("math").load(BASE).version)
-
-    def write(seed: int) -> None:
-        for _ in range(10):
-            store.publish(tmp_path / str(seed) / "made" / "math")
-
-    with ThreadPoolExecutor(5) as pool:
-        readers = [pool.submit(read) for _ in range(2)]
-        for writer in [pool.submit(write, seed) for seed in range(3)]:
-            writer.result()
-        stop.set()
-        for reader in readers:
-            reader.result()
-    assert seen <= versions
-    assert {entry.version for entry in store.list()} == versions
-
-
-def _publish_for_ever(root: Path, made: Path, num_rounds: Synchronized) -> None:
-    store = AdapterStore(root)
-    while True:
-        num_rounds.value += 1
-        for folder in sorted(made.iterdir()):
-            entry = store.publish(folder, "math")
-            store.alias("prod", "math")
-            store.remove("prod")
-            for other in store.list():
-                if other.version != entry.version:
-                    store.remove(other.reference)
-
-
-@pytest.mark.slow
-def test_a_writer_that_is_killed_leaves_a_sound_store(store: AdapterStore, tmp_path: Path) -> None:
-    made = {make(tmp_path / "made" / str(seed), seed).version for seed in range(3)}
-    store.publish(tmp_path / "made" / "0", "math")
-    context = get_context("spawn")
-    for i in range(4):
-        num_rounds = context.Value("i", 0)
-        writer = context.Process(target=_publish_for_ever, args=(store.root, tmp_path / "made", num_rounds))
-        writer.start()
-        while num_rounds.value < 2 and writer.is_alive():  # a process that is still starting has written nothing
-            time.sleep(0.01)
-        writer.join(0.05 + 0.13 * i)
-        assert num_rounds.value >= 2, "the writer ended before it was killed"
-        writer.kill()
-        writer.join()
-        assert writer.exitcode == -signal.SIGKILL, "the writer ended before it was killed"
-        assert store.find("math").load(BASE).version in made
-    store.publish(tmp_path / "made" / "1", "math")  # would wait if a lock were still held
-    assert not list(store.root.glob(".math@*"))
-
-
-# --- regressions found by attempts to break the store
-
-
-def test_nothing_of_a_newer_plain_folder_is_lost(store: AdapterStore, tmp_path: Path) -> None:
-    # Regression: the folder was deleted with all its content, and the older record came back.
-    publish(store, tmp_path, "math")
-    folder = store.root / "math"
-    shutil.copytree(tmp_path / "made" / "math", folder)
-    config = load_adapter(folder).config
-    write_record(folder, config.model_copy(update={"lori": config.lori.model_copy(update={"metrics": {"loss": 0.5}})}), "# new")
-    (folder / "checkpoint.pt").write_text("x")
-    with pytest.raises(AdapterError, match=r"and holds more: checkpoint\.pt; move that first"):
-        store.publish(folder)
-    (folder / "checkpoint.pt").unlink()
-    store.publish(folder)
-    assert store.find("math").load().config.lori.metrics == {"loss": 0.5}
-    assert not folder.exists()
-
-
-def test_a_name_that_is_an_alias_of_another_is_not_taken_over(store: AdapterStore, tmp_path: Path) -> None:
-    publish(store, tmp_path, "math")
-    store.alias("prod", "math")
-    make(tmp_path / "law", 5)
-    with pytest.raises(AdapterError, match=r"'prod' is an alias of math@.*: remove it first"):
-        store.publish(tmp_path / "law", "prod")
-
-
-def test_removing_a_name_is_atomic_for_readers(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Regression: the alias was removed first. Readers, also after a crash, found a name that could mean any of its versions.
-    for seed in range(3):
-        current = publish(store, tmp_path, "math", seed)
-    seen = []
-
-    def look(folder: Path) -> None:
-        seen.append(store.find("math").version)
-        remove_folder(folder)
-
-    monkeypatch.setattr("lori.store.store.remove_folder", look)
-    store.remove("math")
-    assert seen == [current] * 3
-
-
-@pytest.mark.slow
-def test_a_version_that_is_about_to_be_aliased_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
-    old = publish(store, tmp_path, "math", 1)
-    publish(store, tmp_path, "math", 2)
-    outcomes: list[str] = []
-
-    def act(do: Callable[[], object], name: str) -> None:
-        try:
-            do()
-            outcomes.append(name)
-        except AdapterError:
-            outcomes.append(f"no {name}")
-
-    (store.root / ".locks").mkdir(exist_ok=True)
-    with FileLock(store.root / ".locks" / "prod"):  # alias() has to wait after it has resolved its target
-        threads = [threading.Thread(target=act, args=(lambda: store.alias("prod", f"math@{old}"), "alias"))]
-        threads[0].start()
-        time.sleep(0.3)
-        threads.append(threading.Thread(target=act, args=(lambda: store.remove(f"math@{old}"), "remove")))
-        threads[1].start()
-        time.sleep(0.3)
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) in (["alias", "no remove"], ["no alias", "remove"])
-    assert store.current()
-
-
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        (".aliases/math", "cannot be read: .*it is not a regular file"),
-        ("math/adapter_config.json", "adapter_config.json cannot be read: it is not a regular file"),
-        ("math/adapter_model.safetensors", "adapter_model.safetensors cannot be read: it is not a regular file"),
-    ],
-)
-def test_a_pipe_is_refused_and_not_waited_for(store: AdapterStore, place: str, message: str) -> None:
-    make(store.root / "math")
-    (store.root / place).unlink(missing_ok=True)
-    (store.root / place).parent.mkdir(exist_ok=True)
-    os.mkfifo(store.root / place)
-    with pytest.raises(AdapterError, match=message):
-        store.find("math").load()
-
-
-def test_an_alias_file_that_is_too_long_is_refused(store: AdapterStore, tmp_path: Path) -> None:
-    publish(store, tmp_path, "math")
-    (store.root / ALIASES_FOLDER / "prod").write_text("x" * 10_000)
-    with pytest.raises(AdapterError, match="it has 10000 bytes, expected 200 at most"):
-        store.find("prod")
-
-
-def test_a_damaged_plain_folder_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
-    make(store.root / "math")
-    (store.root / "math" / CONFIG_FILE).write_text("{")
-    make(tmp_path / "math", 3)
-    with pytest.raises(AdapterError, match=r"is in the way, and not sound .*: remove it"):
-        store.publish(tmp_path / "math")
-    store.remove("math")
-    assert store.publish(tmp_path / "math")
-
-
-def test_removing_from_a_missing_folder_does_not_create_it(store: AdapterStore) -> None:
-    with pytest.raises(AdapterError, match="is no folder of adapters"):
-        store.remove("math")
-    assert not store.root.exists()
-
-
-def test_files_of_a_killed_writer_are_removed(store: AdapterStore, tmp_path: Path) -> None:
-    publish(store, tmp_path, "math")
-    (store.root / ".math@left").write_text("a file")
-    (store.root / ".math@folder").mkdir()
-    (store.root / ALIASES_FOLDER / ".math@left").write_text("x")
-    publish(store, tmp_path, "math", 2)
-    assert not list(store.root.rglob(".math@*"))
-
-
-def test_a_plain_folder_made_in_another_way_is_not_lost(store: AdapterStore, tmp_path: Path) -> None:
-    # A repeated reproducible training differs in its seconds. Regression: its metrics and card were deleted.
-    make(tmp_path / "math", training={"seconds": 1})
-    store.publish(tmp_path / "math")
-    make(store.root / "math", training={"seconds": 2}, metrics={"loss": 0.5})
-    with pytest.raises(AdapterError, match="was made in another way: remove one, or rename it"):
-        store.publish(store.root / "math")
-    assert load_adapter(store.root / "math").config.lori.metrics == {"loss": 0.5}
-
-
-def test_an_alias_that_cannot_be_read_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
-    # Regression: it blocked every removal.
-    publish(store, tmp_path, "math")
-    (store.root / ALIASES_FOLDER / "prod").write_text("junk")
-    store.remove("math")
-    store.remove("prod")
-    assert store.current() == {}
-
-
-def test_a_sound_version_is_not_replaced_by_a_damaged_folder(store: AdapterStore, tmp_path: Path) -> None:
-    # Regression: the damaged weights replaced the sound ones without being read.
-    publish(store, tmp_path, "math")
-    published = store.find("math").folder
-    shutil.copytree(published, store.root / "math")
-    (store.root / "math" / WEIGHTS_FILE).write_bytes(b"xx")
-    make(tmp_path / "math", 5)
-    with pytest.raises(AdapterError, match="is in the way, and not sound"):
-        store.publish(tmp_path / "math")
-    assert load_adapter(published, BASE)
-
-
-def test_an_ambiguous_name_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
-    # Regression: the removal that the error advised for the folder removed every version.
-    publish(store, tmp_path, "math")
-    make(store.root / "math", 5)
-    with pytest.raises(AdapterError, match=r"is an alias and a folder of its own .* `python -m lori import "):
-        store.remove("math")
-    assert len(store.list()) == 2
-
-
-def test_a_version_is_found_beside_a_damaged_folder_of_its_name(store: AdapterStore, tmp_path: Path) -> None:
-    version = publish(store, tmp_path, "math")
-    (store.root / "math").mkdir()
-    (store.root / "math" / CONFIG_FILE).write_text("{")
-    assert store.find(f"math@{version}").load(BASE)

@@ -15,8 +15,8 @@ from lori.summary import summarise
 from server.loading import NEW_RANK, load_service, make_pool, make_registry
 from server.settings import Settings
 from tests.server.office import open_office
+from tests.server.replies import refusal
 from tests.server.rig import write_adapter
-from tests.server.routes.test_http import refusal
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from tests.server.keyed import ACME, OTHER, bearer, make_service, write_keys
 from tests.server.live import LIMIT_S, Live, serve_here, wait_until
+from tests.server.replies import refusal
 from tests.server.rig import FakeEngine, write_adapter
-from tests.server.routes.test_http import refusal
 
 NAMES = ("math", "safety", "intent")
 

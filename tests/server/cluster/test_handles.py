@@ -1,140 +1,30 @@
-"""Calls to all replicas, of which those that have joined answer, and joins of the others. Fakes stand for Ray's handles."""
+"""Calls to the replicas that have joined, and requests while there is none. Fakes stand for Ray's handles."""
 
 import logging
-from asyncio import CancelledError, Future, create_task, get_running_loop
-from collections import Counter
+from asyncio import CancelledError, create_task
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any
 
 import anyio
 import grpc
 import pytest
 from anyio.abc import TaskGroup
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve._private.common import RequestMetadata
-from ray.serve._private.replica_result import ReplicaResult
-from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.exceptions import RayActorError
 from starlette.types import Message
 
 from server.cluster import handles, lifecycle
 from server.cluster.handles import ReplicaHandles, ReplicaStream
 from server.cluster.ingress import NoReplicaError, ReplicaLostError
 from server.cluster.lifecycle import PROBED
-from server.cluster.replica import Replica
 from server.errors import StoreError
-from tests.server.cluster.fake_calls import FakeCall, FakeResult
+from tests.server.cluster.fake_calls import CHANGE, LOOK, OK, FakeMessages, FakeReplicas, handles_of, rpc_fault
 from tests.server.live import LIMIT_S
 
 pytestmark = pytest.mark.anyio
-OK = [{"type": "http.response.start", "status": 200, "headers": []}]
-CHANGE, LOOK = {"method": "POST", "path": "/adapters/math/load"}, {"method": "GET", "path": "/metrics"}
-REQUEST: ContextVar[str | None] = ContextVar("REQUEST", default=None)
-"""The request of a call. Ray has such a variable, by which it cancels the calls of a request."""
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-class FakeMessages:
-    """A replica's answer, message by message."""
-
-    def __init__(self, *messages: Sequence[Mapping[str, Any]]) -> None:
-        self._messages, self._is_cancelled = [*messages], False
-
-    def cancel(self) -> None:
-        self._is_cancelled = True
-
-    async def __anext__(self) -> Sequence[Mapping[str, Any]]:
-        if self._is_cancelled:
-            raise CancelledError
-        if not self._messages:
-            raise StopAsyncIteration
-        return self._messages.pop(0)
-
-
-class FakeReplicas:
-    """A handle of fake replicas. `pins` has the pins of each that has joined, and None for the others. Records the pins of joins.
-
-    `faults` are the errors of the first calls of a method. A replica does not answer as many calls as `num_silent` has for it.
-    With `is_stuck`, joins do not end. A replica in `broken` answers every call with its error.
-    """
-
-    def __init__(
-        self,
-        pins: Mapping[str, Sequence[str] | None],
-        faults: Mapping[str, Sequence[BaseException]] | None = None,
-        num_silent: Mapping[str, int] | None = None,
-        is_stuck: bool = False,
-        broken: Mapping[str, BaseException] | None = None,
-    ) -> None:
-        self.pins, self.faults = dict(pins), {method: [*errors] for method, errors in (faults or {}).items()}
-        self.num_silent, self.is_stuck, self.num_beats, self.num_unanswered = Counter(num_silent), is_stuck, 0, 0
-        self.broken = broken or {}
-        self.joins: list[Sequence[str]] = []
-        self.is_joined = anyio.Event()
-        self.may_answer: anyio.Event | None = None
-        self.changed_in: list[str | None] = []
-        self.sent: list[Future[FakeMessages]] = []
-
-    def options(self, stream: bool) -> "FakeReplicas":  # noqa: ARG002
-        return self
-
-    @property
-    def asgi(self) -> "FakeReplicas":
-        return self
-
-    def remote(self, scope: Mapping[str, Any], body: bytes, key: str) -> DeploymentResponseGenerator[Any]:  # noqa: ARG002
-        """Return Ray's own generator. A replica has the request once its future in `sent` is done."""
-        self.sent.append(get_running_loop().create_future())
-        metadata = RequestMetadata(request_id="r", internal_request_id=str(len(self.sent)))
-        future = cast("Future[ReplicaResult]", self.sent[-1])
-        return DeploymentResponseGenerator(future, metadata, _is_router_running_in_separate_loop=False)
-
-    def broadcast(self, method: str, *arguments: Any) -> "FakeCall":
-        if not self.pins:
-            self.num_unanswered += 1
-            raise DeploymentUnavailableError("none")
-        self.num_beats += method == "beat"
-        self.joins += arguments if method == "join" else ()
-        if faults := self.faults.get(method):
-            return FakeCall([FakeResult(faults.pop(0))])
-        if method == "whole":
-            self.changed_in.append(REQUEST.get())
-        may_answer = self.may_answer if method == "whole" else None
-        results = {name: FakeResult(self._answer(name, method), may_answer=may_answer) for name in self.pins}
-        if method == "join" and self.is_stuck:
-            self.is_joined.set()
-            return FakeCall([FakeResult(None, is_silent=True)])
-        if method == "join":
-            self.pins = dict.fromkeys(self.pins, arguments[0])
-            self.is_joined.set()
-        results |= {name: FakeResult(fault) for name, fault in self.broken.items()}
-        for name in +self.num_silent:
-            results[name] = FakeResult(None, is_silent=True)
-            self.num_silent[name] -= 1
-        return FakeCall([*results.values()])
-
-    def _answer(self, name: str, method: str) -> Any:
-        pins = self.pins[name]
-        if method == "whole":
-            return name, [] if pins is None else OK
-        return (pins is not None, pins or []) if method == "beat" else None
-
-
-def handles_of(replicas: FakeReplicas) -> ReplicaHandles:
-    return ReplicaHandles(cast("DeploymentHandle[Replica]", replicas))
 
 
 async def test_a_change_is_answered_by_the_replicas_that_have_joined() -> None:
     assert await handles_of(FakeReplicas({"old": ["math"], "new": None})).ask_all(CHANGE, b"") == {"old": OK}
-
-
-def rpc_fault(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "a broken frame")
 
 
 async def test_a_change_does_not_fail_because_a_replica_ends() -> None:
@@ -212,129 +102,6 @@ async def test_a_request_is_refused_if_no_replica_can_join(monkeypatch: pytest.M
 async def test_a_request_is_refused_if_there_is_no_replica() -> None:
     with pytest.raises(ReplicaLostError, match="no replica is there"):
         await handles_of(FakeReplicas({})).ask_all(CHANGE, b"")
-
-
-@pytest.mark.parametrize("method", ["beat", "join"])
-@pytest.mark.parametrize(
-    "fault",
-    [StoreError("the store is away"), rpc_fault(grpc.StatusCode.INTERNAL), CancelledError()],
-    ids=lambda fault: type(fault).__name__,
-)
-async def test_a_joining_replica_gets_the_pins_of_the_others_despite_errors(
-    method: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Regression: where Ray calls by gRPC, a replica's error arrives unwrapped, and it ended the watch for good."""
-    monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    replicas = FakeReplicas({"old": ["safety", "math"], "new": None}, {method: [fault]})
-    await _watch_until_joined(replicas)
-    assert replicas.joins[-1] == ["math", "safety"]
-    assert len(replicas.joins) == (2 if method == "join" else 1)
-
-
-async def test_an_error_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    fault = StoreError("the store is away")
-    with caplog.at_level(logging.WARNING):
-        await _watch_until_joined(FakeReplicas({"new": None}, {"join": [fault, fault, RayTaskError("join", "a trace", fault)]}))
-    assert caplog.messages == ["not all replicas know of all changes yet: the store is away"]
-
-
-async def test_a_start_logs_no_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    replicas = FakeReplicas({})
-    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
-        async with anyio.create_task_group() as group:
-            group.start_soon(handles_of(replicas).watch)
-            await anyio.wait_all_tasks_blocked()
-            replicas.pins = {"new": None}
-            await replicas.is_joined.wait()
-            group.cancel_scope.cancel()
-    assert caplog.messages == []
-
-
-async def test_a_silent_replica_keeps_no_other_from_joining(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Regression: no replica joined while a machine was cut off, and nothing was logged."""
-    monkeypatch.setattr(handles, "ANSWER_S", 0.01)
-    replicas = FakeReplicas({"old": ["math"], "cut off": ["math"], "new": None}, num_silent={"cut off": 1000})
-    with caplog.at_level(logging.WARNING):
-        await _watch_until_joined(replicas)
-    assert replicas.joins == [["math"]]
-    assert caplog.messages == ["a replica does not answer: TimeoutError"]
-
-
-async def test_heartbeats_go_on_while_a_replica_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Regression: the loss of a machine went unnoticed while a store did not answer."""
-    monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    replicas = FakeReplicas({"new": None}, is_stuck=True)
-    with anyio.fail_after(LIMIT_S):
-        async with anyio.create_task_group() as group:
-            group.start_soon(handles_of(replicas).watch)
-            await replicas.is_joined.wait()
-            num_beats = replicas.num_beats
-            while replicas.num_beats < num_beats + 3:
-                await anyio.sleep(0.01)
-            group.cancel_scope.cancel()
-    assert len(replicas.joins) == 1
-
-
-async def test_no_replica_joins_without_the_pins_of_the_only_joined_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handles, "ANSWER_S", 0.01)
-    monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    replicas = FakeReplicas({"old": ["math"], "new": None}, num_silent={"old": 8})
-    await _watch_until_joined(replicas)
-    assert replicas.joins == [["math"]]
-
-
-async def test_a_change_whose_client_leaves_ends_before_a_replica_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Regression: Ray cancels a request's calls, but the replicas go on, and one that joined meanwhile missed the change."""
-    monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    replicas = FakeReplicas({"old": [], "new": None})
-    replicas.may_answer, replica_handles = anyio.Event(), handles_of(replicas)
-    with anyio.fail_after(LIMIT_S):
-        async with anyio.create_task_group() as group:
-            async with anyio.create_task_group() as request:
-                REQUEST.set("a client's")
-                request.start_soon(replica_handles.ask_all, CHANGE, b"")
-                await anyio.wait_all_tasks_blocked()
-                request.cancel_scope.cancel()
-            group.start_soon(replica_handles.watch)
-            while replicas.num_beats < 10:
-                await anyio.sleep(0.01)
-            assert replicas.joins == []
-            replicas.may_answer.set()
-            await replicas.is_joined.wait()
-            group.cancel_scope.cancel()
-    assert replicas.changed_in == [None]
-
-
-async def test_a_change_that_hangs_and_delays_a_join_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    monkeypatch.setattr(handles, "JOIN_S", 0.01)
-    replicas = FakeReplicas({"old": [], "new": None})
-    replicas.may_answer, replica_handles = anyio.Event(), handles_of(replicas)
-    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
-        async with anyio.create_task_group() as group:
-            group.start_soon(replica_handles.ask_all, CHANGE, b"")
-            await anyio.wait_all_tasks_blocked()
-            group.start_soon(replica_handles.watch)
-            while not caplog.messages:
-                await anyio.sleep(0.01)
-            replicas.may_answer.set()
-            await replicas.is_joined.wait()
-            group.cancel_scope.cancel()
-    assert caplog.messages == ["not all replicas know of all changes yet: a change has been under way for more than 0.01 s"]
-
-
-async def _watch_until_joined(replicas: FakeReplicas) -> None:
-    with anyio.fail_after(LIMIT_S):
-        async with anyio.create_task_group() as group:
-            group.start_soon(handles_of(replicas).watch)
-            await replicas.is_joined.wait()
-            group.cancel_scope.cancel()
 
 
 GENERATE = {"method": "POST", "path": "/generate"}

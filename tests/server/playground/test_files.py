@@ -8,7 +8,7 @@ import pytest
 
 from server.routes.playground import PLAYGROUND
 from tests.server.live import Live
-from tests.server.routes.test_http import refusal
+from tests.server.replies import refusal
 
 STATIC = sorted(str(path.relative_to(PLAYGROUND / "static")) for path in (PLAYGROUND / "static").rglob("*") if path.is_file())
 VENDOR = PLAYGROUND / "static" / "vendor"

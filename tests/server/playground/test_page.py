@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 
 from tests.server.live import Live
 from tests.server.playground.conftest import Visit, Visiting
-from tests.server.routes.test_http import FOR_EVER, FOX
+from tests.server.replies import FOR_EVER, FOX
 
 FAULTS = ":is(#ask, .settings, .mix) .fault:visible"
 

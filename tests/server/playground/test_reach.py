@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from tests.server.live import Live
 from tests.server.playground.conftest import Visit, Visiting, overflows, visits_of
-from tests.server.routes.test_http import FOX
+from tests.server.replies import FOX
 
 PHONE: ViewportSize = {"width": 360, "height": 740}
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")

@@ -19,8 +19,8 @@ from server.catalog.admin import MAX_WAITING
 from server.catalog.files import Details
 from tests.server.live import LIMIT_S, wait_until
 from tests.server.office import ADMIN, GUEST, Office, open_office
+from tests.server.replies import refusal
 from tests.server.rig import write_adapter
-from tests.server.routes.test_http import refusal
 
 MODULE_FIELDS = ("module", "num_rows", "num_entries", "num_kept", "density", "empty_rows", "max_abs")
 

@@ -22,7 +22,7 @@ from lori.store.locks import LOCKS_FOLDER
 from lori.store.store import AdapterStore
 from tests.server.live import LIMIT_S
 from tests.server.office import ADMIN, GUEST, Office, open_office
-from tests.server.routes.test_http import refusal
+from tests.server.replies import refusal
 
 MAX_UPLOAD = 1 << 20
 MAX_BODY = 4096

@@ -7,7 +7,7 @@ import pytest
 
 from lori.base_model import BaseModel
 from tests.server.office import Office, open_office
-from tests.server.routes.test_http import refusal
+from tests.server.replies import refusal
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 

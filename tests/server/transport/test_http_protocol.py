@@ -11,7 +11,7 @@ import pytest
 
 from server.transport.http_protocol import MAX_HEADERS, MAX_LINGER_BYTES, MAX_PIPELINED
 from tests.server.live import LIMIT_S, Live, wait_until
-from tests.server.routes.test_http import FOR_EVER
+from tests.server.replies import FOR_EVER
 from tests.server.transport.test_slow_clients import HEAD, heard_to_the_end
 
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

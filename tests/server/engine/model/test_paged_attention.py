@@ -1,7 +1,7 @@
 """Attention of decoding tokens, in Triton: the splits of the keys, and compilation for GPUs.
 
-`test_ops` compares it with loops in fp64, with heads of every size and number, windows and caps. Shapes: B sequences, H heads, G
-key-value heads, E head size.
+`test_attention` compares it with loops in fp64, with heads of every size and number, windows and caps. Shapes: B sequences, H
+heads, G key-value heads, E head size.
 """
 
 from dataclasses import replace
