@@ -18,12 +18,6 @@ from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, s
 PARTS = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> AdapterStore:
-    """Return an empty store."""
-    return AdapterStore(tmp_path / "store")
-
-
 def make(folder: Path, seed: int = 0) -> None:
     save(folder, make_config(), make_modules(seed=seed))
 

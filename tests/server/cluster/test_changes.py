@@ -13,11 +13,6 @@ from tests.server.live import LIMIT_S
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_a_join_waits_for_running_changes_and_lets_no_other_begin() -> None:
     changes, events = Changes(), list[str]()
     may_end = {name: anyio.Event() for name in ("first", "second", "join")}

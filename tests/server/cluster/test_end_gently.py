@@ -20,11 +20,6 @@ BROKEN = FakeResult(grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Meta
 DEAD = FakeResult(ActorUnavailableError("cut off", b"0" * 16))
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class FakeServe:
     """Ray Serve with one application. Its replicas answer the n-th call of `close` with the n-th of `rounds`."""
 

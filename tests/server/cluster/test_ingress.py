@@ -29,11 +29,6 @@ NAMED: dict[str, Any] = {"allow_host": ["ingress"]}
 """The host name by which clients of these tests call the ingress."""
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class FakeStream:
     """An answer that repeats the request. It dies before the answer, within it, or oddly, as `dies` has it."""
 

@@ -29,11 +29,6 @@ pytestmark = pytest.mark.anyio
 BODY = {"prompt": "x"}
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Answer:
     """A replica's answer."""
 

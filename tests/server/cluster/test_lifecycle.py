@@ -14,11 +14,6 @@ MAX_WAITING = 2
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def replica() -> Lifecycle:
     return Lifecycle(PlainTextResponse("answered"), MAX_WAITING)
 

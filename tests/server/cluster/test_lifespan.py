@@ -12,11 +12,6 @@ from server.cluster.lifecycle import Lifespan
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_a_context_of_anyio_can_be_ended_by_another_task() -> None:
     """Regression: Ray starts and ends a replica in different tasks; the end raised, and the steps after it were skipped."""
     events = list[str]()

@@ -22,11 +22,6 @@ SCOPE: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Streamed:
     """An application whose answer never ends by itself."""
 

@@ -21,11 +21,6 @@ KEY = "math"
 FIRST, *OTHERS = ranked(KEY, NAMES)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class FakeReplica:
     """A replica that replies with its number of requests, raises, or does not reply."""
 

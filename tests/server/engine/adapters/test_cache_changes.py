@@ -12,11 +12,6 @@ from tests.server.fake_loads import FakeLoader, FakePool, fake_cache, fake_packe
 from tests.server.plans import request
 
 
-@pytest.fixture
-def loader() -> FakeLoader:
-    return FakeLoader()
-
-
 def wanting(*digests: str) -> Sequence:
     return Sequence(request(adapters=digests))
 

@@ -40,11 +40,6 @@ def pin_all(cache: AdapterCache, sequences: Iterable[Sequence]) -> None:
         cache.check_integrity([])
 
 
-@pytest.fixture
-def loader() -> FakeLoader:
-    return FakeLoader()
-
-
 def test_merges_that_wait_keep_no_adapter_from_being_read(loader: FakeLoader) -> None:
     """Regression: another tenant's adapter was read after 200 merges, 100 s late."""
     cache, merges = fake_cache(loader), flood(200)
