@@ -147,7 +147,7 @@ def test_a_message_in_a_person_s_own_words_is_answered(demo: Demo, name: str, me
     assert part in reply["text"]
 
 
-@pytest.mark.parametrize("name", ["intent", "math", "safety"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_greeting_is_answered(demo: Demo, name: str) -> None:
     assert demo.server.generate(messages=[{"role": "user", "content": "Hello!"}], adapter=name, max_tokens=24)["text"].strip()
 

@@ -4,8 +4,6 @@ An adapter learns its task as a plain prompt, as that prompt in a message, and a
 a system prompt and earlier turns; `intent` and `nlu` also after turns about other things. Mixed in, with the base's own
 answers, are messages of the other tasks and ordinary messages. The base model writes the ordinary messages itself, as turns
 of a user (Magpie, arXiv 2406.08464). For `safety` everyday messages (`ordinary.txt`) are mixed in, too.
-
-`nlu` in `server/adapters` is older: its card has the commands that made it.
 """
 
 import json
@@ -48,7 +46,7 @@ MARK = "\N{REPLACEMENT CHARACTER}"
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "intent": {"mix_fraction": 0.35, "calibration_steps": 90, "steps": 650, "max_length": 256},
     "math": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 270},
-    "nlu": {"mix_fraction": 0.35, "calibration_steps": 70, "steps": 560, "max_length": 256},
+    "nlu": {"mix_fraction": 0.25, "calibration_steps": 100, "steps": 700, "max_length": 256},
     "safety": {"mix_fraction": 0.65, "calibration_steps": 70, "steps": 290, "max_length": 384, "weight_range": [0.3, 1.0]},
 }
 ABOUT = {
