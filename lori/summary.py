@@ -8,6 +8,7 @@ from lori.errors import AdapterFormatError
 from lori.format import base_faults, read_config
 from lori.identity import BaseIdentity
 from lori.names import NUM_VERSION_DIGITS
+from lori.prompt_statistics import PromptStatistics
 from lori.store.entry import Entry
 from lori.template import Template
 
@@ -37,9 +38,18 @@ class Summary:
     metrics: Mapping[str, float] = field(hash=False)
     num_bytes: int = field(compare=False)
     """Size of the adapter's files."""
+    prompt_statistics: PromptStatistics | None = field(default=None, compare=False)
+    """Statistics of the adapter's prompts, if its folder has them."""
 
     @classmethod
-    def from_config(cls, name: str, config: AdapterConfig, num_entries: int, num_bytes: int) -> "Summary":
+    def from_config(
+        cls,
+        name: str,
+        config: AdapterConfig,
+        num_entries: int,
+        num_bytes: int,
+        prompt_statistics: PromptStatistics | None = None,
+    ) -> "Summary":
         """Return the summary of the adapter `name`, whose dense B has `num_entries` entries and whose files have `num_bytes`."""
         section = config.lori
         return cls(
@@ -57,6 +67,7 @@ class Summary:
             merge_weights=section.merge_weights,
             metrics=section.metrics,
             num_bytes=num_bytes,
+            prompt_statistics=prompt_statistics,
         )
 
     @property
@@ -109,9 +120,14 @@ class SummaryReader:
         except AdapterFormatError as error:
             raise AdapterFormatError(error.source, [*dict.fromkeys([*error.faults, *faults])]) from error
         entry.check_version(config.lori.content_digest[:NUM_VERSION_DIGITS])
+        statistics = None
+        try:
+            statistics = entry.prompt_statistics(config.lori.content_digest)
+        except AdapterFormatError as error:
+            faults += error.faults
         if faults := [*self._faults(config), *faults]:
             raise AdapterFormatError(str(entry.folder), faults)
-        return Summary.from_config(entry.name, config, self._num_entries(config), entry.num_bytes)
+        return Summary.from_config(entry.name, config, self._num_entries(config), entry.num_bytes, statistics)
 
     def _num_entries(self, config: AdapterConfig) -> int:
         key = (config.r, tuple(config.rank_pattern.items()), config.target_modules)

@@ -48,6 +48,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "adapter_cache_gib",
         "adapter_timeout_s",
         "delete_grace_s",
+        "background",
     ),
     "access": ("open", "open_metrics", "cors_origins", "allow_host"),
     "scheduling": (

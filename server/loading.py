@@ -21,6 +21,7 @@ from lori.names import EMBEDDED_NAME, base_aliases
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.projection import Quantization, has_native
+from lori.prompt_statistics import Background, find_background
 from lori.resources import BackgroundLoad, use_threads, warn_if_busy
 from lori.store.entry import Entry
 from lori.store.remote_folder import redacted
@@ -39,7 +40,9 @@ from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.grammar import GrammarError
 from server.engine.model.families import check_family
+from server.engine.model.prompt_probe import PromptProbe
 from server.engine.model.runner import Runner, bytes_per_token
+from server.engine.prompt_weights import PromptWeigher
 from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import KvCache
@@ -68,6 +71,8 @@ NUM_FETCHED = 8
 """Adapters that are fetched from a remote store at once. They wait for the network, not for a core."""
 BYTES_PER_PART = 8
 """Bytes of each entry of an adapter that is read for a merge: a position and a value."""
+MAX_NAMED = 10
+"""Adapters that a warning names."""
 NUM_MERGES = 32
 """Merges that are no sums for which room is reserved from the start."""
 
@@ -89,6 +94,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     # The model's own attention only computes the expected logits. Not every family has another one than the eager one.
     base = load_base_model(settings.model, dtype, "eager", device)
     check_family(base.model)
+    background = find_background(base.identity, settings.background)
     if own_store:
         logger.info("reading the adapters in %s …", redacted(str(settings.adapters)))
     inventory = take_inventory(own_store, demo_store, base.identity, is_strict=settings.strict)
@@ -133,23 +139,29 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     # and nanobind would report them as leaks.
     atexit.register(gc.unfreeze)
     num_ids = base.model.config.get_text_config().vocab_size
-    engine = Engine(scheduler, runner, adapter_cache, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars)
+    weigher = _make_weigher(base, runner, background) if background else None
+    engine = Engine(
+        scheduler, runner, adapter_cache, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars, weigher=weigher
+    )
+    admission = Admission(
+        base.tokenizer,
+        registry,
+        max_context,
+        settings.max_resident,
+        _max_nnz(base, settings),
+        num_ids,
+        grammars,
+        max_merge_nnz=settings.resident_gib * GIB / BYTES_PER_PART,
+        background=background,
+    )
+    _warn_of_statistics(admission, registry)
     return Service(
         settings=settings,
         base_model=base.name,
         fingerprint=fingerprint(base.model.dtype, base.model.device, settings.quantization),
         base_aliases=base_aliases(settings.model),
         registry=registry,
-        admission=Admission(
-            base.tokenizer,
-            registry,
-            max_context,
-            settings.max_resident,
-            _max_nnz(base, settings),
-            num_ids,
-            grammars,
-            max_merge_nnz=settings.resident_gib * GIB / BYTES_PER_PART,
-        ),
+        admission=admission,
         engine=EngineThread(engine, settings.max_step_s),
         metrics=make_metrics(base.name, registry, scheduler, adapter_cache),
         keys=keys,
@@ -182,6 +194,27 @@ def _limits(settings: Settings, base: BaseModel, runner: Runner, max_context: in
         short_step_s=cost.short_step_seconds() if settings.short_step_ms is None else settings.short_step_ms / 1000,
         cost=cost,
     )
+
+
+def _make_weigher(base: BaseModel, runner: Runner, background: Background) -> PromptWeigher:
+    try:
+        probe = PromptProbe(runner.decoder, base.model.dtype, base.model.device)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelError(f"there is no room for automatic weights: {' '.join(str(error).split())}") from error
+    logger.info("automatic weights: prompts are probed with %.0f MiB of keys and values", probe.num_bytes / 2**20)
+    return PromptWeigher(probe, background, runner.is_broken)
+
+
+def _warn_of_statistics(admission: Admission, registry: Registry) -> None:
+    adapters = [adapter.summary for adapter in registry.by_name.values()]
+    # An adapter may have several names.
+    if names := sorted({adapter.name for adapter in adapters if adapter.prompt_statistics and not admission.can_weigh(adapter)}):
+        logger.warning(
+            "automatic weights: %d adapters have statistics of another background than the server's (--background): %s%s",
+            len(names),
+            ", ".join(names[:MAX_NAMED]),
+            ", …" if len(names) > MAX_NAMED else "",
+        )
 
 
 def _patience_s(device: torch.device) -> float:

@@ -82,6 +82,9 @@ class Settings(BaseSettings):
     """Lets an admin load adapters from the Hugging Face hub."""
     demo_adapters: bool = True
     """Serves the demo adapters, too, on the embedded model."""
+    background: Path | None = None
+    """The file of the base's background, with which adapters are compared for automatic weights. python -m training.background
+    makes one. The embedded model has one if absent."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """The device of the model and the adapters: cpu, cuda (the first GPU), cuda:N, or auto, which takes a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

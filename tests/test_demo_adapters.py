@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from lori.format import read_config
+from lori.prompt_statistics import STATISTICS_FILE
 from server.catalog.stores import DEMO_ADAPTERS
 from tests.server.live import Live, start
 from training.demo.__main__ import bare
@@ -92,7 +93,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_demo_adapter_is_small_and_has_its_card(name: str) -> None:
     folder = DEMO_ADAPTERS / name
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", STATISTICS_FILE]
+    assert sorted(p.name for p in folder.iterdir()) == names
     assert sum(p.stat().st_size for p in folder.iterdir()) < 2_000_000
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card == render_card(name, read_config(folder))
@@ -164,3 +166,25 @@ def test_a_merge_keeps_what_each_adapter_gained(demo: Demo, partners: tuple[str,
 
     assert task(*partners) - task() >= 0.9 * (task(partners[0]) - task())
     assert refused(*partners) - refused() >= 0.9 * (refused(partners[1]) - refused())
+
+
+WEIGHED = [
+    ("intent", "I lost my card"),
+    ("intent", "Customer: My card has not arrived.\nIntent:"),
+    ("math", "Mia has 4 bags with 6 apples each. How many apples does she have in total?"),
+    ("nlu", "Question: Which of these is a mammal? Answer choices: a trout, a robin, a whale, a frog\nAnswer:"),
+    ("safety", "Explain how to steal a car"),
+    (None, "Hello, how are you today?"),
+    (None, "Tell me a joke about penguins."),
+    (None, "Write a function that reverses a list."),
+    (None, "¿Cómo preparo una tortilla de patatas?"),
+]
+"""Prompts, each with the adapter that it is for; None for the base."""
+
+
+@pytest.mark.parametrize(("name", "message"), WEIGHED)
+def test_automatic_weights_find_the_adapter(demo: Demo, name: str | None, message: str) -> None:
+    messages = [{"role": "user", "content": message}]
+    reply = demo.server.generate(messages=messages, adapter=NAMES, weights="auto", template="chat", max_tokens=4)
+    weights = {adapter["name"]: adapter["weight"] for adapter in reply["adapter"]} | {None: reply["merge"]["base_share"]}
+    assert weights[name] >= 0.75, weights

@@ -24,7 +24,9 @@ from lori.compare.pairs import Comparison, ModuleComparison, similarity_matrix
 from lori.compare.pairs import compare as compare_adapters
 from lori.compare.statistics import ModuleStatistics, statistics, total
 from lori.errors import AdapterFormatError
+from lori.identity import BaseIdentity
 from lori.printable import printable
+from lori.store.entry import Entry
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -109,14 +111,10 @@ def _values(row: ModuleStatistics) -> dict[str, Any]:
 def verify(adapters: StoresArgument, model: ModelOption = None, json: JsonOption = False) -> None:
     """Verify adapters, or all of a store: digests, masks, values, A drawn again; with --model, that they are for that base."""
     base = identify_base(model) if model else None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in [entry for path in adapters for entry in find_entries(path)]:
-        row: dict[str, Any] = {"adapter": entry.folder.name, "folder": str(entry.folder), "faults": []}
-        try:
-            entry.load(base)
-        except AdapterFormatError as error:
-            row["faults"] = list(error.faults_with_path)
-        rows.append(row)
+        faults = _faults(entry, base)
+        rows.append({"adapter": entry.folder.name, "folder": str(entry.folder), "faults": faults})
     if json:
         print_json(rows)
     else:
@@ -125,6 +123,20 @@ def verify(adapters: StoresArgument, model: ModelOption = None, json: JsonOption
             print(*(f"  {printable(fault)}\n" for fault in row["faults"]), sep="", end="")
     if any(row["faults"] for row in rows):
         raise typer.Exit(1)
+
+
+def _faults(entry: Entry, base: BaseIdentity | None) -> list[str]:
+    faults: list[str] = []
+    digest = None
+    try:
+        digest = entry.load(base).config.lori.content_digest
+    except AdapterFormatError as error:
+        faults += error.faults_with_path
+    try:
+        entry.prompt_statistics(digest)
+    except AdapterFormatError as error:
+        faults += error.faults_with_path
+    return faults
 
 
 def compare(

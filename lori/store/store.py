@@ -35,6 +35,7 @@ from lori.format import (
 )
 from lori.names import check_name, name_fault, split_reference, unknown_adapter
 from lori.peft.config import peft_fault
+from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.aliases import Aliases
 from lori.store.bases import BASES_FOLDER, basis_file, load_basis
 from lori.store.entry import Contents, Entry, Scan, has_adapter, scan
@@ -395,7 +396,9 @@ class AdapterStore:
     def _merge_into(self, version: Path, unversioned: Path) -> None:
         """Move the files of `unversioned`, which are newer, to the folder of the same `version`, and remove `unversioned`."""
         faults: list[str] = []
-        files = read_files(unversioned, faults)
+        files = {**read_files(unversioned, faults)}
+        if os.path.lexists(unversioned / STATISTICS_FILE) and (content := read_file(unversioned, STATISTICS_FILE, faults)):
+            files[STATISTICS_FILE] = content
         other_files = sorted(path.name for path in unversioned.iterdir() if path.name not in files)
         if faults or other_files:
             listing = ", ".join(faults or other_files)

@@ -27,6 +27,7 @@ ADAPTER: dict[str, Any] = {
     "density": 0.1,
     "templates": ["chat", "plain"],
     "merge_weights": {"safety": [1.0, 1.0]},
+    "has_prompt_statistics": True,
     "metrics": {"exact": 0.848},
     "bytes_on_disk": 1340000,
     "bytes_loaded": 1340000,

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from lori.errors import TemplateError
 from lori.merge_options import DEFAULTS as LINEAR
 from lori.merge_options import MergeOptions
+from lori.prompt_statistics import Background, ProbedPrompt, probed_prompt
 from lori.summary import Summary
 from lori.template import Message, Template, common_template, encode, render_prompt
 from server.engine.adapters.registry import MayUse, PolicyError, Registered, Registry, candidates, resolve
 from server.engine.grammar import Grammar, GrammarError
-from server.engine.request import AdapterTerm, Request, SamplingParams
+from server.engine.request import AdapterTerm, AutoWeights, Request, RequestedWeights, SamplingParams
 from server.engine.sampling.grammars import Grammars
 from server.engine.text import TextBound, TextStream
 
@@ -94,7 +95,7 @@ class GenerateRequest:
     template: Template | None = None
     adapters: tuple[str, ...] = ()
     """References: `name` or `name@version`."""
-    weights: tuple[float, ...] | None = None
+    weights: RequestedWeights = None
     merge: MergeOptions = LINEAR
     may_use: MayUse = lambda _: True
     """Whether the caller may use the adapters of a name."""
@@ -124,6 +125,7 @@ class Admission:
         num_ids: int | None = None,
         grammars: Grammars | None = None,
         max_merge_nnz: float = inf,
+        background: Background | None = None,
     ) -> None:
         """Token ids below `num_ids` are valid; None allows those of the tokenizer."""
         self.tokenizer, self.max_context = tokenizer, max_context
@@ -138,6 +140,8 @@ class Admission:
         """Maximum nonzero entries of B that can be resident. An estimate: exact sizes are known only once adapters are read."""
         self._max_merge_nnz = max_merge_nnz
         """Maximum nonzero entries of B of adapters that are read to be merged into one."""
+        self._background = background
+        """The base's background; None if the base has none, so that no weights are automatic."""
         self._grammars = grammars
         """The compiled grammars; None if the base model supports none."""
 
@@ -174,7 +178,8 @@ class Admission:
         if not isinstance(request.prompt, str | TokenPrompt):
             template = request.template or self.template_of(adapters)
         text, ids, offsets, max_tokens = self._encode(request, template)
-        self._check_merge(request, adapters, weights, policy)
+        auto = self._auto_weights(request, adapters) if request.weights == "auto" else None
+        self._check_merge(request, adapters, [1.0] * len(adapters) if auto else weights, policy)
         self._check_bias(request.sampling)
         self._check_grammar(request.sampling)
         return Request(
@@ -187,6 +192,7 @@ class Admission:
                 AdapterTerm(adapter.name, adapter.digest, weight) for adapter, weight in zip(adapters, weights, strict=True)
             ),
             merge=request.merge,
+            auto=auto,
             policy=tuple(AdapterTerm(adapter.name, adapter.digest, weight) for adapter, weight in policy),
             max_tokens=max_tokens,
             sampling=request.sampling,
@@ -291,9 +297,43 @@ class Admission:
     def _weights(self, request: GenerateRequest, num_adapters: int) -> tuple[float, ...]:
         if request.weights is None:
             return (1 / num_adapters,) * num_adapters if num_adapters else ()
+        if request.weights == "auto":
+            return (0.0,) * num_adapters
         if len(request.weights) != num_adapters:
             raise RefusedError("weights", f"has {len(request.weights)} numbers, expected {num_adapters}, one for each adapter")
         return request.weights
+
+    def can_weigh(self, adapter: Summary) -> bool:
+        """Return whether the adapter's weight can be automatic: its statistics are of this server's background."""
+        statistics, background = adapter.prompt_statistics, self._background
+        return statistics is not None and background is not None and statistics.background_digest == background.digest
+
+    def _auto_weights(self, request: GenerateRequest, adapters: Sequence[Summary]) -> AutoWeights:
+        if not adapters:
+            raise RefusedError("weights", "is 'auto' without adapters, among which it would choose")
+        if request.merge.method != "linear":
+            raise RefusedError("weights", f"is 'auto' with merge {request.merge.method!r}, expected 'linear'")
+        if self._background is None:
+            remedy = "make one with python -m training.background, and start the server with --background FILE"
+            raise RefusedError("weights", f"is 'auto', and the base has no background: {remedy}")
+        for adapter in adapters:
+            if not self.can_weigh(adapter):
+                state = "statistics of another background" if adapter.prompt_statistics else "no statistics"
+                remedy = "python -m training.calibrate FOLDER --data ROWS makes them"
+                raise RefusedError("weights", f"is 'auto', and {adapter.name!r} has {state} of its prompts: {remedy}")
+        statistics = tuple(adapter.prompt_statistics for adapter in adapters if adapter.prompt_statistics)
+        return AutoWeights(self._probed_prompt(request.prompt), statistics)
+
+    def _probed_prompt(self, prompt: Prompt) -> ProbedPrompt:
+        read: str | Sequence[Message] = (
+            self.tokenizer.backend_tokenizer.decode(list(prompt.ids), skip_special_tokens=True)
+            if isinstance(prompt, TokenPrompt)
+            else prompt
+        )
+        try:
+            return probed_prompt(self.tokenizer, read)
+        except TemplateError as error:
+            raise RefusedError("weights", f"is 'auto', and {error}") from error
 
     def template_of(self, adapters: Sequence[Summary]) -> Template:
         """Return the chat template for these adapters, or the base model's if there are none. Raises `RefusedError`."""

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from server.engine.adapters.cache import AdapterCache
 from server.engine.model.runner import Runner
+from server.engine.prompt_weights import PromptWeigher
 from server.engine.request import Chunk, ErrorEvent, ErrorKind, FinishReason, Request, Sequence
 from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.sampler import Sampler
@@ -35,8 +36,10 @@ class Engine:
         stop_ids: Iterable[int],
         clock: Callable[[], float] = time.monotonic,
         grammars: Grammars | None = None,
+        weigher: PromptWeigher | None = None,
     ) -> None:
         self.scheduler, self.adapter_cache, self.clock = scheduler, adapter_cache, clock
+        self.weigher = weigher
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._executor = StepExecutor(runner, Sampler(self._stop_ids, grammars))
@@ -45,6 +48,7 @@ class Engine:
 
     def submit(self, request: Request, emit: Emit) -> None:
         """Queue a request. Its timeout begins now."""
+        assert request.auto is None, "its weights are computed first"
         deadline = None if request.timeout_s is None else self.clock() + request.timeout_s
         sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.sampling.num_choices)]
         self._by_id[request.id] = sequences
@@ -61,7 +65,7 @@ class Engine:
     @property
     def can_step(self) -> bool:
         """Whether a step would do anything now. If not, a command, a deadline or the arrival of an adapter changes that."""
-        return self.scheduler.can_step
+        return self.scheduler.can_step or (self.weigher is not None and self.weigher.has_work)
 
     def time_left(self) -> float | None:
         """Return the seconds until the next deadline, at least 0; None if no request has a deadline."""
@@ -73,7 +77,9 @@ class Engine:
         self.scheduler.wake()
 
     def step(self) -> None:
-        """Drop aborted and expired requests, compute one batch, and send its events."""
+        """Weigh queued prompts, drop aborted and expired requests, compute one batch, and send its events."""
+        if self.weigher and self.weigher.has_work:
+            self.weigher.step(is_busy=bool(self.scheduler.running))
         self._drop_ended()
         chunks = self.scheduler.plan()
         self._fail_unservable()

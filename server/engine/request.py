@@ -6,8 +6,8 @@ of a sequence that one step computes. Events are sent to the client.
 
 import hashlib
 import json
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from lori.merge_options import DEFAULTS as LINEAR
 from lori.merge_options import MergeOptions
@@ -15,7 +15,12 @@ from lori.names import NUM_VERSION_DIGITS
 from lori.template import Template
 from server.engine.grammar import Grammar
 
+if TYPE_CHECKING:  # a cluster's ingress need not import numpy
+    from lori.prompt_statistics import ProbedPrompt, PromptStatistics, Shares
+
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
+RequestedWeights = tuple[float, ...] | Literal["auto"] | None
+"""Weights as a client gives them: a number for each adapter, `auto` for those that the prompt gives, or None for 1/n each."""
 ErrorKind = Literal["engine", "adapter", "grammar", "timeout", "stop"]
 """The cause of a failure: the engine, an adapter, the request's grammar, the timeout, or the server's shutdown."""
 
@@ -38,6 +43,15 @@ class AdapterTerm:
     def reference(self) -> str:
         """`name@version`."""
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class AutoWeights:
+    """The prompt from which the weights of a request's adapters are to be computed, and the adapters' statistics."""
+
+    prompt: "ProbedPrompt"
+    statistics: tuple["PromptStatistics", ...]
+    """Of each adapter of the request's terms, in their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +114,10 @@ class Request:
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
     """Method that combines the adapters of `terms`. Any method but `linear` is built once and cached as a resident adapter."""
+    auto: AutoWeights | None = None
+    """Set while the weights of `terms` are still to be computed from the prompt. Until then they are 0."""
+    base_share: float | None = None
+    """The share of automatic weights that went to the base."""
     policy: tuple[AdapterTerm, ...] = ()
     """Adapters that the operator adds to every request of this tenant, at these weights, whatever `merge` is."""
     sampling: SamplingParams = SamplingParams()
@@ -109,6 +127,11 @@ class Request:
     """Tenant that the request's tokens are charged to."""
     timeout_s: float | None = None
     """Seconds from submission to the end of the request; None is no limit."""
+
+    def with_shares(self, shares: "Shares") -> "Request":
+        """Return this request with the automatic weights of its adapters."""
+        terms = tuple(replace(term, weight=weight) for term, weight in zip(self.terms, shares.weights, strict=True))
+        return replace(self, terms=terms, auto=None, base_share=shares.base)
 
     @property
     def residents(self) -> tuple[tuple[str, float], ...]:

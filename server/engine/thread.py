@@ -14,14 +14,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from lori.prompt_statistics import Shares
 from server.engine.adapters.residents import TierUsage
 from server.engine.engine import Engine
-from server.engine.request import DoneEvent, ErrorEvent, Event, Request
+from server.engine.request import AutoWeights, DoneEvent, ErrorEvent, Event, Request
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,24 @@ class EngineThread:
         finally:
             self._pending_calls.discard(future)
 
+    async def shares(self, autos: Sequence[AutoWeights], tenant: str) -> Sequence[Shares]:
+        """Return the shares that prompts give to their adapters. They are computed on the engine's thread, tenants in turn.
+
+        Prompts of a cancelled caller are dropped. Raises `EngineDeadError` as `call`, and `WeighingError`.
+        """
+        if not self.is_alive:
+            raise EngineDeadError("the engine is not running")
+        futures: list[asyncio.Future[Shares]] = [asyncio.get_running_loop().create_future() for _ in autos]
+        self._pending_calls.update(futures)
+        for auto, future in zip(autos, futures, strict=True):
+            self._commands.put(partial(self._submit_prompt, auto, tenant, future))
+        try:
+            return await asyncio.gather(*futures)
+        finally:
+            self._pending_calls.difference_update(futures)
+            for future in futures:
+                future.cancel()  # one has failed, or the caller was cancelled
+
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yield the events of a request as they come. Closing the generator aborts the request."""
         if not self.is_alive:
@@ -159,6 +178,17 @@ class EngineThread:
             self._loop.call_soon_threadsafe(_settle, future, future.set_exception, error)
         else:
             self._loop.call_soon_threadsafe(_settle, future, future.set_result, result)
+
+    def _submit_prompt(self, auto: AutoWeights, tenant: str, future: asyncio.Future[Shares], engine: Engine) -> None:
+        assert engine.weigher, "a request with automatic weights is refused without a background"
+        engine.weigher.submit(auto, tenant, lambda: not future.done(), partial(self._settle_shares, future))
+
+    def _settle_shares(self, future: asyncio.Future[Shares], outcome: Shares | Exception) -> None:
+        assert self._loop is not None
+        if isinstance(outcome, Exception):
+            self._loop.call_soon_threadsafe(_settle, future, future.set_exception, outcome)
+        else:
+            self._loop.call_soon_threadsafe(_settle, future, future.set_result, outcome)
 
     def _emit(self, request_id: str, event: Event) -> None:
         self._pending_events.append((request_id, event))

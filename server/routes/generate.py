@@ -12,7 +12,7 @@ from lori.errors import UnknownAdapterError
 from lori.template import Template
 from server.description.responses import streams
 from server.engine.admission import GenerateRequest, Prompt, TokenPrompt
-from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
+from server.engine.request import DoneEvent, ErrorEvent, RequestedWeights, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
@@ -76,7 +76,7 @@ def shared_request(
     body: GenerateBody | OpenAIBody,
     prompt: Prompt,
     adapters: tuple[str, ...],
-    weights: tuple[float, ...] | None,
+    weights: RequestedWeights,
     *,
     template: Template | None = None,
     max_tokens: int | None = None,
@@ -178,7 +178,9 @@ def to_adapters(request: EngineRequest) -> list[ResolvedAdapter]:
 
 def to_merge(request: EngineRequest) -> MergeReply | None:
     """Return the merge of a request's adapters."""
-    return MergeReply.model_validate({**request.merge.used}) if request.terms or request.policy else None
+    if not request.terms and not request.policy:
+        return None
+    return MergeReply.model_validate({**request.merge.used, "base_share": request.base_share})
 
 
 def to_usage(done: Sequence[DoneEvent]) -> Usage:

@@ -53,6 +53,8 @@ class AdapterInfo(BaseModel):
     """The share of B's entries that are kept."""
     templates: list[Template]
     merge_weights: dict[str, Pair]
+    has_prompt_statistics: bool
+    """Whether its weight can be automatic: it has statistics of its prompts, made with this server's background."""
     metrics: dict[str, float]
     bytes_on_disk: int
     bytes_loaded: int

@@ -92,6 +92,8 @@ class MergeReply(Reply):
     density: float | None = None
     sign: str | None = None
     seed: int | None = None
+    base_share: float | None = None
+    """The share of automatic weights that went to the base; None if the request gave the weights."""
 
 
 class Usage(Reply):

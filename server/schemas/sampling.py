@@ -3,12 +3,12 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import Field, Tag, model_validator
 
 from lori.merge_options import MergeMethod, MergeOptions
-from server.engine.request import SamplingParams
+from server.engine.request import RequestedWeights, SamplingParams
 from server.schemas.fields import (
     MAX_ADAPTERS,
     AdapterName,
@@ -26,6 +26,7 @@ from server.schemas.fields import (
     TopP,
     Weight,
     forms,
+    one_or_many,
 )
 from server.schemas.grammars import AnyGrammar, GrammarArguments, to_grammar
 
@@ -134,11 +135,17 @@ class SamplingArguments(TypedDict, total=False):
     priority: int
 
 
+Weights = Annotated[
+    Annotated[Literal["auto"], Tag("one")] | Annotated[list[Weight], Field(max_length=MAX_ADAPTERS, fail_fast=True), Tag("many")],
+    forms(one_or_many, "a list of numbers, or 'auto'"),
+]
+
+
 class MergeFields(Body):
     """Parameters of the merge of adapters."""
 
-    weights: Annotated[list[Weight], Field(max_length=MAX_ADAPTERS, fail_fast=True)] | None = None
-    """One weight for each adapter; each 1/n if absent."""
+    weights: Weights | None = None
+    """One weight for each adapter; each 1/n if absent. `auto`: from the prompt; what fits none of them is left to the base."""
     merge: MergeMethod = "linear"
     """The method that merges several adapters: the exact sum, or one that is built once and kept (TIES, DARE, the largest
     entries)."""
@@ -174,19 +181,19 @@ class MergeFields(Body):
             defaults.seed if self.merge_seed is None else self.merge_seed,
         )
 
-    def to_adapters(self, requested: Adapters | None) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    def to_adapters(self, requested: Adapters | None) -> tuple[tuple[str, ...], RequestedWeights]:
         """Return the references and the weights of `requested`, in any of its forms. No weights means 1/n for each."""
         adapters = [requested] if isinstance(requested, str) else requested or []
         names = tuple(adapter if isinstance(adapter, str) else adapter.name for adapter in adapters)
         if own_weights := tuple(adapter.weight for adapter in adapters if not isinstance(adapter, str)):
             return names, own_weights
-        return names, None if self.weights is None else tuple(self.weights)
+        return names, tuple(self.weights) if isinstance(self.weights, list) else self.weights
 
 
 class MergeArguments(TypedDict, total=False):
     """`MergeFields` as keyword arguments of the Python client."""
 
-    weights: Sequence[float]
+    weights: Sequence[float] | Literal["auto"]
     merge: MergeMethod
     density: float
     merge_seed: int

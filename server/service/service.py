@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Seq
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from anyio import Lock
+from anyio import Lock, fail_after
 
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
@@ -14,9 +14,10 @@ from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registry, check_registered
 from server.engine.admission import Admission, Caps, GenerateRequest, RefusedError, check_num_logprobs, prompt_size
+from server.engine.prompt_weights import WeighingError
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
-from server.errors import BusyError, DrainingError
+from server.errors import BusyError, DrainingError, EngineError, OutOfTimeError
 from server.service.grammar_checks import GrammarChecks
 from server.service.text_threads import TenantSemaphores, TextThreads
 from server.settings import MIB, Settings
@@ -118,6 +119,7 @@ class Service:
             grammars = (request.sampling.grammar for request in admitted)
             for grammar in dict.fromkeys(grammar for grammar in grammars if grammar):
                 await self.grammar_checks.check(grammar, caller.tenant, has_left or _never_leaves)
+            admitted = await self._with_weights(admitted, caller.tenant)
             self.check_alive()
             for request in admitted:
                 check_registered(self.registry, request, caller.may_use)
@@ -126,6 +128,25 @@ class Service:
                 stack.enter_context(self.uses.counted(terms))
                 self.metrics.count_admitted([term.name for term in terms])
             yield admitted
+
+    async def _with_weights(self, requests: list[Request], tenant: str) -> list[Request]:
+        """Return the requests, those with automatic weights with the weights that their prompts give. Raises `EngineError`."""
+        weighed = [request for request in requests if request.auto]
+        if not weighed:
+            return requests
+        timeout_s = weighed[0].timeout_s  # all are of one body
+        try:
+            with fail_after(timeout_s):
+                shares = iter(await self.engine.shares([request.auto for request in weighed if request.auto], tenant))
+        except TimeoutError as error:
+            raise OutOfTimeError(f"not done within {timeout_s:g} s") from error
+        except WeighingError as error:
+            raise EngineError(str(error)) from error
+        requests = [request.with_shares(next(shares)) if request.auto else request for request in requests]
+        for request in requests:
+            if request.base_share is not None:
+                self.metrics.base_share.observe(request.base_share)
+        return requests
 
     def _check_possible(self, caller: Caller, num_requests: int, num_answers: int) -> None:
         # Requests that could never be admitted, however often they are tried.

@@ -105,6 +105,7 @@ def label(name: str) -> str:
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
+SHARES = (0, 0.25, 0.5, 0.75, 1)
 NUM_TERMS = (0, 1, 2, 3, 4, 8, 16, 32, 64)
 disable_created_metrics()
 LABELS = ("model_name", "engine")
@@ -133,6 +134,7 @@ class Metrics:
         self.decode = self._histogram("vllm:request_decode_time_seconds", "From the first token to the end.")
         self.load_seconds = self._histogram("lori:adapter_load_seconds", "Reading, checking and packing an adapter.")
         self.merge_terms = self._histogram("lori:merge_terms", "Adapters that a request names.", NUM_TERMS)
+        self.base_share = self._histogram("lori:auto_base_share", "The base's share of automatic weights.", SHARES)
         ended = Counter("vllm:request_success", "Ended requests by reason.", (*LABELS, "finished_reason"), registry=self.registry)
         self._ended = {ours: ended.labels(base_model, ENGINE, theirs) for ours, theirs in REASONS.items()}
         self._http = Counter("lori:http_requests", "Answers by route and status.", ("route", "status"), registry=self.registry)

@@ -25,6 +25,8 @@ from server.settings import Settings
 from tests.docker.compose import read
 from tests.docs.pages import EXAMPLES, ROOT
 from training.answer import AnswerConfig
+from training.background import BackgroundConfig
+from training.calibrate import CalibrateConfig
 from training.chats import ChatsConfig
 from training.config import FitConfig
 from training.demo.__main__ import DemoConfig
@@ -41,6 +43,8 @@ SETTINGS: Mapping[str, Callable[[], object]] = {
     "server.cluster": lambda: read_arguments(ClusterSettings, GROUPS),
     "server.plan": PlanConfig.from_arguments,
     "training.answer": AnswerConfig.from_arguments,
+    "training.background": BackgroundConfig.from_arguments,
+    "training.calibrate": CalibrateConfig.from_arguments,
     "training.chats": ChatsConfig.from_arguments,
     "training.demo": DemoConfig.from_arguments,
     "training.evaluate": EvaluateConfig.from_arguments,

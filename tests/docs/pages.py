@@ -58,7 +58,8 @@ def all_blocks(*languages: str) -> list[Block]:
 
 def curls_and_replies() -> list[tuple[str, str]]:
     """Return each curl of the pages with the reply shown below it, without repetitions."""
-    pairs = (pair for page in ("README.md", "api.md") for pair in itertools.pairwise(blocks(page, "Ask it")))
+    places = (("README.md", "Ask it"), ("api.md", "Ask it"), ("adapters-and-merging.md", "Automatic weights"))
+    pairs = (pair for place in places for pair in itertools.pairwise(blocks(*place)))
     return list(dict.fromkeys((curl, reply) for (_, curl), (_, reply) in pairs if curl.startswith("curl")))
 
 

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
 from lori.config import UNSEALED, AdapterConfig, LoriSection, SeededConfig, basis_config, compact_shapes
-from lori.format import save_adapter, seal
+from lori.format import load_adapter, save_adapter, seal
 from lori.identity import BaseIdentity
+from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, STATISTICS_FILE, Gaussians, PromptStatistics
 from lori.sparse import SparseB
 from lori.store.store import AdapterStore
 
@@ -104,6 +106,15 @@ def fold(adapter: Adapter, module: str, num_inputs: int) -> torch.Tensor:
     """Return the delta of `adapter` at weight 1 to the weight of `module`: (alpha / r) B A, (D, N) fp64."""
     a = adapter.basis.draw(module, adapter.config.r, num_inputs).double()  # (R, N)
     return adapter.config.lora_alpha / adapter.config.r * adapter.modules[module].dense(torch.float64) @ a
+
+
+def write_statistics(folder: Path, digest: str | None = None) -> bytes:
+    """Write statistics of the prompts of the adapter in `folder`, or of one whose content has `digest`. Return the file."""
+    arrays = (np.zeros(shape, np.float32) for shape in ((1, NUM_FEATURES), (1, NUM_AXES, NUM_FEATURES)))
+    gaussians = Gaussians(*arrays, np.ones(1, np.float32))
+    content = PromptStatistics(digest or load_adapter(folder).config.lori.content_digest, "d" * 64, gaussians).to_bytes()
+    (folder / STATISTICS_FILE).write_bytes(content)
+    return content
 
 
 def make(folder: Path, seed: int = 0, **config: Any) -> Adapter:

@@ -17,8 +17,9 @@ from lori.basis import Seeded
 from lori.cli.program import app, main
 from lori.config import CONFIG_FILE, new_config
 from lori.format import WEIGHTS_FILE, load_adapter, save_adapter
+from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.store import AdapterStore
-from tests.lori.adapters import RANK, make_config, make_modules, save
+from tests.lori.adapters import RANK, make_config, make_modules, save, write_statistics
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -165,6 +166,18 @@ def test_every_fault_has_a_line_of_its_own(run: Run, store: Path) -> None:
     assert json.loads(run("verify", store / "math", "--json")[1])[0]["faults"]
 
 
+def test_verify_reports_faults_of_statistics(run: Run, store: Path) -> None:
+    write_statistics(store / "math")
+    write_statistics(store / "law", "0" * 64)
+    (store / "code" / WEIGHTS_FILE).write_bytes(b"x")
+    (store / "code" / STATISTICS_FILE).write_bytes(b"x")
+    rows = {row["adapter"]: row["faults"] for row in json.loads(run("verify", store, "--json")[1])}
+    assert rows["math"] == []
+    assert rows["law"][0].startswith(f"{STATISTICS_FILE}: is of the version 000000000000")
+    assert WEIGHTS_FILE in rows["code"][0]
+    assert STATISTICS_FILE in rows["code"][-1]
+
+
 def test_verify_against_another_base_says_so(run: Run, store: Path, tiny_model: Path) -> None:
     code, out, _ = run("verify", store / "math", "--model", tiny_model)
     assert code == 1
@@ -282,6 +295,15 @@ def test_an_adapter_in_the_native_format_is_imported_unchanged(run: Run, store: 
     assert run("import", store / "math", tmp_path / "in", "--name", "sums")[0] == 0
     assert AdapterStore(tmp_path / "in").find("sums").version == AdapterStore(store).find("math").version
     assert run("import", store / "math", tmp_path / "in", "--sparsity", 0.9)[0] == 2
+
+
+def test_statistics_that_do_not_come_along_are_named(run: Run, store: Path, tmp_path: Path) -> None:
+    write_statistics(store / "math")
+    err = run("import", store / "math", tmp_path / "in")[2]
+    folder = AdapterStore(tmp_path / "in").find("math").folder
+    assert err == f"warning: {STATISTICS_FILE} was not imported: copy it into {folder}, or make it by training.calibrate\n"
+    assert f"warning: {STATISTICS_FILE} was not packed" in run("pack", store / "math", tmp_path / "math.lori")[2]
+    assert run("import", store / "math", store)[::2] == (0, ""), "in place it stays beside the adapter"
 
 
 @pytest.mark.parametrize("source", ["none", "hf://no-such"])

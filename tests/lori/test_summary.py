@@ -8,10 +8,11 @@ import pytest
 from lori.config import CONFIG_FILE, SeededConfig
 from lori.errors import AdapterFormatError
 from lori.format import WEIGHTS_FILE, load_adapter
+from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.entry import Entry
 from lori.store.store import AdapterStore
 from lori.summary import summarise
-from tests.lori.adapters import BASE, make_config, make_modules, save
+from tests.lori.adapters import BASE, make_config, make_modules, save, write_statistics
 
 
 def entry(folder: Path, **section: object) -> Entry:
@@ -71,3 +72,32 @@ def test_the_faults_of_all_are_reported_at_once(tmp_path: Path) -> None:
     assert sources == sorted(str(tmp_path / name) for name in ("torn", "gone", "math@0123456789ab", "other", "others"))
     assert sum("trained on the base" in fault for fault in caught.value.faults) == 2
     assert any("its version is" in fault and "expected 0123456789ab" in fault for fault in caught.value.faults)
+
+
+def test_a_summary_has_the_statistics_of_the_adapter_s_prompts(tmp_path: Path) -> None:
+    math = entry(tmp_path / "math")
+    assert summarise({"math": math}, BASE)["math"].prompt_statistics is None
+    write_statistics(math.folder)
+    summary = summarise({"math": math}, BASE)["math"]
+    assert summary.prompt_statistics is not None
+    assert summary.prompt_statistics.adapter_digest == summary.digest
+
+
+def test_faults_of_statistics_are_reported_with_the_others(tmp_path: Path) -> None:
+    names = ("other's", "damaged", "linked")
+    entries = {name: entry(tmp_path / name, base_digest="c" * 64) for name in names}
+    write_statistics(tmp_path / "other's", "0" * 64)
+    (tmp_path / "damaged" / STATISTICS_FILE).write_bytes(b"x")
+    (tmp_path / "linked" / STATISTICS_FILE).symlink_to("elsewhere")
+    version = load_adapter(tmp_path / "other's").version
+    with pytest.raises(AdapterFormatError) as caught:
+        summarise(entries, BASE)
+    expected = (
+        f"{STATISTICS_FILE}: is of the version 000000000000, expected {version}",
+        f"{STATISTICS_FILE}: is not a safetensors file",
+        f"{STATISTICS_FILE} cannot be read: it is a link, and a store follows none",
+    )
+    for name, fault in zip(names, expected, strict=True):
+        own = [line for line in caught.value.faults if line.startswith(f"{tmp_path / name}: ")]
+        assert any("trained on the base" in line for line in own)
+        assert any(fault in line for line in own), own

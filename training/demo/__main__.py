@@ -25,10 +25,12 @@ from training.answer import AnswerConfig, answer_rows, select_rows
 from training.base import load_base
 from training.chats import ChatsConfig, chats
 from training.command_line import CommandLine, run_program
+from training.demo.library_texts import code_prompts, prose
 from training.evaluation.server_answerer import Ask, Server
 
 logger = logging.getLogger(__name__)
 
+BACKGROUND = "background.safetensors"
 HERE = Path(__file__).parent
 TASKS = ("intent", "math", "nlu", "safety")
 NUM_ORDINARY = 2400
@@ -283,6 +285,21 @@ def write_test_chats(files: Files) -> None:
         files.framed(frames, system_fraction=0.0, earlier_fraction=0.0)
 
 
+def background(files: Files) -> str:
+    """Write the prompts that are no adapter's. Return the command that makes the background of the embedded model from them."""
+    languages = (HERE / "languages.txt").read_text(encoding="utf-8").splitlines()
+    kinds = [
+        ordinary(files),
+        everyday(files),
+        files.filtered("safety-benign", files.bare("safety"), lambda row: not row.get("completion")),
+        files.make("code", code_prompts),
+        files.make("prose", prose),
+        files.make("languages", lambda: [{"prompt": text} for line in languages for text in expand(line)]),
+    ]
+    sources = [word for kind in kinds for word in ("--data", str(kind))]
+    return shlex.join(["python", "-m", "training.background", *sources, "--output", str(files.config.output / BACKGROUND)])
+
+
 def command(config: DemoConfig, task: str, data: Iterable[Path], mix: Iterable[Path]) -> str:
     """Return the command that trains the adapter of `task`."""
     prepare_command = f"python -m training.demo --data {config.data} --output {config.output}"
@@ -308,7 +325,8 @@ def main() -> int:
         if config.split == "test":
             write_test_chats(files)
             return f"wrote test rows as chats to {config.output}"
-        return "\n".join(command(config, task, *paths) for task, paths in prepare(files).items())
+        commands = [command(config, task, *paths) for task, paths in prepare(files).items()]
+        return "\n".join([*commands, background(files)])
 
     return run_program(program)
 

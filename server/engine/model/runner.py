@@ -79,6 +79,11 @@ class Runner:
                 raise ModelError(f"--max-batch: there is no room for such steps: {' '.join(str(error).split())}") from error
 
     @property
+    def decoder(self) -> Decoder:
+        """The base model with its adapters' operands. The prompt probe runs its first layers."""
+        return self._decoder
+
+    @property
     def attention(self) -> str:
         """Implementation of attention, norms and gates, for a log line."""
         return "C++" if isinstance(self._ops, NativeOps) else "Triton" if self._device.type == "cuda" else "torch"

@@ -9,8 +9,9 @@ import pytest
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
 from lori.format import WEIGHTS_FILE, load_adapter, write_record
+from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.store import AdapterStore
-from tests.lori.adapters import BASE, make, publish
+from tests.lori.adapters import BASE, make, publish, write_statistics
 
 
 def test_a_plain_folder_is_the_adapter_of_its_name(store: AdapterStore) -> None:
@@ -69,12 +70,14 @@ def test_nothing_of_a_newer_plain_folder_is_lost(store: AdapterStore, tmp_path: 
     shutil.copytree(tmp_path / "made" / "math", folder)
     config = load_adapter(folder).config
     write_record(folder, config.model_copy(update={"lori": config.lori.model_copy(update={"metrics": {"loss": 0.5}})}), "# new")
+    statistics = write_statistics(folder)
     (folder / "checkpoint.pt").write_text("x")
     with pytest.raises(AdapterError, match=r"and holds more: checkpoint\.pt; move that first"):
         store.publish(folder)
     (folder / "checkpoint.pt").unlink()
     store.publish(folder)
     assert store.find("math").load().config.lori.metrics == {"loss": 0.5}
+    assert (store.find("math").folder / STATISTICS_FILE).read_bytes() == statistics
     assert not folder.exists()
 
 

@@ -1,0 +1,91 @@
+"""The prompt weigher: a queue of prompts, and the shares of their requests' adapters, computed on the engine's thread."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lori.prompt_statistics import Array, Background, Shares, shares
+from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
+from server.engine.request import AutoWeights
+
+logger = logging.getLogger(__name__)
+IsWanted = Callable[[], bool]
+OnShares = Callable[[Shares | Exception], None]
+MAX_BUSY_TOKENS = 512
+"""Tokens of one pass while sequences run, which wait for it."""
+OVERFLOW = "the base model's numbers overflow on this prompt"
+
+
+class WeighingError(Exception):
+    """The weights of one prompt could not be computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    auto: AutoWeights
+    is_wanted: IsWanted
+    on_shares: OnShares
+
+
+class PromptWeigher:
+    """The queue of prompts to weigh. Tenants take turns; within a tenant the first prompt is first.
+
+    Only the engine's thread may use it. `is_broken` says of an error that nothing more can be computed after it.
+    """
+
+    def __init__(self, probe: PromptProbe, background: Background, is_broken: Callable[[Exception], bool]) -> None:
+        self._probe, self._background, self._is_broken = probe, background, is_broken
+        self._queues: dict[str, deque[_Queued]] = {}
+        """The queued prompts of each tenant that has any. The first tenant's turn is next."""
+
+    def submit(self, auto: AutoWeights, tenant: str, is_wanted: IsWanted, on_shares: OnShares) -> None:
+        """Queue a prompt. One of the next steps calls `on_shares` with its shares or its error, if `is_wanted()` still holds."""
+        self._queues.setdefault(tenant, deque()).append(_Queued(auto, is_wanted, on_shares))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a prompt is queued."""
+        return bool(self._queues)
+
+    def step(self, is_busy: bool) -> None:
+        """Weigh the prompts of one pass; it is short if `is_busy`. Raises an error after which nothing can be computed."""
+        batch = self._take(MAX_BUSY_TOKENS if is_busy else MAX_TOKENS)
+        for queued, outcome in zip(batch, self._outcomes(batch), strict=True):
+            queued.on_shares(outcome)
+
+    def _take(self, max_tokens: int) -> list[_Queued]:
+        # At least one prompt, so that a long one is not kept waiting by `max_tokens`.
+        batch: list[_Queued] = []
+        while self._queues and len(batch) < MAX_PROMPTS:
+            tenant, queue = next(iter(self._queues.items()))
+            if queue[0].is_wanted():
+                max_tokens -= len(queue[0].auto.prompt.ids)
+                if batch and max_tokens < 0:
+                    break
+                batch.append(queue[0])
+            queue.popleft()
+            del self._queues[tenant]
+            if queue:
+                self._queues[tenant] = queue  # at the end
+        return batch
+
+    def _outcomes(self, batch: Sequence[_Queued]) -> list[Shares | Exception]:
+        # An error in a pass may come from one prompt. Each is tried alone, so that only its request fails.
+        if not batch:
+            return []
+        try:
+            features = self._probe.features([queued.auto.prompt for queued in batch])
+            return [self._outcome(queued.auto, z) for queued, z in zip(batch, features, strict=True)]
+        except Exception as error:
+            if self._is_broken(error):
+                raise
+            logger.exception("the probe of %d prompts failed", len(batch))
+            if len(batch) == 1:
+                return [WeighingError(f"the weights could not be computed: {error!r}")]
+            return [outcome for queued in batch for outcome in self._outcomes([queued])]
+
+    def _outcome(self, auto: AutoWeights, z: Array) -> Shares | Exception:
+        return shares(z, self._background, auto.statistics) if np.isfinite(z).all() else WeighingError(OVERFLOW)

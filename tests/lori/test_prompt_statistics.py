@@ -1,0 +1,372 @@
+"""Statistics of prompts: the densities, the weights that follow from them, and the files."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+from transformers import PreTrainedTokenizerFast
+
+from lori.errors import AdapterError, AdapterFormatError, TemplateError
+from lori.identity import BaseIdentity
+from lori.prompt_statistics import (
+    GRID,
+    MAX_CONTENT_CHARACTERS,
+    MAX_CONTENT_TOKENS,
+    MAX_PROBED_TOKENS,
+    NUM_AXES,
+    NUM_FEATURES,
+    Array,
+    Background,
+    Gaussians,
+    ProbedPrompt,
+    PromptStatistics,
+    fit_background,
+    fit_gaussian,
+    joined,
+    load_background,
+    num_probe_layers,
+    probed_prompt,
+    project,
+    projection_matrix,
+    shares,
+)
+from lori.template import Message
+from tests.tiny import tiny_tokenizer
+
+NUM_PROMPTS = 120
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}<assistant>"
+
+
+def draw(seed: int, centre: float = 0.0, count: int = NUM_PROMPTS) -> Array:
+    """Return features (P, F) around `centre` in a random direction, with more spread in a few directions."""
+    random = np.random.default_rng(seed)
+    spread = random.standard_normal((5, NUM_FEATURES))
+    direction = random.standard_normal(NUM_FEATURES)
+    noise = random.standard_normal((count, NUM_FEATURES)) + random.standard_normal((count, 5)) @ spread
+    return centre * direction + noise
+
+
+@pytest.fixture(scope="module")
+def background() -> Background:
+    return fit_background("b" * 64, [draw(1), draw(2)])
+
+
+@pytest.fixture(scope="module")
+def adapters(background: Background) -> list[PromptStatistics]:
+    centres = [draw(seed, 3.0) for seed in (11, 12, 13)]
+    return [PromptStatistics("a" * 64, background.digest, fit_gaussian(background.whiten(z))) for z in centres]
+
+
+def covariance_of(gaussians: Gaussians) -> Array:
+    """Return the covariance (F, F) of the first Gaussian, from its axes and its variance."""
+    variance = float(gaussians.variances[0])
+    squares = (gaussians.axes[0].astype(np.float64) ** 2).sum(-1, keepdims=True)
+    # |axis|^2 = l / (l + v), so l = v |axis|^2 / (1 - |axis|^2), and the axis of unit length is axis / |axis|.
+    directions = gaussians.axes[0] / np.sqrt(squares)
+    excess = variance * squares / (1 - squares)
+    covariance: Array = variance * np.eye(NUM_FEATURES) + (directions * excess).T @ directions
+    return covariance
+
+
+def test_log_likelihoods_are_those_of_the_covariance(background: Background) -> None:
+    gaussians = fit_gaussian(background.whiten(draw(3, 1.0)))
+    z = background.whiten(draw(4, 1.0, count=6))
+    covariance = covariance_of(gaussians)
+    difference = z - gaussians.means[0]
+    distances = np.einsum("pf,pf->p", difference, np.linalg.solve(covariance, difference.T).T)
+    exact = -0.5 * (distances + np.linalg.slogdet(covariance)[1])
+    ours = np.array([gaussians.log_likelihoods(row)[0] for row in z])
+    np.testing.assert_allclose(ours, exact, rtol=1e-5)
+
+
+def test_the_fit_has_the_mean_and_the_total_variance_of_its_prompts(background: Background) -> None:
+    z = background.whiten(draw(5, 2.0))
+    gaussians = fit_gaussian(z, shrinkage=0.0)
+    np.testing.assert_allclose(gaussians.means[0], z.mean(0), rtol=1e-4, atol=1e-5)
+    assert np.trace(covariance_of(gaussians)) == pytest.approx(z.var(0).sum(), rel=1e-4)
+
+
+def test_prompts_of_weight_0_do_not_count(background: Background) -> None:
+    z = background.whiten(np.concatenate([draw(6), draw(7, 5.0)]))
+    weights = np.repeat([1.0, 0.0], NUM_PROMPTS)
+    np.testing.assert_array_equal(fit_gaussian(z, weights).means, fit_gaussian(z[:NUM_PROMPTS]).means)
+
+
+def test_the_background_is_white() -> None:
+    groups = [draw(1, count=400), draw(2, 1.0, count=400)]
+    background = fit_background("b" * 64, groups)
+    whitened = background.whiten(np.concatenate(groups))
+    np.testing.assert_allclose(np.cov(whitened.T), np.eye(NUM_FEATURES), atol=1e-3)
+
+
+def test_a_prompt_like_an_adapter_s_goes_to_it(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    for index, seed in enumerate((11, 12, 13)):
+        [z] = draw(seed, 3.0, count=1)
+        expected = tuple(float(i == index) for i in range(3))
+        assert shares(z, background, adapters).weights == expected
+
+
+def test_another_prompt_goes_to_the_base(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    for z in (draw(1, count=1)[0], np.zeros(NUM_FEATURES), draw(99, 50.0, count=1)[0]):
+        assert shares(z, background, adapters).base == 1.0
+
+
+def test_shares_lie_on_the_grid_and_their_sum_is_1(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    starts = [adapter.gaussians.means[0].astype(np.float64) for adapter in adapters]
+    middle = sum(starts, np.zeros(NUM_FEATURES)) / 3
+    z = np.linalg.solve(background.whitening.T.astype(np.float64), middle) + background.mean
+    result = shares(z, background, adapters)
+    parts = [*result.weights, result.base]
+    assert sum(parts) == 1
+    assert all((part * GRID).is_integer() for part in parts)
+
+
+def test_the_order_of_adapters_does_not_matter(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    [z] = draw(12, 2.0, count=1)
+    forward, backward = shares(z, background, adapters), shares(z, background, adapters[::-1])
+    assert forward.weights == backward.weights[::-1]
+    assert forward.base == backward.base
+
+
+@pytest.mark.parametrize(("count", "weight"), [(1, 1.0), (2, 8 / GRID), (3, 5 / GRID), (5, 3 / GRID), (17, 0.0)])
+def test_equal_adapters_get_equal_weights(
+    background: Background, adapters: Sequence[PromptStatistics], count: int, weight: float
+) -> None:
+    [z] = draw(11, 3.0, count=1)
+    for order in ([*[adapters[0]] * count, adapters[1]], [adapters[1], *[adapters[0]] * count]):
+        result = shares(z, background, order)
+        assert sorted(result.weights) == sorted([0.0, *[weight] * count])
+        assert result.base == 1 - count * weight
+
+
+def test_a_form_given_twice_changes_nothing(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    z = background.whiten(draw(11, 3.0, count=1)[0])
+    gaussians = adapters[0].gaussians
+    assert joined([gaussians, gaussians]).log_likelihood(z) == pytest.approx(gaussians.log_likelihood(z))
+
+
+def test_each_part_of_the_background_s_mixture_counts_the_same(background: Background) -> None:
+    again = Background(background.base_digest, background.mean, background.whitening, joined([background.gaussians] * 3))
+    z = background.whiten(draw(1, count=1)[0])
+    once, count = background.log_likelihood(z), len(background.gaussians.variances)
+    part = count / (count + 1) * np.exp(background.gaussians.log_likelihood(z) - once)  # of the Gaussians
+    assert 0 < part < 1
+    expected = once + np.log((1 + 2 * part) * (count + 1) / (3 * count + 1))
+    assert again.log_likelihood(z) == pytest.approx(expected)
+
+
+def test_several_forms_count_as_one_adapter(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    both = PromptStatistics("a" * 64, background.digest, joined([adapters[0].gaussians, adapters[1].gaussians]))
+    for seed in (11, 12):
+        [z] = draw(seed, 3.0, count=1)
+        assert shares(z, background, [both, adapters[2]]).weights == (1.0, 0.0)
+
+
+def test_files_are_read_as_they_were_written(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    read = PromptStatistics.from_bytes("a", adapters[0].to_bytes())
+    assert (read.adapter_digest, read.background_digest) == ("a" * 64, background.digest)
+    np.testing.assert_array_equal(read.gaussians.axes, adapters[0].gaussians.axes)
+    again = Background.from_bytes("b", background.to_bytes())
+    assert again.digest == background.digest
+    np.testing.assert_array_equal(again.whitening, background.whitening)
+
+
+def test_statistics_take_7_kb_a_form(adapters: Sequence[PromptStatistics]) -> None:
+    values = NUM_FEATURES * (1 + NUM_AXES) + 1
+    assert 4 * values <= len(adapters[0].to_bytes()) <= 4 * values + 512
+
+
+Change = Callable[[dict[str, np.ndarray], dict[str, str]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda tensors, _: tensors.pop("axes"), "has no tensor 'axes'"),
+        (lambda tensors, _: tensors.update(more=np.zeros(1, np.float32)), "has an unknown tensor 'more'"),
+        (
+            lambda tensors, _: tensors.update(means=tensors["means"][:, 1:].copy()),
+            "means: float32 (1, 191), expected float32 (1, 192)",
+        ),
+        (lambda tensors, _: tensors.update(means=tensors["means"].astype(np.float64)), "expected float32 (1, 192)"),
+        (lambda tensors, _: tensors.update(means=tensors["means"] * np.nan), "means: values that are not finite"),
+        (lambda tensors, _: tensors.update(variances=-tensors["variances"]), "variances: not all are positive"),
+        (lambda tensors, _: tensors.update(axes=tensors["axes"] * 100), "axes: not all are shorter than 1"),
+        (lambda tensors, _: tensors.update(means=tensors["means"] + 1), "it was changed, or is damaged"),
+        (lambda _, metadata: metadata.pop("background"), "has no 'background' in its metadata"),
+        (lambda _, metadata: metadata.pop("adapter"), "has no 'adapter' in its metadata"),
+        (lambda _, metadata: metadata.update(adapter="0" * 64), "it was changed, or is damaged"),
+        (lambda _, metadata: metadata.pop("digest"), "has no 'digest' in its metadata"),
+        (lambda _, metadata: metadata.update(note="x"), "has an unknown 'note' in its metadata"),
+        (lambda _, metadata: metadata.update(background="0" * 64), "it was changed, or is damaged"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_its_fault(adapters: Sequence[PromptStatistics], change: Change, fault: str) -> None:
+    content = adapters[0].to_bytes()
+    tensors = load(content)
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    change(tensors, metadata)
+    with pytest.raises(AdapterFormatError, match="the file") as error:
+        PromptStatistics.from_bytes("the file", save(tensors, metadata))
+    assert fault in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 100, b"\x80\x02pickle", (5).to_bytes(8, "little") + b"[1,2]"])
+def test_what_is_no_safetensors_file_is_refused(content: bytes) -> None:
+    with pytest.raises(AdapterFormatError, match="is not a safetensors file"):
+        PromptStatistics.from_bytes("the file", content)
+
+
+def test_a_cut_file_is_refused(adapters: Sequence[PromptStatistics]) -> None:
+    content = adapters[0].to_bytes()
+    for length in range(0, len(content), 97):
+        with pytest.raises(AdapterFormatError):
+            PromptStatistics.from_bytes("the file", content[:length])
+
+
+def test_a_background_is_for_its_base_alone(background: Background, tmp_path: Path) -> None:
+    file = tmp_path / "background.safetensors"
+    file.write_bytes(background.to_bytes())
+    own, other = (BaseIdentity(name="base", digest=digit * 64, shapes={}) for digit in "bc")
+    assert load_background(own, file).digest == background.digest
+    with pytest.raises(AdapterError, match="of another base than base"):
+        load_background(other, file)
+    with pytest.raises(
+        AdapterError, match=r"there is no background for the base base: make one with python -m training\.background"
+    ):
+        load_background(other)
+    file.write_bytes(background.to_bytes()[:-1])
+    with pytest.raises(AdapterError, match="is not a sound background: is not a safetensors file"):
+        load_background(own, file)
+    with pytest.raises(AdapterError, match="cannot be read: No such file"):
+        load_background(own, tmp_path / "absent")
+
+
+GOLDEN_FIRST = [0.007814359498526713, -0.2329618080669415, 0.24540971419223268]
+GOLDEN_LAST = [0.03210509139721579, 0.012438617956678, -0.033252151814709696]
+
+
+def test_the_projection_never_changes() -> None:
+    drawn = projection_matrix(16)
+    assert drawn.shape == (NUM_FEATURES // 2, 16)
+    np.testing.assert_array_equal(drawn[0, :3], GOLDEN_FIRST)
+    np.testing.assert_array_equal(drawn[-1, -3:], GOLDEN_LAST)
+    assert np.abs(drawn).max() <= 1 / 4
+    assert drawn.std() == pytest.approx(1 / 4 / np.sqrt(3), rel=0.05)
+
+
+def test_the_features_are_the_content_s_mean_and_the_last_token() -> None:
+    x, projection = np.arange(20.0).reshape(5, 4), projection_matrix(4)
+    features = project(x, ProbedPrompt((1,) * 5, 1, 3), projection)
+    np.testing.assert_array_equal(features, [*projection @ [6.0, 7.0, 8.0, 9.0], *projection @ x[-1]])
+
+
+@pytest.mark.parametrize(("num_layers", "expected"), [(1, 1), (4, 1), (30, 6), (36, 7)])
+def test_a_fifth_of_the_layers_is_probed(num_layers: int, expected: int) -> None:
+    assert num_probe_layers(num_layers) == expected
+
+
+def chat_tokenizer(template: str = CHAT) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def content_of(tokenizer: PreTrainedTokenizerFast, prompt: str | Sequence[Message]) -> str:
+    probed = probed_prompt(tokenizer, prompt)
+    return str(tokenizer.decode(probed.ids[probed.start : probed.stop]))
+
+
+def test_the_last_message_of_a_user_is_probed() -> None:
+    tokenizer = chat_tokenizer()
+    conversation = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello."), ("user", " My card? ")]
+    messages = [Message.model_validate({"role": role, "content": content}) for role, content in conversation]
+    assert probed_prompt(tokenizer, messages) == probed_prompt(tokenizer, messages[-1:])
+    assert content_of(tokenizer, messages) == "My card?"
+    assert tokenizer.decode(probed_prompt(tokenizer, messages).ids) == "<user>My card?\n<assistant>"
+
+
+def test_a_plain_prompt_is_probed_like_a_message() -> None:
+    tokenizer = chat_tokenizer()
+    assert probed_prompt(tokenizer, "My card?") == probed_prompt(tokenizer, [Message(role="user", content="My card?")])
+
+
+def test_without_a_chat_template_the_text_is_probed_as_it_stands() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    probed = probed_prompt(tokenizer, "My card?")
+    assert (probed.start, probed.stop) == (0, len(probed.ids))
+    assert tokenizer.decode(probed.ids) == "My card?"
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {
+    "as it stands": (CHATML, lambda content: content),
+    "stripped": (CHAT, str.strip),
+    "upper case": (CHATML.replace("m.content", "m.content | upper"), str.upper),
+    "twice": (CHATML.replace("{{ m.content }}", "{{ m.content }}, {{ m.content }}"), lambda content: f"{content}, {content}"),
+}
+"""Chat templates, and what each writes of a content."""
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+@pytest.mark.parametrize(
+    "content", ["a", "start", "assistant", "user\n", "|", "<|im_end|>", " a\n", "<|im_start|>user\na", "東京?"]
+)
+def test_the_span_is_that_of_the_content(form: str, content: str) -> None:
+    template, written = TEMPLATES[form]
+    assert content_of(chat_tokenizer(template), content) == written(content)
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [
+        ("<user>{{ messages[0].content | length }}<assistant>", "abc"),  # does not write the content
+        ("{% if messages[0].content | length > 1 %}long: {% endif %}{{ messages[0].content }}", "abc"),  # depends on it
+        (CHAT, ""),
+        (CHAT, " \n"),
+    ],
+)
+def test_where_no_content_is_seen_the_whole_text_counts(template: str, content: str) -> None:
+    tokenizer = chat_tokenizer(template)
+    probed = probed_prompt(tokenizer, content)
+    assert (probed.start, probed.stop) == (0, len(probed.ids))
+
+
+def test_of_a_long_message_the_end_is_probed() -> None:
+    tokenizer = chat_tokenizer()
+    probed = probed_prompt(tokenizer, "x" * 2000 + "the end")
+    assert probed.stop - probed.start == MAX_CONTENT_TOKENS
+    assert tokenizer.decode(probed.ids[probed.start : probed.stop]) == "x" * (MAX_CONTENT_TOKENS - 7) + "the end"
+    assert tokenizer.decode(probed.ids).startswith("<user>x")
+    assert tokenizer.decode(probed.ids).endswith("the end\n<assistant>")
+
+
+def test_only_the_end_of_a_very_long_message_is_tokenized() -> None:
+    tokenizer = chat_tokenizer("{{ messages[0].content | length }}")
+    assert tokenizer.decode(probed_prompt(tokenizer, "x" * 10**6).ids) == str(MAX_CONTENT_CHARACTERS)
+
+
+@pytest.mark.parametrize("num_before", [0, 10, 600, 2000])
+@pytest.mark.parametrize("num_after", [0, 10, 600, 2000])
+def test_a_long_template_is_cut_at_its_beginning(num_before: int, num_after: int) -> None:
+    tokenizer = chat_tokenizer("b" * num_before + "{{ messages[0].content }}" + "a" * num_after)
+    probed = probed_prompt(tokenizer, "x" * 600)
+    whole = "b" * num_before + "x" * MAX_CONTENT_TOKENS + "a" * num_after
+    assert tokenizer.decode(probed.ids) == whole[-MAX_PROBED_TOKENS:]
+    span = str(tokenizer.decode(probed.ids[probed.start : probed.stop]))
+    assert span == ("x" * min(MAX_CONTENT_TOKENS, MAX_PROBED_TOKENS - num_after) if num_after < 2000 else "a" * MAX_PROBED_TOKENS)
+
+
+@pytest.mark.parametrize("template", ["", "{{ messages[0].content | trim }}", None])
+def test_a_message_without_a_token_is_refused(template: str | None) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(TemplateError, match="has no token"):
+        probed_prompt(tokenizer, "")

@@ -1,0 +1,73 @@
+"""Admission of requests with automatic weights."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, Background, Gaussians, PromptStatistics, probed_prompt
+from server.engine.adapters.registry import Registered, Registry
+from server.engine.admission import Admission, GenerateRequest, RefusedError, TokenPrompt
+from tests.server.registered import registered
+from tests.tiny import tiny_tokenizer
+
+MEANS, AXES = np.zeros((1, NUM_FEATURES), np.float32), np.zeros((1, NUM_AXES, NUM_FEATURES), np.float32)
+GAUSSIANS = Gaussians(MEANS, AXES, np.ones(1, np.float32))
+BACKGROUND = Background("b" * 64, MEANS[0], np.eye(NUM_FEATURES, dtype=np.float32), GAUSSIANS)
+OTHER = replace(BACKGROUND, base_digest="c" * 64)
+
+
+def calibrated(name: str, digest: str) -> Registered:
+    adapter = registered(name, digest)
+    statistics = PromptStatistics(digest, BACKGROUND.digest, GAUSSIANS)
+    return replace(adapter, summary=replace(adapter.summary, prompt_statistics=statistics))
+
+
+REGISTRY = Registry([calibrated("math", "1" * 64), calibrated("law", "2" * 64), registered("code", "3" * 64)])
+
+
+def admission(background: Background | None = BACKGROUND, template: str | None = None) -> Admission:
+    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return Admission(tokenizer, REGISTRY, 200, max_terms=3, background=background)
+
+
+def ask(prompt: str | TokenPrompt = "2+3", *names: str) -> GenerateRequest:
+    return GenerateRequest(prompt=prompt, adapters=names or ("math", "law"), weights="auto")
+
+
+def test_the_request_has_what_its_weights_are_computed_from() -> None:
+    request = admission().admit(ask())
+    assert request.auto is not None
+    assert request.auto.prompt == probed_prompt(admission().tokenizer, "2+3")
+    assert [statistics.adapter_digest for statistics in request.auto.statistics] == ["1" * 64, "2" * 64]
+    assert [term.weight for term in request.terms] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("admission", "request_", "message"),
+    [
+        (
+            admission(None),
+            ask(),
+            "no background: make one with python -m training.background, and start the server with --background FILE",
+        ),
+        (admission(), ask("x", "math", "code"), "'code' has no statistics of its prompts"),
+        (admission(OTHER), ask(), "'math' has statistics of another background of its prompts"),
+        (admission(template="{{ raise_exception('no user') }}"), ask(), "the chat template refuses these messages: no user"),
+        (admission(), ask(TokenPrompt((256,))), "the message has no token"),  # the end of text, which is no text
+    ],
+)
+def test_what_cannot_be_weighed_is_refused(admission: Admission, request_: GenerateRequest, message: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        admission.admit(request_)
+    assert caught.value.field == "weights"
+    assert message in str(caught.value)
+
+
+def test_an_adapter_can_be_weighed_by_the_background_of_its_statistics() -> None:
+    math, code = (REGISTRY.by_name[name].summary for name in ("math", "code"))
+    assert admission().can_weigh(math)
+    assert not any(admission(background).can_weigh(math) for background in (OTHER, None))
+    assert not admission().can_weigh(code)

@@ -1,0 +1,152 @@
+"""The prompt weigher, with a fake probe: turns of tenants, lengths of passes, and errors."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+import pytest
+
+from lori.prompt_statistics import (
+    NUM_AXES,
+    NUM_FEATURES,
+    Array,
+    Background,
+    Gaussians,
+    ProbedPrompt,
+    PromptStatistics,
+    Shares,
+)
+from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
+from server.engine.prompt_weights import MAX_BUSY_TOKENS, OVERFLOW, PromptWeigher, WeighingError
+from server.engine.request import AutoWeights
+
+LENGTH = 100
+GUILTY, OVERFLOWING, BREAKING = 1, 2, 3
+"""First tokens of prompts that fail."""
+
+
+def gaussian(mean: float) -> Gaussians:
+    axes = np.zeros((1, NUM_AXES, NUM_FEATURES), np.float32)
+    return Gaussians(np.full((1, NUM_FEATURES), mean, np.float32), axes, np.full(1, 0.1, np.float32))
+
+
+BACKGROUND = Background("b" * 64, np.zeros(NUM_FEATURES, np.float32), np.eye(NUM_FEATURES, dtype=np.float32), gaussian(5.0))
+STATISTICS = PromptStatistics("a" * 64, BACKGROUND.digest, gaussian(2.0))
+
+
+class FakeProbe:
+    """A probe whose features are all 2. It notes its passes, and fails as the prompts' first tokens say."""
+
+    def __init__(self) -> None:
+        self.passes: list[list[int]] = []
+
+    def features(self, prompts: Sequence[ProbedPrompt]) -> list[Array]:
+        firsts = [prompt.ids[0] for prompt in prompts]
+        self.passes.append(firsts)
+        for token, error in ((GUILTY, RuntimeError("out of luck")), (BREAKING, SystemError("gone"))):
+            if token in firsts:
+                raise error
+        return [np.full(NUM_FEATURES, np.nan if first == OVERFLOWING else 2.0) for first in firsts]
+
+
+class Rig:
+    """A weigher that a test steps, and the outcomes by first token."""
+
+    def __init__(self) -> None:
+        self.probe, self.outcomes = FakeProbe(), dict[int, Shares | Exception]()
+        self.weigher = PromptWeigher(cast(PromptProbe, self.probe), BACKGROUND, lambda error: isinstance(error, SystemError))
+
+    def submit(self, first: int, tenant: str = "", length: int = LENGTH, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        auto = AutoWeights(ProbedPrompt((first,) * length, 0, length), (STATISTICS,))
+        self.weigher.submit(auto, tenant, is_wanted, lambda outcome: self.outcomes.update({first: outcome}))
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def test_a_prompt_gets_its_shares(rig: Rig) -> None:
+    assert not rig.weigher.has_work
+    rig.submit(10)
+    assert rig.weigher.has_work
+    rig.weigher.step(is_busy=False)
+    assert not rig.weigher.has_work
+    assert rig.outcomes == {10: Shares((1.0,), 0.0)}
+
+
+def test_tenants_take_turns(rig: Rig) -> None:
+    for first in range(10, 40):
+        rig.submit(first, "many", MAX_TOKENS // 4)
+    rig.submit(50, "few", MAX_TOKENS // 4)
+    rig.submit(51, "few", MAX_TOKENS // 4)
+    rig.weigher.step(is_busy=False)
+    rig.submit(60, "new", MAX_TOKENS // 4)
+    rig.weigher.step(is_busy=False)
+    assert rig.probe.passes == [[10, 50, 11, 51], [12, 60, 13, 14]]
+
+
+@pytest.mark.parametrize(("is_busy", "num_tokens"), [(False, MAX_TOKENS), (True, MAX_BUSY_TOKENS)])
+def test_a_pass_is_short_while_sequences_run(rig: Rig, is_busy: bool, num_tokens: int) -> None:
+    for first in range(10, 40):
+        rig.submit(first)
+    rig.weigher.step(is_busy)
+    assert rig.probe.passes == [[*range(10, 10 + num_tokens // LENGTH)]]
+
+
+def test_a_long_prompt_is_weighed_while_sequences_run(rig: Rig) -> None:
+    rig.submit(10, length=MAX_TOKENS)
+    rig.submit(11)
+    rig.weigher.step(is_busy=True)
+    assert rig.probe.passes == [[10]]
+
+
+def test_a_pass_has_a_greatest_number_of_prompts(rig: Rig) -> None:
+    for first in range(10, 210):
+        rig.submit(first, length=1)
+    rig.weigher.step(is_busy=False)
+    assert list(map(len, rig.probe.passes)) == [MAX_PROMPTS]
+
+
+def test_prompts_that_nobody_wants_are_dropped(rig: Rig) -> None:
+    rig.submit(10, is_wanted=lambda: False)
+    rig.submit(11, length=MAX_TOKENS)
+    rig.submit(12, "other", length=MAX_TOKENS, is_wanted=lambda: False)
+    rig.weigher.step(is_busy=False)
+    assert not rig.weigher.has_work
+    assert rig.probe.passes == [[11]]
+    assert rig.outcomes.keys() == {11}
+
+
+def test_if_nobody_waits_nothing_is_computed(rig: Rig) -> None:
+    rig.submit(10, is_wanted=lambda: False)
+    rig.weigher.step(is_busy=False)
+    assert not rig.weigher.has_work
+    assert not rig.probe.passes
+
+
+def test_only_the_prompt_that_raises_fails(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    for first in (10, GUILTY, 11):
+        rig.submit(first)
+    rig.weigher.step(is_busy=False)
+    assert rig.probe.passes == [[10, GUILTY, 11], [10], [GUILTY], [11]]
+    assert [type(rig.outcomes[first]) for first in (10, GUILTY, 11)] == [Shares, WeighingError, Shares]
+    assert str(rig.outcomes[GUILTY]) == "the weights could not be computed: RuntimeError('out of luck')"
+    assert "the probe of 3 prompts failed" in caplog.text
+
+
+def test_only_the_prompt_that_overflows_fails(rig: Rig) -> None:
+    for first in (10, OVERFLOWING):
+        rig.submit(first)
+    rig.weigher.step(is_busy=False)
+    assert len(rig.probe.passes) == 1
+    assert isinstance(rig.outcomes[10], Shares)
+    assert str(rig.outcomes[OVERFLOWING]) == OVERFLOW
+
+
+def test_after_an_error_that_breaks_the_device_nothing_is_tried_again(rig: Rig) -> None:
+    for first in (10, BREAKING):
+        rig.submit(first)
+    with pytest.raises(SystemError, match="gone"):
+        rig.weigher.step(is_busy=False)
+    assert len(rig.probe.passes) == 1

@@ -1,0 +1,113 @@
+"""Weights of prompts over the bridge between asyncio and the engine, which may end while prompts are queued."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+
+from lori.prompt_statistics import ProbedPrompt, Shares
+from server.engine.engine import Engine
+from server.engine.prompt_weights import IsWanted, OnShares, WeighingError
+from server.engine.request import AutoWeights
+from server.engine.thread import EngineDeadError, EngineThread
+from tests.server.engine.test_thread import listen, named, run, until
+from tests.server.rig import FakeEngine
+
+AUTOS = [AutoWeights(ProbedPrompt((1,), 0, 1), ())] * 2
+SHARES = Shares((1.0,), 0.0)
+
+
+@dataclass
+class FakeWeigher:
+    """A weigher that keeps its prompts until a test settles them."""
+
+    queued: list[tuple[str, IsWanted, OnShares]] = field(default_factory=list)
+
+    def submit(self, _: AutoWeights, tenant: str, is_wanted: IsWanted, on_shares: OnShares) -> None:
+        self.queued.append((tenant, is_wanted, on_shares))
+
+
+@dataclass
+class WeighingEngine(FakeEngine):
+    """A fake engine with a fake weigher."""
+
+    weigher: FakeWeigher = field(default_factory=FakeWeigher)
+
+
+async def queued(engine: WeighingEngine) -> tuple[EngineThread, asyncio.Task[object]]:
+    """Start the engine's thread and queue two prompts. Return the thread and the task that waits for their shares."""
+    thread = EngineThread(cast(Engine, engine))
+    thread.start()
+    task: asyncio.Task[object] = asyncio.create_task(thread.shares(AUTOS, "tenant"))
+    await until(lambda: len(engine.weigher.queued) == 2)
+    assert all(is_wanted() for _, is_wanted, _ in engine.weigher.queued)
+    return thread, task
+
+
+def test_shares_come_back_in_the_order_of_their_prompts() -> None:
+    async def test() -> None:
+        engine = WeighingEngine()
+        thread, task = await queued(engine)
+        (tenant, _, first), (_, _, second) = engine.weigher.queued
+        assert tenant == "tenant"
+        second(Shares((0.0,), 1.0))
+        first(SHARES)
+        assert await task == [SHARES, Shares((0.0,), 1.0)]
+        await thread.stop()
+
+    run(test())
+
+
+def test_an_error_is_raised_and_the_other_prompts_are_not_wanted_any_more() -> None:
+    async def test() -> None:
+        engine = WeighingEngine()
+        thread, task = await queued(engine)
+        (_, _, first), (_, is_wanted, second) = engine.weigher.queued
+        first(WeighingError("no luck"))
+        with pytest.raises(WeighingError, match="no luck"):
+            await task
+        assert not is_wanted()
+        second(SHARES)  # nobody waits
+        assert await listen(thread.generate(named("one")))
+        await thread.stop()
+
+    run(test())
+
+
+def test_prompts_of_a_cancelled_caller_are_not_wanted() -> None:
+    async def test() -> None:
+        engine = WeighingEngine()
+        thread, task = await queued(engine)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not any(is_wanted() for _, is_wanted, _ in engine.weigher.queued)
+        await thread.stop()
+
+    run(test())
+
+
+def test_when_the_engine_stops_queued_prompts_fail() -> None:
+    async def test() -> None:
+        engine = WeighingEngine()
+        thread, task = await queued(engine)
+        await thread.stop()
+        with pytest.raises(EngineDeadError, match="the server is stopping"):
+            await task
+        with pytest.raises(EngineDeadError):
+            await thread.shares(AUTOS, "tenant")
+
+    run(test())
+
+
+def test_when_the_engine_dies_queued_prompts_fail() -> None:
+    async def test() -> None:
+        engine = WeighingEngine(num_steps=10**9, dies_at=1)
+        thread, task = await queued(engine)
+        await listen(thread.generate(named("one")))
+        with pytest.raises(EngineDeadError, match="out of luck"):
+            await task
+        await thread.stop()
+
+    run(test())

@@ -1,0 +1,59 @@
+"""`training.background`: the background of a base, from ordinary prompts."""
+
+import json
+import random
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lori.base_model import load_base_model
+from lori.prompt_statistics import load_background
+from training.background import MIN_PROMPTS, MIN_ROWS, BackgroundConfig, measure_background
+from training.data import DataError
+from training.prompt_features import prompt_features
+
+
+def prompts(count: int, letters: str = string.ascii_lowercase) -> list[str]:
+    drawn = random.Random(letters)
+    return ["".join(drawn.choices(letters, k=drawn.randint(4, 24))) for _ in range(count)]
+
+
+def config(place: Path, model: Path, *kinds: Sequence[str]) -> BackgroundConfig:
+    """Return the config of a background of these kinds of prompts, whose files are written to `place`."""
+    files = [place / f"{index}.jsonl" for index in range(len(kinds))]
+    for file, kind in zip(files, kinds, strict=True):
+        file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in kind))
+    return BackgroundConfig.model_validate(
+        {"data": list(map(str, files)), "output": place / "background.safetensors", "model": str(model), "dtype": "float32"}
+    )
+
+
+def test_the_background_has_a_gaussian_for_each_kind(tiny_model: Path, tmp_path: Path) -> None:
+    kinds = [prompts(MIN_PROMPTS // 2), prompts(MIN_PROMPTS // 2 + 50, string.digits)]
+    settings = config(tmp_path, tiny_model, *kinds)
+    assert measure_background(settings).startswith(f"wrote {settings.output}: {MIN_PROMPTS + 16} prompts of 2 kinds, ")
+    base = load_base_model(str(tiny_model), torch.float32, "eager")
+    background = load_background(base.identity, settings.output)
+    assert len(background.gaussians.means) == 2
+    for index, kind in enumerate(kinds):
+        whitened = background.whiten(prompt_features(base, kind[:20]))
+        assert np.mean([np.argmax(background.gaussians.log_likelihoods(z)) == index for z in whitened]) > 0.9
+
+
+def test_few_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"there are 400 prompts, at most 400 of a source, expected {MIN_PROMPTS} in all"):
+        measure_background(config(tmp_path, tiny_model, prompts(500)))
+    with pytest.raises(DataError, match=rf"1\.jsonl: fewer than {MIN_ROWS} prompts"):
+        measure_background(config(tmp_path, tiny_model, prompts(400), prompts(MIN_ROWS - 1)))
+    assert not (tmp_path / "background.safetensors").exists()
+
+
+def test_prompts_that_are_too_alike_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    kinds = [prompts(10) * 40, prompts(10, string.digits) * 40]
+    with pytest.raises(DataError, match="the covariance of the prompts' features is singular: it has rank 19, expected 96"):
+        measure_background(config(tmp_path, tiny_model, *kinds))
+    assert not (tmp_path / "background.safetensors").exists()

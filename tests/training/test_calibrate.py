@@ -1,0 +1,105 @@
+"""`training.calibrate`: statistics of an adapter's prompts, beside the adapter."""
+
+import json
+import random
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lori.base_model import BaseModel, load_base_model
+from lori.errors import AdapterError
+from lori.format import read_config
+from lori.prompt_statistics import STATISTICS_FILE, fit_background, shares
+from lori.store.entry import Entry
+from tests.server.rig import write_adapter
+from training import calibrate
+from training.calibrate import MIN_ROWS, MIN_WEIGHT, CalibrateConfig
+from training.data import DataError
+from training.prompt_features import prompt_features
+
+Rows = Sequence[Mapping[str, object]]
+
+
+def texts(count: int, letters: str, seed: int = 0) -> list[str]:
+    drawn = random.Random(f"{letters} {seed}")
+    return ["".join(drawn.choices(letters, k=drawn.randint(8, 24))) for _ in range(count)]
+
+
+def rows(count: int = 150, letters: str = string.digits, **fields: object) -> Rows:
+    answers = texts(count, string.ascii_letters, seed=1)
+    return [{"prompt": prompt, "completion": text} | fields for prompt, text in zip(texts(count, letters), answers, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> BaseModel:
+    return load_base_model(str(tiny_model), torch.float32, "eager")
+
+
+@pytest.fixture(scope="module")
+def place(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an adapter that was trained on plain prompts, and a background."""
+    place = tmp_path_factory.mktemp("calibrate")
+    write_adapter(place / "math", base, seed=1, templates=("plain",))
+    background = fit_background(base.identity.digest, [prompt_features(base, texts(300, string.ascii_lowercase))])
+    (place / "background.safetensors").write_bytes(background.to_bytes())
+    return place
+
+
+def config(place: Path, model: Path, *forms: Rows) -> CalibrateConfig:
+    """Return the config for these forms of rows, whose files are written to `place`."""
+    files = [place / f"{index}.jsonl" for index in range(len(forms))]
+    for file, form in zip(files, forms, strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in form))
+    return CalibrateConfig.model_validate(
+        {
+            "adapter": place / "math",
+            "data": list(map(str, files)),
+            "background": place / "background.safetensors",
+            "model": str(model),
+            "dtype": "float32",
+        }
+    )
+
+
+def test_the_statistics_are_those_of_the_adapter_s_prompts(tiny_model: Path, base: BaseModel, place: Path) -> None:
+    settings = config(place, tiny_model, rows(), rows(letters="XYZ"))
+    message = calibrate.calibrate(settings)
+    assert message.startswith(f"wrote {place / 'math' / STATISTICS_FILE}: 300 prompts in 2 forms, ")
+    statistics = Entry("math", place / "math").prompt_statistics(read_config(place / "math").lori.content_digest)
+    background = calibrate.load_background(base.identity, settings.background)
+    assert statistics is not None
+    assert statistics.background_digest == background.digest
+    assert len(statistics.gaussians.means) == 2
+    for letters, expected in ((string.digits, 1.0), ("XYZ", 1.0), (string.ascii_lowercase, 0.0)):
+        features = prompt_features(base, texts(20, letters, seed=2))
+        weights = [shares(z, background, [statistics]).weights[0] for z in features]
+        assert np.mean(weights) == pytest.approx(expected, abs=0.1), letters
+
+
+def test_few_rows_are_refused(tiny_model: Path, place: Path) -> None:
+    with pytest.raises(DataError, match=rf"1\.jsonl has {MIN_ROWS - 1} rows, expected at least {MIN_ROWS} of a form of prompts"):
+        calibrate.calibrate(config(place, tiny_model, rows(), rows(MIN_ROWS - 1)))
+
+
+def test_rows_that_the_adapter_hardly_changes_are_refused(tiny_model: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "FULL_GAIN", 1e4)
+    (place / "math" / STATISTICS_FILE).unlink(missing_ok=True)
+    with pytest.raises(DataError, match=rf"0\.jsonl: 150 rows count as 0\.\d, expected at least {MIN_WEIGHT}: the adapter"):
+        calibrate.calibrate(config(place, tiny_model, rows()))
+    assert not (place / "math" / STATISTICS_FILE).exists()
+
+
+def test_a_row_with_a_template_that_the_adapter_does_not_know_is_refused(tiny_model: Path, place: Path) -> None:
+    form = [*rows(), *rows(1, template="chat")]
+    with pytest.raises(DataError, match=r"0\.jsonl.*151.* has the template 'chat', expected one of the adapter's: plain"):
+        calibrate.calibrate(config(place, tiny_model, form))
+
+
+def test_another_base_s_background_is_refused(tiny_model: Path, place: Path, tmp_path: Path) -> None:
+    settings = config(place, tiny_model, rows()).model_copy(update={"background": tmp_path / "absent"})
+    with pytest.raises(AdapterError, match="absent cannot be read: No such file"):
+        calibrate.calibrate(settings)

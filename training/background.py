@@ -1,0 +1,86 @@
+"""`python -m training.background`: statistics of ordinary prompts, which are no adapter's, for a base model.
+
+Requests with automatic weights need them: a prompt that fits the background better than any adapter is answered by the base.
+"""
+
+import logging
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from lori.prompt_statistics import NUM_FEATURES, NUM_PROJECTED, Array, Background, fit_background
+from lori.store.files import replace_file
+from training.base import load_base
+from training.command_line import CommandLine, run_program
+from training.data import DataError, Faults, OnBad, Source, read_rows
+from training.prompt_features import prompt_features
+
+MIN_ROWS = 40
+"""Fewer prompts of a source say too little about their kind."""
+MIN_PROMPTS = 4 * NUM_FEATURES
+"""Fewer prompts in all say too little about the covariance of the features."""
+
+
+class BackgroundConfig(CommandLine):
+    """Measure ordinary prompts on a base model and write the background that automatic weights compare adapters with."""
+
+    data: list[Source]
+    """Sources of prompts, as in `training.fit`: one for each kind, such as code, greetings, or messages in a language. Their
+    completions are ignored."""
+    output: Path
+    """The file to write."""
+    model: str | None = None
+    """The base model: a local folder or a hub id; the embedded model if absent."""
+    num_rows: int = Field(default=400, ge=MIN_ROWS)
+    """Maximum number of prompts of each source, drawn at random."""
+    seed: int = Field(default=0, ge=0)
+    """Seed for drawing the rows."""
+    on_bad: OnBad = "refuse"
+    """refuse: write nothing if a row cannot be used. skip: leave such rows out."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of weights and matrix products."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 means as many as there are CPUs that other processes leave idle."""
+
+
+def measure_background(config: BackgroundConfig) -> str:
+    """Measure and write the background. Return a line that says what was written. Raises `LoriError`."""
+    faults = Faults(config.on_bad)
+    kinds = [read_rows(source, needs="prompt", faults=faults) for source in config.data]
+    faults.raise_or_warn()
+    if small := [source.path for source, rows in zip(config.data, kinds, strict=True) if len(rows) < MIN_ROWS]:
+        raise DataError(f"{', '.join(small)}: fewer than {MIN_ROWS} prompts, which say too little about their kind")
+    base = load_base(config.model, config.dtype, config.threads)
+    drawn = [random.Random(config.seed).sample(rows, min(len(rows), config.num_rows)) for rows in kinds]
+    if (num_prompts := sum(map(len, drawn))) < MIN_PROMPTS:
+        raise DataError(f"there are {num_prompts} prompts, at most {config.num_rows} of a source, expected {MIN_PROMPTS} in all")
+    features = [prompt_features(base, [row.prompt for row in rows]) for rows in drawn]
+    _check_rank(features, base.model.config.get_text_config().hidden_size)
+    content = fit_background(base.identity.digest, features).to_bytes()
+    Background.from_bytes(str(config.output), content)  # raises for what a server would refuse
+    replace_file(config.output, content)
+    return f"wrote {config.output}: {num_prompts} prompts of {len(drawn)} kinds, {len(content)} bytes"
+
+
+def _check_rank(features: Sequence[Array], width: int) -> None:
+    # A base that is narrower than the projection gives its features fewer dimensions.
+    everything = np.concatenate(features)
+    rank, expected = np.linalg.matrix_rank(everything - everything.mean(0)), 2 * min(NUM_PROJECTED, width)
+    if rank < expected:
+        raise DataError(f"the covariance of the prompts' features is singular: it has rank {rank}, expected {expected}")
+
+
+def main() -> int:
+    """Run the program and return its exit code."""
+    config = BackgroundConfig.from_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return run_program(lambda: measure_background(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
