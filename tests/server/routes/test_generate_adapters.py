@@ -126,7 +126,7 @@ def test_weighted_adapters_equal_names_with_separate_weights(live: Live, version
     reply = live.generate(prompt=FOX, adapter=together, max_tokens=16)
     assert reply["text"] == apart["text"]
     assert named(reply) == named(apart) == [("math", versions["math"], 1.0, False), ("intent", versions["intent"], -0.5, False)]
-    assert reply["merge"] == {"method": "linear", "density": None, "sign": None, "seed": None}
+    assert reply["merge"] == {"method": "linear", "density": None, "sign": None, "seed": None, "base_share": None}
 
 
 def test_an_empty_list_is_the_base_model(live: Live) -> None:
@@ -204,7 +204,7 @@ def test_a_merge_s_order_makes_no_difference(live: Live) -> None:
 def test_a_streamed_merge_reports_its_options(live: Live) -> None:
     body = {"prompt": FOX, "adapter": ["math", "safety"], "merge": "dare_ties", "density": 0.4, "merge_seed": 3, "max_tokens": 8}
     reply = live.generate(**body)
-    assert reply["merge"] == {"method": "dare_ties", "density": 0.4, "sign": "total", "seed": 3}
+    assert reply["merge"] == {"method": "dare_ties", "density": 0.4, "sign": "total", "seed": 3, "base_share": None}
     with live.client.stream("POST", "/generate", json=body | {"stream": True}) as streamed:
         assert '"merge":{"method":"dare_ties","density":0.4,"sign":"total","seed":3}' in streamed.read().decode()
 
