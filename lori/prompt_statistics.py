@@ -40,7 +40,7 @@ NUM_FEATURES = 2 * NUM_PROJECTED
 NUM_AXES = 8
 """Directions in which a Gaussian has a variance of its own; in all others it has one common variance."""
 SHRINKAGE = 0.3
-"""Share of the background's covariance in the covariance of a Gaussian. Chosen on validation rows."""
+"""Share of the background's covariance in the covariance of a Gaussian."""
 FREEDOM = 8
 """Degrees of freedom of the background's heavy-tailed distribution."""
 GRID = 16

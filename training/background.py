@@ -4,11 +4,9 @@ Requests with automatic weights need them: a prompt that fits the background bet
 """
 
 import logging
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -16,9 +14,9 @@ from pydantic import Field
 from lori.prompt_statistics import NUM_FEATURES, NUM_PROJECTED, Array, Background, fit_background
 from lori.store.files import replace_file
 from training.base import load_base
-from training.command_line import CommandLine, run_program
-from training.data import DataError, Faults, OnBad, Source, read_rows
-from training.prompt_features import prompt_features
+from training.command_line import run_program
+from training.data import DataError, Faults, Source, read_rows
+from training.prompt_features import PromptsConfig, prompt_features
 
 MIN_ROWS = 40
 """Fewer prompts of a source say too little about their kind."""
@@ -26,7 +24,7 @@ MIN_PROMPTS = 4 * NUM_FEATURES
 """Fewer prompts in all say too little about the covariance of the features."""
 
 
-class BackgroundConfig(CommandLine):
+class BackgroundConfig(PromptsConfig):
     """Measure ordinary prompts on a base model and write the background that automatic weights compare adapters with."""
 
     data: list[Source]
@@ -34,18 +32,8 @@ class BackgroundConfig(CommandLine):
     completions are ignored."""
     output: Path
     """The file to write."""
-    model: str | None = None
-    """The base model: a local folder or a hub id; the embedded model if absent."""
     num_rows: int = Field(default=400, ge=MIN_ROWS)
     """Maximum number of prompts of each source, drawn at random."""
-    seed: int = Field(default=0, ge=0)
-    """Seed for drawing the rows."""
-    on_bad: OnBad = "refuse"
-    """refuse: write nothing if a row cannot be used. skip: leave such rows out."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of weights and matrix products."""
-    threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 means as many as there are CPUs that other processes leave idle."""
 
 
 def measure_background(config: BackgroundConfig) -> str:
@@ -56,7 +44,7 @@ def measure_background(config: BackgroundConfig) -> str:
     if small := [source.path for source, rows in zip(config.data, kinds, strict=True) if len(rows) < MIN_ROWS]:
         raise DataError(f"{', '.join(small)}: fewer than {MIN_ROWS} prompts, which say too little about their kind")
     base = load_base(config.model, config.dtype, config.threads)
-    drawn = [random.Random(config.seed).sample(rows, min(len(rows), config.num_rows)) for rows in kinds]
+    drawn = [config.draw(rows, config.num_rows) for rows in kinds]
     if (num_prompts := sum(map(len, drawn))) < MIN_PROMPTS:
         raise DataError(f"there are {num_prompts} prompts, at most {config.num_rows} of a source, expected {MIN_PROMPTS} in all")
     features = [prompt_features(base, [row.prompt for row in rows]) for rows in drawn]

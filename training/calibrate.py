@@ -6,11 +6,9 @@ would draw everybody's prompts. The adapter's version stays as it is.
 """
 
 import logging
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -32,11 +30,11 @@ from lori.prompt_statistics import (
 from lori.store.files import replace_file
 from lori.template import Template
 from training.base import load_base
-from training.command_line import CommandLine, run_program
-from training.data import DataError, Faults, OnBad, Row, Source, read_rows
+from training.command_line import run_program
+from training.data import DataError, Faults, Row, Source, read_rows
 from training.evaluation.local_adapters import apply_adapter
 from training.evaluation.local_answerer import LocalAnswerer
-from training.prompt_features import prompt_features
+from training.prompt_features import PromptsConfig, prompt_features
 
 MIN_ROWS = 80
 """Prompts of a source below which its statistics route badly."""
@@ -46,7 +44,7 @@ FULL_GAIN = 2.0
 """Gain in log-likelihood, in nats for a whole completion, from which a row counts fully."""
 
 
-class CalibrateConfig(CommandLine):
+class CalibrateConfig(PromptsConfig):
     """Measure the prompts that an adapter is for. The adapter's folder gets a file `prompt_statistics.safetensors`."""
 
     adapter: CliPositionalArg[Path]
@@ -56,18 +54,8 @@ class CalibrateConfig(CommandLine):
     prompts and messages."""
     background: Path | None = None
     """The base's background, see `python -m training.background`; by default the one that comes with the embedded model."""
-    model: str | None = None
-    """The base model: a local folder or a hub id; the embedded model if absent."""
     num_rows: int = Field(default=300, ge=MIN_ROWS)
     """Maximum number of rows of each source, drawn at random."""
-    seed: int = Field(default=0, ge=0)
-    """Seed for drawing the rows."""
-    on_bad: OnBad = "refuse"
-    """refuse: write nothing if a row cannot be used. skip: leave such rows out."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of weights and matrix products."""
-    threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 means as many as there are CPUs that other processes leave idle."""
 
 
 def calibrate(config: CalibrateConfig) -> str:
@@ -81,7 +69,7 @@ def calibrate(config: CalibrateConfig) -> str:
     base = load_base(config.model, config.dtype, config.threads)
     adapter = load_adapter(config.adapter, base.identity)
     background = load_background(base.identity, config.background)
-    drawn = [random.Random(config.seed).sample(rows, min(len(rows), config.num_rows)) for rows in forms]
+    drawn = [config.draw(rows, config.num_rows) for rows in forms]
     gaussians = [_measure(base, adapter, background, source.path, rows) for source, rows in zip(config.data, drawn, strict=True)]
     content = PromptStatistics(adapter.config.lori.content_digest, background.digest, joined(gaussians)).to_bytes()
     file = config.adapter / STATISTICS_FILE

@@ -80,13 +80,3 @@ def served(service: Service, key: str | None = None) -> Iterator[httpx.Client]:
         if key is not None:
             client.headers.update(bearer(key))
         yield client
-
-
-def refusal(reply: httpx.Response, status: int) -> dict[str, Any]:
-    """Return the error of a reply. Fail unless the reply has `status` and the shape of every error."""
-    assert reply.status_code == status, reply.text
-    assert set(reply.json()) == {"error"}
-    error: dict[str, Any] = reply.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
-    return error

@@ -15,8 +15,9 @@ from server.engine.step import Emit
 from server.loading import load_service
 from server.service.service import Service
 from server.settings import Settings
-from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, served, write_keys
+from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, served, write_keys
 from tests.server.live import events, wait_until
+from tests.server.replies import refusal
 from tests.server.rig import FakeEngine, build
 
 FOR_EVER = 10**9

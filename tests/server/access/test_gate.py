@@ -22,7 +22,8 @@ from server.routes.dependencies import CallerOf, require_admin
 from server.routes.error_replies import add_error_handlers
 from server.service.service import Service
 from tests.server import live
-from tests.server.keyed import ACME, ADMIN, MONITOR, OTHER, bearer, make_service, refusal, served, write_keys
+from tests.server.keyed import ACME, ADMIN, MONITOR, OTHER, bearer, make_service, served, write_keys
+from tests.server.replies import refusal
 
 KEYS = {"acme": ACME, "admin": ADMIN, "monitor": MONITOR}
 

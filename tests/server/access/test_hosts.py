@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from server.access.hosts import AllowedHosts
 from server.settings import Settings
 from tests.server.fake_service import served
-from tests.server.keyed import refusal, write_keys
+from tests.server.keyed import write_keys
 from tests.server.live import HOST, LIMIT_S, Live
+from tests.server.replies import refusal
 from tests.server.rig import FakeEngine
 
 ALLOWED = ["server", "*.example.org", "Upper.Example."]

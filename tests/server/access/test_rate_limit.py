@@ -16,8 +16,9 @@ from server.access.key_ring import KeyRing
 from server.access.limits import RateLimiter
 from server.service.service import Service
 from tests.server.forked import start_forked
-from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, served, write_keys
+from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, served, write_keys
 from tests.server.live import LIMIT_S
+from tests.server.replies import refusal
 from tests.server.rig import FakeEngine
 
 Asked = tuple[str, str, dict[str, Any], int]

@@ -23,7 +23,8 @@ from server.cluster.relay import answer
 from server.routes.error_replies import on_table_error
 from server.schemas.completions import MAX_PROMPTS
 from server.settings import Settings
-from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, write_keys
+from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, write_keys
+from tests.server.replies import refusal
 
 pytestmark = pytest.mark.anyio
 BODY = {"prompt": "x"}

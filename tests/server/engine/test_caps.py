@@ -11,7 +11,8 @@ from server.engine.admission import Admission, Caps, GenerateRequest, RefusedErr
 from server.engine.request import Request, SamplingParams
 from server.engine.step import Emit
 from tests.server.fake_service import served
-from tests.server.keyed import ACME, OTHER, bearer, refusal, write_keys
+from tests.server.keyed import ACME, OTHER, bearer, write_keys
+from tests.server.replies import refusal
 from tests.server.rig import FakeEngine
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}

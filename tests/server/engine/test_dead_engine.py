@@ -9,8 +9,9 @@ import pytest
 
 from server.engine.thread import REARM_S
 from tests.server.forked import start_forked
-from tests.server.keyed import refusal, write_keys
+from tests.server.keyed import write_keys
 from tests.server.live import LIMIT_S, Live, events
+from tests.server.replies import refusal
 
 DYING = "tests.server.dying_server"
 

@@ -18,8 +18,9 @@ from server.routes import json_route
 from server.schemas import generation
 from server.service.text_threads import LONG, TenantSemaphores
 from tests.server.fake_service import served
-from tests.server.keyed import ACME, OTHER, bearer, refusal, write_keys
+from tests.server.keyed import ACME, OTHER, bearer, write_keys
 from tests.server.live import LIMIT_S
+from tests.server.replies import refusal
 from tests.server.rig import FakeEngine
 
 CONTEXT = 100

@@ -30,8 +30,9 @@ from server.engine.prompt_weights import OVERFLOW
 from server.loading import _warn_of_statistics, load_service
 from server.service.service import Service
 from server.settings import Settings
-from tests.server.keyed import ACME, MONITOR, OTHER, bearer, refusal, served, write_keys
+from tests.server.keyed import ACME, MONITOR, OTHER, bearer, served, write_keys
 from tests.server.live import LIMIT_S, events, wait_until
+from tests.server.replies import refusal
 from tests.server.rig import write_adapter, write_adapters
 from training.prompt_features import prompt_features
 

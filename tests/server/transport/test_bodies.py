@@ -18,8 +18,9 @@ from server.settings import MIB, Settings
 from server.transport.bodies import FREE_BYTES, PARSED_BYTES, Bodies, HeldBody, max_counted_bytes
 from server.transport.strict_json import MAX_VALUES
 from tests.server.fake_service import served
-from tests.server.keyed import ACME, ADMIN, OTHER, bearer, refusal, write_keys
+from tests.server.keyed import ACME, ADMIN, OTHER, bearer, write_keys
 from tests.server.live import LIMIT_S, wait_until
+from tests.server.replies import refusal
 from tests.server.rig import FakeEngine
 
 
