@@ -41,6 +41,11 @@ KEEPALIVE_ENVIRONMENT = {"RAY_grpc_client_keepalive_timeout_ms": "10000"}
 `ReplicaHandles.watch` sends such bytes. Elsewhere Ray's 120 s remain: otherwise Ray would replace a replica that was cut off for
 a moment. More of keepalive's own pings would end good connections, because a server that is silent for minutes takes them for
 abuse."""
+PATIENCE_ENVIRONMENT = {"RAY_grpc_keepalive_timeout_ms": "120000"}
+"""Environment of a replica: it keeps a connection whose bytes are not acknowledged for so long, as Ray's clients do.
+
+With Ray's 20 s for servers, a replica that was cut off for 15 s could close its connection to Ray's controller. The controller
+then replaced it as soon as it came back."""
 CLUSTER_SETTINGS = ("host", "port", "ray_address")
 """Settings of the cluster, which `args` of an application in a Serve config file cannot have."""
 LONGEST_LOOK_BACK_S = 30.0
@@ -52,7 +57,11 @@ def deployed(settings: ClusterSettings) -> Application:
     replica = serve.deployment(
         name=REPLICA,
         max_ongoing_requests=settings.max_requests + SPARE_REQUESTS,
-        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
+        ray_actor_options={
+            "num_cpus": settings.replica_cpus,
+            "num_gpus": settings.replica_gpus,
+            "runtime_env": {"env_vars": PATIENCE_ENVIRONMENT},
+        },
         graceful_shutdown_timeout_s=settings.drain_s,
         logging_config=QUIET,
         health_check_period_s=HEALTH_CHECK_S,

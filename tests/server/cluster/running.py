@@ -32,9 +32,16 @@ class Cluster:
     http: httpx.Client
 
     def by_replica(self, name: str, **labels: str) -> dict[str, float]:
-        """Return the sum of a metric's samples that have `labels`, by replica."""
+        """Return the sum of a metric's samples that have `labels`, by replica. Asks again if all replicas are late."""
+        replies: list[httpx.Response] = []
+
+        def is_answered() -> bool:
+            replies.append(self.http.get("/metrics"))
+            return replies[-1].status_code != httpx.codes.SERVICE_UNAVAILABLE
+
+        wait_until(is_answered, "a replica to show its metrics")
         sums: dict[str, float] = {}
-        for family in text_string_to_metric_families(self.http.get("/metrics").raise_for_status().text):
+        for family in text_string_to_metric_families(replies[-1].raise_for_status().text):
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     replica = sample.labels["replica"]
