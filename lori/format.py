@@ -1,12 +1,13 @@
 """An adapter as a folder: `adapter_config.json`, `adapter_model.safetensors`, and any other file its author adds (a card).
 
 The folder verifies itself: one digest covers everything that decides what the adapter does, another the rest of the config.
+Statistics of the adapter's prompts, which it may have, verify themselves.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from lori.errors import AdapterError, AdapterFormatError
 from lori.identity import BaseIdentity, natural_key, projection_of
 from lori.names import NUM_VERSION_DIGITS
 from lori.peft.config import HUB_ID, peft_fault
+from lori.prompt_statistics import MAX_STATISTICS_BYTES, STATISTICS_FILE, PromptStatistics
 from lori.sparse import ValueType
 from lori.store.bases import BASES_FOLDER, load_basis, save_basis
 from lori.store.files import new_folder, open_stored, read_stored, replace_file, write_file
@@ -43,6 +45,10 @@ DIGESTED: dict[str, Any] = {"lori": {"basis", "base_digest", "shapes", "template
 
 MAX_TEXT_BYTES, MAX_WEIGHTS_BYTES = 2**24, 2**34
 """Maximum size of a config or a card, and of the weights."""
+MAX_FILE_BYTES = {WEIGHTS_FILE: MAX_WEIGHTS_BYTES, STATISTICS_FILE: MAX_STATISTICS_BYTES}
+"""Maximum size of a file, where that is not `MAX_TEXT_BYTES`."""
+EXTRA_FILES = (CARD_FILE, STATISTICS_FILE)
+"""Files that an adapter may have, and that move with it."""
 MAX_BASIS_ENTRIES = 2**30
 """Maximum number of entries of A, over all modules, that are drawn if only the file gives their shapes. Five times the entries
 of a 70B model at rank 32."""
@@ -172,9 +178,12 @@ def _is_pickled(folder: Path) -> bool:
     return os.path.lexists(folder / PICKLE_FILE) and not os.path.lexists(folder / WEIGHTS_FILE)
 
 
-def read_files(folder: Path, faults: list[str], read: Read = read_stored) -> Files:
-    """Return the contents of an adapter's files by name, with the card. Adds a fault for each file that cannot be read."""
-    names = [CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(folder / CARD_FILE) else [])]
+def read_files(folder: Path, faults: list[str], read: Read = read_stored, extras: Sequence[str] = EXTRA_FILES) -> Files:
+    """Return the contents of an adapter's files by name, with those of `extras` that it has.
+
+    Adds a fault for each file that cannot be read.
+    """
+    names = [CONFIG_FILE, WEIGHTS_FILE, *(name for name in extras if os.path.lexists(folder / name))]
     contents = {name: read_file(folder, name, faults, read) for name in names}
     return {name: content for name, content in contents.items() if content is not None}
 
@@ -182,7 +191,7 @@ def read_files(folder: Path, faults: list[str], read: Read = read_stored) -> Fil
 def read_file(folder: Path, name: str, faults: list[str], read: Read = read_stored) -> bytes | None:
     """Return the content of a regular file. Adds a fault and returns None if it cannot be read, such as a link in a store."""
     try:
-        return read(folder, name, MAX_WEIGHTS_BYTES if name == WEIGHTS_FILE else MAX_TEXT_BYTES)
+        return read(folder, name, MAX_FILE_BYTES.get(name, MAX_TEXT_BYTES))
     except OSError as error:
         faults.append(_unreadable(folder, name, error))
         return None
@@ -224,7 +233,7 @@ def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
     compared only if there is no other fault.
     """
     faults: list[str] = []
-    files = read_files(folder, faults)
+    files = read_files(folder, faults, extras=[CARD_FILE])
     return parse_adapter(name_of(folder), files, partial(load_basis, folder.parent), base, source=str(folder), faults=faults)
 
 
@@ -239,7 +248,8 @@ def parse_adapter(
 ) -> Adapter:
     """Return the adapter in `files`, called `name`, with the checks of `load_adapter`. `faults` are those of reading the files.
 
-    Raises `AdapterFormatError` with every fault, about `source`, by default `name`.
+    Statistics of prompts among the files are checked, too. Raises `AdapterFormatError` with every fault, about `source`, by
+    default `name`.
     """
     faults = list(faults)
     config = _parse(files[CONFIG_FILE], faults, is_pickled=ONLY_PICKLE in faults) if CONFIG_FILE in files else None
@@ -251,12 +261,34 @@ def parse_adapter(
     if config and weights is not None and tensors is not None:
         if (digest := content_digest(weights, config)) != config.lori.content_digest:
             faults.append(f"content digest is {digest}, expected {config.lori.content_digest}")
+        if STATISTICS_FILE in files:
+            try:
+                parse_statistics(files[STATISTICS_FILE], config.lori.content_digest)
+            except AdapterFormatError as error:
+                faults += error.faults
         # For an adapter of another base with other shapes, faults about missing or unknown tensors would add nothing.
         is_other = base and config.lori.base_digest != base.digest and _shape_faults(config, base)
         adapter = _assemble(name, config, tensors, basis_of, None if is_other else base, faults)
     if faults or adapter is None:
         raise AdapterFormatError(source or name, faults)
     return adapter
+
+
+def parse_statistics(content: bytes, digest: str | None, source: str = STATISTICS_FILE) -> PromptStatistics:
+    """Return the statistics in a file's `content`.
+
+    Raises `AdapterFormatError` about `source` with their faults. It is one that they are of an adapter whose content has another
+    `digest`.
+    """
+    try:
+        statistics = PromptStatistics.from_bytes(source, content)
+    except AdapterFormatError as error:
+        raise AdapterFormatError(source, [f"{STATISTICS_FILE}: {fault}" for fault in error.faults]) from error
+    if digest and statistics.adapter_digest != digest:
+        versions = f"{statistics.adapter_digest[:NUM_VERSION_DIGITS]}, expected {digest[:NUM_VERSION_DIGITS]}"
+        remedy = "make it again by python -m training.calibrate, or remove it"
+        raise AdapterFormatError(source, [f"{STATISTICS_FILE}: is of the version {versions}: {remedy}"])
+    return statistics
 
 
 def _assemble(

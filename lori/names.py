@@ -14,6 +14,9 @@ EMBEDDED_HUB_ID = f"HuggingFaceTB/{EMBEDDED_NAME}"
 NUM_VERSION_DIGITS = 12
 """Number of digits of a digest that people see."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+AUTO = "auto"
+"""The name by which requests ask for the adapters that the server chooses."""
+RESERVED = "is no adapter's name: it asks for the adapters that the server chooses by the prompt"
 VERSION = re.compile(rf"[0-9a-f]{{1,{NUM_VERSION_DIGITS}}}")
 NUM_NEAR = 3
 NEAR = 0.6
@@ -37,13 +40,16 @@ def base_aliases(base: str | None) -> frozenset[str]:
 
 def check_name(name: str) -> None:
     """Raise `AdapterError` if an adapter must not have this `name`."""
+    if name == AUTO:
+        raise AdapterError(f"{AUTO!r} {RESERVED}")
     if not NAME.fullmatch(name):
         raise AdapterError(f"{name!r} is no adapter's name: it must match {NAME.pattern}")
 
 
 def name_fault(folder: Path) -> str:
     """Return the fault of an adapter's folder whose name no adapter may have."""
-    return f"{folder}: an adapter's name must match {NAME.pattern}: rename the folder"
+    rule = f"{AUTO!r} {RESERVED}" if folder.name.partition("@")[0] == AUTO else f"an adapter's name must match {NAME.pattern}"
+    return f"{folder}: {rule}: rename the folder"
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -17,7 +17,17 @@ from lori.adapter import Adapter
 from lori.basis import Basis
 from lori.config import CONFIG_FILE, AdapterConfig, parse_config
 from lori.errors import AdapterError
-from lori.format import WEIGHTS_FILE, Files, base_faults, checked_basis, content_digest, name_of, parse_adapter, read_files
+from lori.format import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    Files,
+    base_faults,
+    checked_basis,
+    content_digest,
+    name_of,
+    parse_adapter,
+    read_files,
+)
 from lori.identity import BaseIdentity
 from lori.kernels.layout import Layout
 from lori.kernels.native import MODULE, pack
@@ -124,7 +134,7 @@ class PackedReader:
         Raises as these two.
         """
         faults: list[str] = []
-        files = read_files(folder, faults)
+        files = read_files(folder, faults, extras=[CARD_FILE])
         packed = None if faults or not MODULE else self._pack(folder, files)
         if packed:
             return packed

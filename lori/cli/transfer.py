@@ -63,10 +63,7 @@ def import_(
             raise typer.BadParameter(
                 "--model, --sparsity, --values and --template are for PEFT's format, and this is ours already (see pack --values)"
             )
-        has_statistics = _has_statistics(folder)
         entry = AdapterStore(store).publish(folder, name)
-        if has_statistics and not _has_statistics(entry.folder):
-            warn(f"{STATISTICS_FILE} was not imported: copy it into {entry.folder}, or make it by training.calibrate")
         print_made(entry, entry.load(), {}, json)
         return
     if sparsity == 1:
@@ -97,10 +94,6 @@ def _checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise typer.BadParameter(f"{name!r} cannot be an adapter's name ({NAME.pattern}): give it one", param_hint="--name")
     return name
-
-
-def _has_statistics(folder: Path) -> bool:
-    return os.path.lexists(folder / STATISTICS_FILE)
 
 
 def _is_lori(folder: Path) -> bool:
@@ -143,8 +136,8 @@ def pack(
     entry = find_entry(adapter)
     error = rounding_error(entry.load().modules.values(), values) if values else 0.0
     packed = pack_adapter(entry.folder, file, entry.name if name is None else name, values)
-    if _has_statistics(entry.folder):
-        warn(f"{STATISTICS_FILE} was not packed: make it again, by training.calibrate, where the adapter is unpacked")
+    if packed.version != entry.version and os.path.lexists(entry.folder / STATISTICS_FILE):
+        warn(f"{STATISTICS_FILE} belongs to {entry.version}, and was not packed: make it again by python -m training.calibrate")
     num_bytes = file.stat().st_size
     if json:
         print_json(

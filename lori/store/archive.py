@@ -1,6 +1,6 @@
 """Archives: an adapter as one file, to move between machines. Any zip program unpacks an archive to a store with the adapter.
 
-math/adapter_config.json, math/adapter_model.safetensors, math/README.md
+math/adapter_config.json, math/adapter_model.safetensors, math/README.md, math/prompt_statistics.safetensors
 .bases/<digest>.safetensors    if the adapter's basis is explicit
 """
 
@@ -16,7 +16,7 @@ from lori.adapter import Adapter
 from lori.basis import Explicit
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, WEIGHTS_FILE, parse_adapter, read_files, stored_as
+from lori.format import EXTRA_FILES, WEIGHTS_FILE, parse_adapter, read_files, stored_as
 from lori.names import NAME, check_name
 from lori.sparse import ValueType
 from lori.store.bases import BASES_FOLDER, basis_bytes, load_basis, parse_basis
@@ -26,7 +26,7 @@ from lori.store.store import AdapterStore
 
 MAX_BYTES = 2**33
 """Maximum size of an archive."""
-MAX_MEMBERS = 4
+MAX_MEMBERS = 5
 DIGEST_FILE = re.compile(r"[0-9a-f]{64}\.safetensors")
 UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
 """Errors that `zipfile` raises for a damaged archive."""
@@ -50,7 +50,7 @@ def pack(folder: Path, file: Path, name: str, values: ValueType | None = None) -
     adapter = parse_adapter(name, files, partial(load_basis, folder.parent), source=str(folder), faults=faults)
     if values and values != adapter.config.lori.values:
         sealed = stored_as(adapter, values)
-        adapter, files = sealed.adapter, sealed.files  # without the card, which belongs to the other version
+        adapter, files = sealed.adapter, sealed.files  # without card and statistics, which belong to the other version
     members = {f"{name}/{part}": content for part, content in files.items()}
     if isinstance(adapter.basis, Explicit):
         members[f"{BASES_FOLDER}/{adapter.basis.content_digest}.safetensors"] = basis_bytes(adapter.basis)
@@ -96,7 +96,7 @@ def _checked_name(file: Path, members: list[zipfile.ZipInfo], num_bytes: int) ->
     names = [member.filename for member in members]
     owners = {name.partition("/")[0] for name in names} - {BASES_FOLDER}
     owner = next(iter(owners), "")
-    allowed = {f"{owner}/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)}
+    allowed = {f"{owner}/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE, *EXTRA_FILES)}
     faults = [
         f"{name!r}: unknown member"
         for name in names

@@ -12,9 +12,9 @@ from lori.adapter import Adapter
 from lori.basis import Explicit
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, WEIGHTS_FILE, file_faults, load_adapter, read_config, read_file
+from lori.format import CARD_FILE, WEIGHTS_FILE, file_faults, load_adapter, parse_statistics, read_config, read_file
 from lori.identity import BaseIdentity
-from lori.names import NAME, NUM_VERSION_DIGITS, VERSION
+from lori.names import AUTO, NAME, NUM_VERSION_DIGITS, VERSION
 from lori.prompt_statistics import MAX_STATISTICS_BYTES, STATISTICS_FILE, PromptStatistics
 from lori.store.bases import load_basis
 from lori.store.files import read_stored
@@ -63,24 +63,14 @@ class Entry:
         return card
 
     def prompt_statistics(self, digest: str | None = None) -> PromptStatistics | None:
-        """Return the statistics of the adapter's prompts; None without any.
-
-        Raises `AdapterFormatError` with their faults. It is one that they are of an adapter whose content has another `digest`.
-        """
+        """Return the statistics of the adapter's prompts; None without any. Raises as `parse_statistics`, and if unreadable."""
         if not os.path.lexists(self.folder / STATISTICS_FILE):
             return None
         try:
             content = read_stored(self.folder, STATISTICS_FILE, MAX_STATISTICS_BYTES)
         except OSError as error:
             raise AdapterFormatError(str(self.folder), [f"{STATISTICS_FILE} cannot be read: {error.strerror}"]) from error
-        try:
-            statistics = PromptStatistics.from_bytes(str(self.folder), content)
-        except AdapterFormatError as error:
-            raise AdapterFormatError(error.source, [f"{STATISTICS_FILE}: {fault}" for fault in error.faults]) from error
-        if digest and statistics.adapter_digest != digest:
-            versions = f"{statistics.adapter_digest[:NUM_VERSION_DIGITS]}, expected {digest[:NUM_VERSION_DIGITS]}"
-            raise AdapterFormatError(str(self.folder), [f"{STATISTICS_FILE}: is of the version {versions}"])
-        return statistics
+        return parse_statistics(content, digest, str(self.folder))
 
     def file_faults(self) -> list[str]:
         """Return the faults of the files that show without reading them whole, see `lori.format.file_faults`."""
@@ -145,7 +135,7 @@ def is_version(folder: str) -> bool:
 
 
 def _is_valid_name(folder: str) -> bool:
-    return bool(NAME.fullmatch(folder)) or is_version(folder)
+    return folder.partition("@")[0] != AUTO and (bool(NAME.fullmatch(folder)) or is_version(folder))
 
 
 def _is_adapter(item: "os.DirEntry[str]") -> bool:
@@ -200,7 +190,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CachedEntry(Entry):
-    """An `Entry` whose local folder has only the config. `source` provides the other files while the entry is acquired."""
+    """An `Entry` whose local folder has only config and statistics. `source` provides the other files while it is acquired."""
 
     source: Source = field(kw_only=True, compare=False, repr=False)
 
@@ -218,9 +208,6 @@ class CachedEntry(Entry):
     def card(self) -> bytes:
         """Return the card that the store has now. Raises `UnreachableError` if the store cannot be reached."""
         return self.source.card(self.folder.name)
-
-    def prompt_statistics(self, digest: str | None = None) -> None:
-        """Return None: statistics are not read from remote stores."""
 
     def file_faults(self) -> list[str]:
         """Return the faults that show in the store's listing. Downloads no weights."""

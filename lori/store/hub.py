@@ -23,11 +23,12 @@ from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, ModelError, UnreachableError
 from lori.format import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE
 from lori.peft.config import TEMPLATES_FILE
+from lori.prompt_statistics import STATISTICS_FILE
 
 SCHEME = "hf://"
 SOURCE = re.compile(SCHEME + r"(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[\w][\w./-]*))?")
 MODEL_CONFIG = "config.json"
-FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, TEMPLATES_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, STATISTICS_FILE, TEMPLATES_FILE)
 """The only files that are downloaded; never a pickle."""
 
 

@@ -1,7 +1,7 @@
-"""A local mirror of a remote store: its last listing, copies of its configs and aliases, and a bounded cache of weights.
+"""A local mirror of a remote store: its last listing, copies of its small files, and a bounded cache of weights.
 
-A copy is downloaded again if the file's entry in the listing has changed since the last download. Configs and aliases are small
-and are never evicted.
+A copy is downloaded again if the file's entry in the listing has changed since the last download. Small files are configs,
+statistics of prompts and aliases; their copies are never evicted.
 """
 
 import hashlib
@@ -19,8 +19,9 @@ from filelock import FileLock, Timeout
 
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
-from lori.format import CARD_FILE, WEIGHTS_FILE
+from lori.format import CARD_FILE, EXTRA_FILES, WEIGHTS_FILE
 from lori.names import NAME, VERSION
+from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.aliases import ALIASES_FOLDER
 from lori.store.bases import BASES_FOLDER
 from lori.store.files import LINK, discard, replace_file
@@ -113,10 +114,12 @@ def claim_folder(root: Path) -> tuple[Path, FileLock]:
     raise AssertionError("numbers do not end")
 
 
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *EXTRA_FILES)
 FOLDER = re.compile(rf"{NAME.pattern}(@{VERSION.pattern})?")
 BASIS = re.compile(r"[0-9a-f]{64}\.safetensors")
 MARKS_FILE = ".marks.json"
+SMALL_FILES = (f"/{CONFIG_FILE}", f"/{STATISTICS_FILE}")
+"""Ends of the paths of an adapter's files that are copied with the listing."""
 MAX_SYNCED = 16
 """Maximum number of copies that are synced one by one. More are synced together, since thousands of syncs would take minutes."""
 
@@ -190,7 +193,7 @@ class Mirror:
 
     def _apply(self, listed: dict[str, RemoteFile], unchanged: Mapping[str, RemoteFile]) -> None:
         """Make `listed` and `unchanged` together the current listing, and update the copies of `listed`."""
-        small = [path for path in listed if path.endswith(f"/{CONFIG_FILE}") or path.startswith(f"{ALIASES_FOLDER}/")]
+        small = [path for path in listed if path.endswith(SMALL_FILES) or path.startswith(f"{ALIASES_FOLDER}/")]
         linked = [path for path in listed if listed[path].is_link and "/" in path]
         for path in linked:
             self._drop_linked(path)
@@ -208,7 +211,11 @@ class Mirror:
         if len(contents) > MAX_SYNCED:
             os.sync()
         # Configs of deleted adapters stay, since requests in flight may need them.
-        self.invalidate(self.files.keys() - listed.keys() - unchanged.keys())
+        gone = self.files.keys() - listed.keys() - unchanged.keys()
+        self.invalidate(gone)
+        for path in gone:
+            if path.endswith(f"/{STATISTICS_FILE}"):
+                (self._root / path).unlink(missing_ok=True)
         self.files = {**unchanged, **listed}
         self.folders = _by_name(self.files)
         self.links = _links(self.files)

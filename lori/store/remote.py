@@ -19,8 +19,9 @@ from lori.adapter import Adapter
 from lori.basis import Explicit
 from lori.config import CONFIG_FILE, ExplicitConfig
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, MAX_TEXT_BYTES, WEIGHTS_FILE, Files, read_config, read_file
+from lori.format import CARD_FILE, EXTRA_FILES, MAX_TEXT_BYTES, WEIGHTS_FILE, Files, read_config, read_file
 from lori.names import check_name, split_reference
+from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.bases import basis_bytes, basis_file, load_basis
 from lori.store.entry import CachedEntry, Entry, Scan
 from lori.store.files import LINK, LINKED_FOLDER, discard, read_stored, replace_file, sync_file
@@ -84,7 +85,7 @@ class RemoteStore(AdapterStore):
             target, versions = self._aliases.get(name), [entry.folder.name for entry in self.versions(name)]
             published = self._read_record(folder) if self._has_folder(folder) else {}
             self._prepare_copy(folder, files, published)
-            self._mirror.invalidate([alias_path(name), f"{folder}/{CONFIG_FILE}"])
+            self._mirror.invalidate([alias_path(name), f"{folder}/{CONFIG_FILE}", f"{folder}/{STATISTICS_FILE}"])
             entry = super().put(adapter, files)
             if target is None and len(versions) == 1 and versions != [folder]:
                 self._write_alias(name, versions[0])  # keeps the name's meaning until the new version is complete
@@ -262,7 +263,7 @@ class RemoteStore(AdapterStore):
 
     def _write_files(self, folder: str, files: Files) -> None:
         is_published = self._has_folder(folder)
-        for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
+        for name in (WEIGHTS_FILE, *EXTRA_FILES, CONFIG_FILE):
             if name not in files or read_file(self.root / folder, name, []) != files[name]:
                 continue  # the published file stays
             remote_file = self._mirror.files.get(f"{folder}/{name}")

@@ -35,7 +35,6 @@ from lori.format import (
 )
 from lori.names import check_name, name_fault, split_reference, unknown_adapter
 from lori.peft.config import peft_fault
-from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.aliases import Aliases
 from lori.store.bases import BASES_FOLDER, basis_file, load_basis
 from lori.store.entry import Contents, Entry, Scan, has_adapter, scan
@@ -189,8 +188,9 @@ class AdapterStore:
     def put(self, adapter: Adapter, files: Files) -> Entry:
         """Publish `adapter`, whose files are `files`, under its name.
 
-        If the store has the version already, config and card are replaced, unless the published version has another training
-        record. Raises `AdapterError` if the name is invalid or an alias of another adapter, or if the store cannot be written.
+        If the store has the version already, config, card and statistics are replaced, unless the published version has another
+        training record. Raises `AdapterError` if the name is invalid or an alias of another adapter, or if the store cannot be
+        written.
         """
         check_name(adapter.name)
         self._check_root()
@@ -213,7 +213,7 @@ class AdapterStore:
                 for name, content in files.items():
                     write_file(scratch / name, content)
             return
-        # The version is the same, so the files differ only in new metrics, or the published copy is damaged.
+        # The version is the same, so the files differ only in new metrics or statistics, or the published copy is damaged.
         if _has_other_training(folder, files):
             return
         for leftover in folder.glob(".*@*"):  # from a killed writer, since a living one would hold the lock
@@ -396,9 +396,7 @@ class AdapterStore:
     def _merge_into(self, version: Path, unversioned: Path) -> None:
         """Move the files of `unversioned`, which are newer, to the folder of the same `version`, and remove `unversioned`."""
         faults: list[str] = []
-        files = {**read_files(unversioned, faults)}
-        if os.path.lexists(unversioned / STATISTICS_FILE) and (content := read_file(unversioned, STATISTICS_FILE, faults)):
-            files[STATISTICS_FILE] = content
+        files = read_files(unversioned, faults)
         other_files = sorted(path.name for path in unversioned.iterdir() if path.name not in files)
         if faults or other_files:
             listing = ", ".join(faults or other_files)

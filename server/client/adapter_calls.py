@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
@@ -12,6 +12,7 @@ from server.client.calls import Call
 from server.schemas.adapters import AdapterComparison, AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+STATISTICS_FILE = "prompt_statistics.safetensors"
 MAX_BYTES = 2**34
 """Maximum number of bytes of a file that is sent."""
 
@@ -23,15 +24,20 @@ class AdapterFiles:
     config: bytes
     weights: bytes
     card: bytes | None = None
+    prompt_statistics: bytes | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Return the files of an adapter's folder, which may have no card.
+        """Return the files of an adapter's folder, which may have no card and no statistics.
 
         Raises `OSError`, also for a link out of the folder.
         """
-        names = (CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(Path(folder) / CARD_FILE) else ()))
-        return cls(*(read_source(Path(folder), name, MAX_BYTES) for name in names))
+
+        def content(name: str) -> bytes:
+            return read_source(Path(folder), name, MAX_BYTES)
+
+        extras = (content(name) if os.path.lexists(Path(folder, name)) else None for name in (CARD_FILE, STATISTICS_FILE))
+        return cls(content(CONFIG_FILE), content(WEIGHTS_FILE), *extras)
 
 
 def adapters(prefix: str, after: str, limit: int | None) -> Call[AdapterList]:
@@ -52,8 +58,8 @@ def compare(names: Sequence[str]) -> Call[AdapterComparison]:
 
 def upload(name: str, files: AdapterFiles) -> Call[AdapterInfo]:
     """Upload an adapter."""
-    sent = {"config": files.config, "weights": files.weights} | ({} if files.card is None else {"card": files.card})
-    return Call("POST", "/adapters", AdapterInfo, {"name": name}, files=sent, is_repeatable=False)
+    fields = {field: content for field, content in asdict(files).items() if content is not None}
+    return Call("POST", "/adapters", AdapterInfo, {"name": name}, files=fields, is_repeatable=False)
 
 
 def fetch(hub_id: str, name: str | None, revision: str | None) -> Call[AdapterInfo]:

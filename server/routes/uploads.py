@@ -25,8 +25,9 @@ from starlette.exceptions import HTTPException
 
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
-from lori.format import CARD_FILE, MAX_TEXT_BYTES, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, Files
+from lori.format import CARD_FILE, MAX_FILE_BYTES, MAX_TEXT_BYTES, WEIGHTS_FILE, Files
 from lori.names import check_name, split_reference
+from lori.prompt_statistics import STATISTICS_FILE
 from server.schemas.adapters import HubBody
 from server.transport.strict_json import JsonError, read_json
 
@@ -104,11 +105,11 @@ class _Form:
         self.is_whole = True
 
 
-FILES = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "card": CARD_FILE}
+FILES = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "card": CARD_FILE, "prompt_statistics": STATISTICS_FILE}
 """The form's fields that are files, and their names in the store. File names in the form are ignored."""
 REQUIRED = ("name", "config", "weights")
 MAX_REFERENCE = 256
-LIMITS = {"name": 4 * MAX_REFERENCE, "config": MAX_TEXT_BYTES, "weights": MAX_WEIGHTS_BYTES, "card": MAX_TEXT_BYTES}
+LIMITS = {"name": 4 * MAX_REFERENCE} | {field: MAX_FILE_BYTES.get(file, MAX_TEXT_BYTES) for field, file in FILES.items()}
 """Maximum number of bytes of each field. All fields together are limited as a body."""
 REQUEST_BODY: dict[str, Any] = {
     "required": True,
@@ -123,6 +124,7 @@ REQUEST_BODY: dict[str, Any] = {
                     "config": {"type": "string", "format": "binary", "description": f"Its {CONFIG_FILE}."},
                     "weights": {"type": "string", "format": "binary", "description": f"Its {WEIGHTS_FILE}."},
                     "card": {"type": "string", "format": "binary", "description": f"Its {CARD_FILE}."},
+                    "prompt_statistics": {"type": "string", "format": "binary", "description": f"Its {STATISTICS_FILE}."},
                 },
             }
         },

@@ -108,11 +108,11 @@ def fold(adapter: Adapter, module: str, num_inputs: int) -> torch.Tensor:
     return adapter.config.lora_alpha / adapter.config.r * adapter.modules[module].dense(torch.float64) @ a
 
 
-def write_statistics(folder: Path, digest: str | None = None) -> bytes:
+def write_statistics(folder: Path, digest: str | None = None, background: str = "d" * 64) -> bytes:
     """Write statistics of the prompts of the adapter in `folder`, or of one whose content has `digest`. Return the file."""
     arrays = (np.zeros(shape, np.float32) for shape in ((1, NUM_FEATURES), (1, NUM_AXES, NUM_FEATURES)))
     gaussians = Gaussians(*arrays, np.ones(1, np.float32))
-    content = PromptStatistics(digest or load_adapter(folder).config.lori.content_digest, "d" * 64, gaussians).to_bytes()
+    content = PromptStatistics(digest or load_adapter(folder).config.lori.content_digest, background, gaussians).to_bytes()
     (folder / STATISTICS_FILE).write_bytes(content)
     return content
 

@@ -18,6 +18,7 @@ from lori.cli.program import app, main
 from lori.config import CONFIG_FILE, new_config
 from lori.format import WEIGHTS_FILE, load_adapter, save_adapter
 from lori.prompt_statistics import STATISTICS_FILE
+from lori.store.entry import Entry
 from lori.store.store import AdapterStore
 from tests.lori.adapters import RANK, make_config, make_modules, save, write_statistics
 
@@ -297,13 +298,20 @@ def test_an_adapter_in_the_native_format_is_imported_unchanged(run: Run, store: 
     assert run("import", store / "math", tmp_path / "in", "--sparsity", 0.9)[0] == 2
 
 
-def test_statistics_that_do_not_come_along_are_named(run: Run, store: Path, tmp_path: Path) -> None:
-    write_statistics(store / "math")
-    err = run("import", store / "math", tmp_path / "in")[2]
-    folder = AdapterStore(tmp_path / "in").find("math").folder
-    assert err == f"warning: {STATISTICS_FILE} was not imported: copy it into {folder}, or make it by training.calibrate\n"
-    assert f"warning: {STATISTICS_FILE} was not packed" in run("pack", store / "math", tmp_path / "math.lori")[2]
-    assert run("import", store / "math", store)[::2] == (0, ""), "in place it stays beside the adapter"
+def test_statistics_come_along_unless_they_are_of_another_version(run: Run, store: Path, tmp_path: Path) -> None:
+    statistics = write_statistics(store / "math")
+    assert run("import", store / "math", tmp_path / "in")[::2] == (0, "")
+    assert (AdapterStore(tmp_path / "in").find("math").folder / STATISTICS_FILE).read_bytes() == statistics
+    assert run("pack", store / "math", tmp_path / "math.lori")[::2] == (0, "")
+    assert run("unpack", tmp_path / "math.lori", tmp_path / "out")[::2] == (0, "")
+    assert (AdapterStore(tmp_path / "out").find("math").folder / STATISTICS_FILE).read_bytes() == statistics
+    version = Entry("math", store / "math").version
+    err = run("pack", store / "math", tmp_path / "small.lori", "--values", "int8")[2]
+    assert f"warning: {STATISTICS_FILE} belongs to {version}, and was not packed: make it again by" in err
+    write_statistics(store / "math", "0" * 64)
+    code, _, err = run("import", store / "math", tmp_path / "in")
+    assert code == 1
+    assert f"{STATISTICS_FILE}: is of the version 000000000000, expected {version}" in err
 
 
 @pytest.mark.parametrize("source", ["none", "hf://no-such"])

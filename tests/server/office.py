@@ -12,6 +12,7 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.config import CONFIG_FILE
 from lori.format import CARD_FILE, WEIGHTS_FILE
+from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.entry import Entry
 from lori.store.store import AdapterStore
 from server.loading import load_service
@@ -28,7 +29,7 @@ adapters = ["open-*"]
 {key_table("lori_guest-key", id="guest-1", tenant="guest")}
 {key_table("lori_admin-key", id="admin-1", role="admin")}
 """
-FIELDS = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "card": CARD_FILE}
+FIELDS = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "card": CARD_FILE, "prompt_statistics": STATISTICS_FILE}
 PROMPT = "The quick brown fox"
 
 

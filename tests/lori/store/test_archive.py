@@ -17,14 +17,15 @@ from lori.format import CARD_FILE, WEIGHTS_FILE, load_adapter
 from lori.store.archive import pack, unpack
 from lori.store.entry import Entry
 from lori.store.store import AdapterStore
-from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
+from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted, write_statistics
 
 
 @pytest.fixture
 def entry(tmp_path: Path) -> Entry:
-    """Return the entry of a sound adapter called math, with a card."""
+    """Return the entry of a sound adapter called math, with a card and statistics."""
     save(tmp_path / "math", make_config(), make_modules())
     (tmp_path / "math" / "README.md").write_text("# math\n")
+    write_statistics(tmp_path / "math")
     return Entry("math", tmp_path / "math")
 
 
@@ -51,7 +52,8 @@ def test_values_can_be_stored_in_another_type(entry: Entry, tmp_path: Path) -> N
     unpacked = unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store")).load(BASE)
     assert unpacked.version == packed.version != entry.version
     assert unpacked.config.lori.values == "int8"
-    assert not (AdapterStore(tmp_path / "store").find("math").folder / "README.md").exists()  # the card is for another version
+    files = {file.name for file in AdapterStore(tmp_path / "store").find("math").folder.iterdir()}
+    assert files == {CONFIG_FILE, WEIGHTS_FILE}, "card and statistics are of another version"
     exact = entry.load()
     for name, b in unpacked.modules.items():
         torch.testing.assert_close(b.values, exact.modules[name].values.float(), rtol=0.02, atol=0.02)
@@ -181,5 +183,5 @@ def test_an_archive_of_many_members_is_refused_at_once(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x", "w") as archive:
         for i in range(5000):
             archive.writestr(f".bases/{i:064x}.safetensors", b"")
-    with pytest.raises(AdapterFormatError, match="it has 5000 members, expected 4 at most"):
+    with pytest.raises(AdapterFormatError, match="it has 5000 members, expected 5 at most"):
         unpack(tmp_path / "x", AdapterStore(tmp_path / "store"))

@@ -10,8 +10,9 @@ import pytest
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
 from lori.format import CARD_FILE, WEIGHTS_FILE, read_config, write_record
+from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.remote import RemoteStore
-from tests.lori.adapters import make_adapter, make_config, make_modules, save
+from tests.lori.adapters import make_adapter, make_config, make_modules, save, write_statistics
 from tests.lori.remotes import LIMIT_S, Open, WatchedFileSystem, let, paths, publish, same
 
 
@@ -102,6 +103,33 @@ def test_publishing_again_with_new_measurements_replaces_the_record(open_store: 
     theirs.publish(tmp_path / "math")
     ours.pull("math")
     assert ours.find("math").card() == b"measured again"
+
+
+def test_statistics_of_prompts_are_published_replaced_and_removed(open_store: Open, tmp_path: Path) -> None:
+    save(tmp_path / "math", make_config(), make_modules())
+    ours, theirs = open_store(), open_store()
+    ours.publish(tmp_path / "math")
+    theirs.pull("math")
+    entry = theirs.find("math")
+    assert entry.prompt_statistics() is None
+    for background in ("d" * 64, "e" * 64):
+        write_statistics(tmp_path / "math", background=background)
+        ours.publish(tmp_path / "math")
+        theirs.pull("math")
+        statistics = entry.prompt_statistics(read_config(tmp_path / "math").lori.content_digest)
+        assert statistics is not None
+        assert statistics.background_digest == background
+        assert open_store().find("math").prompt_statistics() is not None, "a process that starts now has none"
+    assert entry.num_bytes == sum(file.stat().st_size for file in (tmp_path / "math").iterdir())
+    theirs.find("math").load()
+    fsspec.filesystem("watched").rm_file(f"/store/{entry.folder.name}/{STATISTICS_FILE}")
+    theirs.pull("math")
+    assert entry.prompt_statistics() is None
+    theirs.publish(tmp_path / "math")
+    ours.pull("math")
+    assert ours.find("math").prompt_statistics() is not None
+    ours.remove("math")
+    assert paths() == []
 
 
 def test_an_adapter_made_in_another_way_keeps_its_record(open_store: Open, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from lori.base_model import BaseModel
 from lori.config import CONFIG_FILE
 from lori.format import CARD_FILE, WEIGHTS_FILE
+from lori.prompt_statistics import STATISTICS_FILE
 from server.client import (
     AdapterFiles,
     BadRequestError,
@@ -17,6 +18,7 @@ from server.client import (
     NotFoundError,
     adapter_calls,
 )
+from tests.lori.adapters import write_statistics
 from tests.server.both_clients import KINDS, Connect, connecting
 from tests.server.office import Office, open_office
 
@@ -82,6 +84,22 @@ def test_an_adapter_is_uploaded_as_bytes_and_a_name_goes_back_to_a_version(offic
     with pytest.raises(ConflictError, match="'also'"):
         client.delete("math")
     client.delete("also")
+
+
+def test_statistics_of_prompts_are_uploaded_with_their_adapter(office: Office, client: Client) -> None:
+    folder = office.draft("math", 9)
+    content = write_statistics(folder)
+    client.upload("math", folder)
+    assert (office.entry_of("math").folder / STATISTICS_FILE).read_bytes() == content
+    assert (
+        office.upload("math", folder, prompt_statistics=b"x")
+        .json()["error"]["message"]
+        .startswith(f"math is not a sound adapter: {STATISTICS_FILE}: ")
+    )
+    write_statistics(folder, "0" * 64)
+    with pytest.raises(BadRequestError, match=f"{STATISTICS_FILE}: is of the version 000000000000, expected"):
+        client.upload("math", folder)
+    client.delete("math")
 
 
 def test_an_adapter_is_pinned_and_unpinned_unloaded_and_loaded(office: Office, client: Client) -> None:
