@@ -1,4 +1,4 @@
-"""Statistics of the prompts that an adapter is for, and from them the weight of each adapter for a prompt.
+"""Statistics of the prompts that an adapter is for, and of prompts that are no adapter's.
 
 The frozen base alone decides: its first layers read the prompt's last message (`ProbedPrompt`), and the features z of the prompt
 are a fixed random projection of what the next layer's attention reads. An adapter's statistics are a Gaussian of z for each form
@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import fsum, lgamma, log, log1p, sqrt
+from math import lgamma, log, log1p, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +43,6 @@ SHRINKAGE = 0.3
 """Share of the background's covariance in the covariance of a Gaussian."""
 FREEDOM = 8
 """Degrees of freedom of the background's heavy-tailed distribution."""
-GRID = 16
-"""Weights are multiples of 1 / GRID, so that like prompts share their prefixes in the cache."""
 MAX_CONTENT_CHARACTERS, MAX_CONTENT_TOKENS = 8192, 512
 """Characters of the last message that are tokenized, and tokens of it that are read, from its end."""
 MAX_PROBED_TOKENS = 1024
@@ -167,14 +165,10 @@ class Gaussians:
     def log_likelihoods(self, z: Array) -> Array:
         """Return the log-likelihood of z (F,) under each Gaussian, (C,), without the term that all of them share."""
         difference = z - self.means
-        along = np.einsum("ckf,cf->ck", self.axes, difference)
+        along = (self.axes @ difference[:, :, None])[:, :, 0]  # (C, K)
         distances = ((difference**2).sum(-1) - (along**2).sum(-1)) / self.variances
         result: Array = -0.5 * (distances + self._log_determinants)
         return result
-
-    def log_likelihood(self, z: Array) -> float:
-        """Return the log-likelihood of z (F,) under the mixture of all Gaussians in equal parts, as `log_likelihoods`."""
-        return _log_mean_exp(self.log_likelihoods(z))
 
 
 def fit_gaussian(z: Array, weights: Array | None = None, shrinkage: float = SHRINKAGE) -> Gaussians:
@@ -311,43 +305,8 @@ class PromptStatistics:
         return cls(metadata["adapter"], metadata["background"], _gaussians_of(tensors))
 
 
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """The weights of adapters for one prompt, and the share that goes to the base. Multiples of 1 / GRID; their sum is 1."""
-
-    weights: tuple[float, ...]
-    base: float
-
-
-def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics]) -> Shares:
-    """Return the share of each adapter for a prompt with features z (F,), by Bayes' rule with equal prior probabilities."""
-    whitened = background.whiten(z)
-    scores = [adapter.gaussians.log_likelihood(whitened) for adapter in adapters]
-    scores.append(background.log_likelihood(whitened))
-    likelihoods = np.exp(np.array(scores) - max(scores))
-    return _on_grid(likelihoods / fsum(likelihoods))  # an exact sum, so that the order of adapters does not matter
-
-
-def _on_grid(exact: Array) -> Shares:
-    """Return shares on the grid: the largest remainders are rounded up. What is left over goes to the base.
-
-    Equal remainders are rounded up together or not at all, so that the order of adapters does not matter.
-    """
-    counts = np.floor(exact * GRID + 1e-9).astype(int)
-    remainders = exact * GRID - counts
-    num_left = GRID - int(counts.sum())
-    for remainder in np.unique(remainders)[::-1]:
-        is_tied = remainders == remainder
-        if is_tied.sum() > num_left:
-            break
-        counts[is_tied] += 1
-        num_left -= int(is_tied.sum())
-    counts[-1] += num_left
-    *weights, base = (int(count) / GRID for count in counts)
-    return Shares(tuple(weights), base)
-
-
 def _log_mean_exp(values: Array) -> float:
+    """Return log(mean(exp(values))), without overflow."""
     largest = values.max()
     return float(largest + np.log(np.exp(values - largest).mean()))
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lori.names import NAME
+from lori.names import AUTO, NAME
 from server.schemas.fields import MAX_ADAPTERS
 from server.schemas.model_names import find_parts
 
@@ -48,9 +48,9 @@ def adapter_names(body: Mapping[str, object], base_model: str) -> Iterator[str]:
         items = value if isinstance(value, (list, tuple)) else [value]
         for item in items if len(items) <= MAX_ADAPTERS else ():
             reference = item.get("name") if isinstance(item, dict) else item
-            if isinstance(reference, str) and NAME.fullmatch(name := reference.partition("@")[0]):
+            if isinstance(reference, str) and NAME.fullmatch(name := reference.partition("@")[0]) and name != AUTO:
                 yield name
-    if isinstance(model := body.get("model"), str) and model != base_model and model.count("+") < MAX_ADAPTERS:
+    if isinstance(model := body.get("model"), str) and model not in (base_model, AUTO) and model.count("+") < MAX_ADAPTERS:
         yield from (part["reference"].partition("@")[0] for part in find_parts(model) if part)
 
 

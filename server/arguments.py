@@ -49,6 +49,8 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "adapter_timeout_s",
         "delete_grace_s",
         "background",
+        "auto_max_adapters",
+        "auto_threshold",
     ),
     "access": ("open", "open_metrics", "cors_origins", "allow_host"),
     "scheduling": (

@@ -32,6 +32,7 @@ from server.catalog.files import AdapterFiles
 from server.catalog.fit import Fit
 from server.catalog.inventory import take_inventory
 from server.catalog.stores import open_stores
+from server.engine.adapter_choice import AdapterChooser
 from server.engine.adapters.cache import AdapterCache
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import FaultyAdapterError, Registered, Registry, candidates
@@ -155,6 +156,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         background=background,
     )
     _warn_of_statistics(admission, registry)
+    max_chosen, threshold = settings.auto_max_adapters, settings.auto_threshold
     return Service(
         settings=settings,
         base_model=base.name,
@@ -169,6 +171,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         required=lambda: [name for tenant in keys.keys.tenants.values() for name, _ in tenant.policy] if keys else [],
         files=files,
         outline=f"{_outline(base)}, {_capacity(base, registry, pool, settings)}",
+        chooser=AdapterChooser(registry, admission, background, max_chosen, threshold) if background else None,
     )
 
 

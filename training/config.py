@@ -62,6 +62,7 @@ class FitConfig(CommandLine):
         ),
         "batches": ("batch_size", "batch_tokens", "accumulation", "seed"),
         "checkpoints and reports": ("save_every", "held_out", "eval_every", "patience", "tensorboard", "report"),
+        "automatic weights": ("prompt_statistics", "background"),
         "hardware": ("dtype", "fsdp"),
     }
     recipe: str | None = None
@@ -174,6 +175,11 @@ class FitConfig(CommandLine):
     """A folder for TensorBoard logs."""
     report: Path | None = None
     """An HTML page to write about the run: loss curves, the mask, answers before and after."""
+    prompt_statistics: Literal["auto", "off"] = "auto"
+    """auto: at the end measure the prompts of `data`, for requests with automatic weights, if there are enough and the base has a
+    background. It takes three passes over at most 300 prompts and 300 messages. off: do not."""
+    background: Path | None = None
+    """The base's background, see `python -m training.background`; by default the one that comes with the embedded model."""
     fsdp: bool = False
     """Shards the model over the processes of `torchrun`, for base models that do not fit one device."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -264,4 +270,5 @@ class FitConfig(CommandLine):
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run must share with the run it continues."""
         may_differ = {"recipe", "resume", "save_every", "output", "accumulation", "report", "tensorboard", "about", "prepare"}
+        may_differ |= {"prompt_statistics", "background"}
         return self.model_dump(mode="json", exclude=may_differ)

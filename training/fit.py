@@ -21,6 +21,7 @@ from lori.errors import LoriError
 from lori.format import check_replaceable, write_record
 from lori.identity import BaseIdentity
 from lori.names import EMBEDDED_NAME
+from lori.prompt_statistics import load_background
 from lori.store.store import AdapterStore
 from training.base import load_base
 from training.command_line import run_program
@@ -31,12 +32,15 @@ from training.packing import ATTENTION, check_layers, max_example_length
 from training.phase import Outcome
 from training.processes import processes
 from training.progress import check_tensorboard
+from training.prompt_statistics import MIN_ROWS, Form, measure, write_statistics
 from training.record import config_of, render_card
 from training.run import Examples, Run, create_run_folder, is_finished
 from training.samples import Sample, take_samples
 
 logger = logging.getLogger(__name__)
 
+NUM_STATISTICS_ROWS = 300
+"""Maximum number of rows of a form of prompts that are measured for automatic weights."""
 ReportWriter = Callable[[Path, Adapter, Mapping[str, Outcome], Sequence[Sample]], None]
 
 
@@ -120,7 +124,30 @@ def fit(config: FitConfig, command: str) -> Path:
     processes().wait_for_everyone()
     if adapter:
         run.close()
+        if config.prompt_statistics == "auto":
+            logger.info("%s", add_statistics(config, method, adapter, rows.data))
     return config.output
+
+
+def add_statistics(config: FitConfig, method: TrainingMethod, adapter: Adapter, rows: Sequence[Row]) -> str:
+    """Write statistics of the adapter's prompts beside it, if they can be made. Return a line that says what was done."""
+    drawn = random.Random(config.seed)
+    forms = [
+        Form(source, drawn.sample(of_form, min(len(of_form), NUM_STATISTICS_ROWS)))
+        for source, kind in (("plain prompts", str), ("messages", list))
+        if len(of_form := [row for row in rows if isinstance(row.prompt, kind)]) >= MIN_ROWS
+    ]
+    try:
+        if config.fsdp:
+            raise LoriError("the base is spread over processes")
+        if not forms:
+            raise LoriError(f"there are {len(rows)} rows, expected at least {MIN_ROWS} of one form, plain prompts or messages")
+        background = load_background(method.base.identity, config.background)
+        with method.adapter_disabled():
+            statistics = measure(method.base, adapter, background, forms)
+        return f"measured the prompts, for automatic weights: {write_statistics(config.output, statistics)}"
+    except LoriError as error:
+        return f"no statistics for automatic weights: {error}"
 
 
 def sample_rows(rows: Rows, examples: Examples) -> list[Row]:

@@ -5,6 +5,7 @@ Also the options that the programs share which measure prompts.
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from lori.prompt_statistics import Array, ProbedPrompt, num_probe_layers, probed
 from lori.template import Message
 from training.command_line import CommandLine
 from training.data import OnBad, Row
+from training.packing import ATTENTION, use_attention
 
 
 class PromptsConfig(CommandLine):
@@ -49,7 +51,10 @@ def prompt_features(base: BaseModel, prompts: Sequence[str | Sequence[Message]])
     projection = projection_matrix(base.model.config.get_text_config().hidden_size)
     norm = _norm(base.model.get_decoder())
     bar = tqdm(probed, unit="prompt", desc="features of prompts", disable=None)
-    return np.stack([_features(base, norm, prompt, projection) for prompt in bar])
+    # In training the model has an attention for packed examples.
+    is_packed = base.model.config._attn_implementation == ATTENTION
+    with use_attention(base.model, "sdpa") if is_packed else nullcontext():
+        return np.stack([_features(base, norm, prompt, projection) for prompt in bar])
 
 
 def _norm(decoder: Any) -> nn.Module:

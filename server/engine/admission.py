@@ -10,6 +10,7 @@ from typing import TypeVar
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from lori.auto_weights import AutoWeights
 from lori.errors import TemplateError
 from lori.merge_options import DEFAULTS as LINEAR
 from lori.merge_options import MergeOptions
@@ -18,7 +19,7 @@ from lori.summary import Summary
 from lori.template import Message, Template, common_template, encode, render_prompt
 from server.engine.adapters.registry import MayUse, PolicyError, Registered, Registry, candidates, resolve
 from server.engine.grammar import Grammar, GrammarError
-from server.engine.request import AdapterTerm, AutoWeights, Request, RequestedWeights, SamplingParams
+from server.engine.request import AdapterTerm, Request, RequestedWeights, SamplingParams
 from server.engine.sampling.grammars import Grammars
 from server.engine.text import TextBound, TextStream
 
@@ -60,6 +61,9 @@ DEFAULT_MAX_TOKENS = 128
 MAX_COUNTED = 2**17
 """Maximum number of tokens of a text that is only tokenized. Listing and freeing more takes over 0.1 s, during which nothing else
 runs."""
+NO_BACKGROUND = (
+    "the base has no background: make one with python -m training.background, and start the server with --background FILE"
+)
 CAPPED_TOKENS = "the operator's cap for all answers to one request"
 MAX_LOGPROBS = 1 << 20
 """Maximum number of log-probabilities in one reply: about 30 MB, which take 0.3 s to write, and 1 s in chats."""
@@ -99,6 +103,8 @@ class GenerateRequest:
     merge: MergeOptions = LINEAR
     may_use: MayUse = lambda _: True
     """Whether the caller may use the adapters of a name."""
+    base_share: float | None = None
+    """The share of the base, if the server has chosen the adapters by the prompt."""
     policy: tuple[tuple[str, float], ...] = ()
     """Adapters that the operator adds to every request of this caller: `name` or `name@version`, and weight."""
     max_tokens: int | None = None
@@ -134,7 +140,7 @@ class Admission:
         """Bound for texts that are tokenized only to be counted. They may be longer than any prompt."""
         self._registry = registry
         self._num_ids = len(tokenizer) if num_ids is None else num_ids
-        self._max_terms = max_terms
+        self.max_terms = max_terms
         """Maximum number of adapters that can be resident together."""
         self._max_nnz = max_nnz
         """Maximum nonzero entries of B that can be resident. An estimate: exact sizes are known only once adapters are read."""
@@ -193,6 +199,7 @@ class Admission:
             ),
             merge=request.merge,
             auto=auto,
+            base_share=request.base_share,
             policy=tuple(AdapterTerm(adapter.name, adapter.digest, weight) for adapter, weight in policy),
             max_tokens=max_tokens,
             sampling=request.sampling,
@@ -241,9 +248,9 @@ class Admission:
                 "merge", f"{request.merge.method} needs adapters on one basis, found {bases_text}; 'linear' needs none"
             )
         num_terms = (len(adapters) if is_sum else min(1, len(adapters))) + len(policy)
-        if num_terms > self._max_terms:
+        if num_terms > self.max_terms:
             policy_note = f" beside {len(policy)} of the operator's" if policy else ""
-            raise RefusedError("adapter", f"names {len(adapters)} adapters{policy_note}, expected at most {self._max_terms}")
+            raise RefusedError("adapter", f"names {len(adapters)} adapters{policy_note}, expected at most {self.max_terms}")
         # Merges other than `linear` have fewer nonzero entries than their parts. How many is not known before they are built.
         summed = [*(zip(adapters, weights, strict=True) if is_sum else ()), *policy]
         _check_nnz(summed, self._max_nnz)
@@ -314,17 +321,17 @@ class Admission:
         if request.merge.method != "linear":
             raise RefusedError("weights", f"is 'auto' with merge {request.merge.method!r}, expected 'linear'")
         if self._background is None:
-            remedy = "make one with python -m training.background, and start the server with --background FILE"
-            raise RefusedError("weights", f"is 'auto', and the base has no background: {remedy}")
+            raise RefusedError("weights", f"is 'auto', and {NO_BACKGROUND}")
         for adapter in adapters:
             if not self.can_weigh(adapter):
                 state = "statistics of another background" if adapter.prompt_statistics else "no statistics"
                 remedy = "python -m training.calibrate FOLDER --data ROWS makes them"
                 raise RefusedError("weights", f"is 'auto', and {adapter.name!r} has {state} of its prompts: {remedy}")
         statistics = tuple(adapter.prompt_statistics for adapter in adapters if adapter.prompt_statistics)
-        return AutoWeights(self._probed_prompt(request.prompt), statistics)
+        return AutoWeights(self.probed_prompt(request.prompt, "weights"), statistics)
 
-    def _probed_prompt(self, prompt: Prompt) -> ProbedPrompt:
+    def probed_prompt(self, prompt: Prompt, field: str) -> ProbedPrompt:
+        """Return the tokens from which a prompt decides. Raises `RefusedError` about `field`, which asks for it."""
         read: str | Sequence[Message] = (
             self.tokenizer.backend_tokenizer.decode(list(prompt.ids), skip_special_tokens=True)
             if isinstance(prompt, TokenPrompt)
@@ -333,7 +340,7 @@ class Admission:
         try:
             return probed_prompt(self.tokenizer, read)
         except TemplateError as error:
-            raise RefusedError("weights", f"is 'auto', and {error}") from error
+            raise RefusedError(field, f"is 'auto', and {error}") from error
 
     def template_of(self, adapters: Sequence[Summary]) -> Template:
         """Return the chat template for these adapters, or the base model's if there are none. Raises `RefusedError`."""

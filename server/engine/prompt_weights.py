@@ -1,4 +1,4 @@
-"""The prompt weigher: a queue of prompts, and the shares of their requests' adapters, computed on the engine's thread."""
+"""The prompt weigher: a queue of prompts, and what they decide about adapters, computed on the engine's thread."""
 
 import logging
 from collections import deque
@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lori.prompt_statistics import Array, Background, Shares, shares
+from lori.auto_weights import AutoChoice, AutoWeights, Choice, Shares
+from lori.prompt_statistics import Array, Background
 from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
-from server.engine.request import AutoWeights
 
 logger = logging.getLogger(__name__)
 IsWanted = Callable[[], bool]
-OnShares = Callable[[Shares | Exception], None]
+Decision = AutoWeights | AutoChoice
+"""A prompt, and what it decides: the weights of adapters, or which adapters."""
+Outcome = Shares | Choice | Exception
+OnOutcome = Callable[[Outcome], None]
 MAX_BUSY_TOKENS = 512
 """Tokens of one pass while sequences run, which wait for it."""
 OVERFLOW = "the base model's numbers overflow on this prompt"
@@ -25,9 +28,9 @@ class WeighingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Queued:
-    auto: AutoWeights
+    decision: Decision
     is_wanted: IsWanted
-    on_shares: OnShares
+    on_outcome: OnOutcome
 
 
 class PromptWeigher:
@@ -41,9 +44,9 @@ class PromptWeigher:
         self._queues: dict[str, deque[_Queued]] = {}
         """The queued prompts of each tenant that has any. The first tenant's turn is next."""
 
-    def submit(self, auto: AutoWeights, tenant: str, is_wanted: IsWanted, on_shares: OnShares) -> None:
-        """Queue a prompt. One of the next steps calls `on_shares` with its shares or its error, if `is_wanted()` still holds."""
-        self._queues.setdefault(tenant, deque()).append(_Queued(auto, is_wanted, on_shares))
+    def submit(self, decision: Decision, tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
+        """Queue a prompt. One of the next steps calls `on_outcome` with what it decides or its error, if `is_wanted()` then."""
+        self._queues.setdefault(tenant, deque()).append(_Queued(decision, is_wanted, on_outcome))
 
     @property
     def has_work(self) -> bool:
@@ -54,7 +57,7 @@ class PromptWeigher:
         """Weigh the prompts of one pass; it is short if `is_busy`. Raises an error after which nothing can be computed."""
         batch = self._take(MAX_BUSY_TOKENS if is_busy else MAX_TOKENS)
         for queued, outcome in zip(batch, self._outcomes(batch), strict=True):
-            queued.on_shares(outcome)
+            queued.on_outcome(outcome)
 
     def _take(self, max_tokens: int) -> list[_Queued]:
         # At least one prompt, so that a long one is not kept waiting by `max_tokens`.
@@ -62,7 +65,7 @@ class PromptWeigher:
         while self._queues and len(batch) < MAX_PROMPTS:
             tenant, queue = next(iter(self._queues.items()))
             if queue[0].is_wanted():
-                max_tokens -= len(queue[0].auto.prompt.ids)
+                max_tokens -= len(queue[0].decision.prompt.ids)
                 if batch and max_tokens < 0:
                     break
                 batch.append(queue[0])
@@ -72,13 +75,13 @@ class PromptWeigher:
                 self._queues[tenant] = queue  # at the end
         return batch
 
-    def _outcomes(self, batch: Sequence[_Queued]) -> list[Shares | Exception]:
+    def _outcomes(self, batch: Sequence[_Queued]) -> list[Outcome]:
         # An error in a pass may come from one prompt. Each is tried alone, so that only its request fails.
         if not batch:
             return []
         try:
-            features = self._probe.features([queued.auto.prompt for queued in batch])
-            return [self._outcome(queued.auto, z) for queued, z in zip(batch, features, strict=True)]
+            features = self._probe.features([queued.decision.prompt for queued in batch])
+            return [self._outcome(queued.decision, z) for queued, z in zip(batch, features, strict=True)]
         except Exception as error:
             if self._is_broken(error):
                 raise
@@ -87,5 +90,5 @@ class PromptWeigher:
                 return [WeighingError(f"the weights could not be computed: {error!r}")]
             return [outcome for queued in batch for outcome in self._outcomes([queued])]
 
-    def _outcome(self, auto: AutoWeights, z: Array) -> Shares | Exception:
-        return shares(z, self._background, auto.statistics) if np.isfinite(z).all() else WeighingError(OVERFLOW)
+    def _outcome(self, decision: Decision, z: Array) -> Outcome:
+        return decision.decide(z, self._background) if np.isfinite(z).all() else WeighingError(OVERFLOW)

@@ -16,7 +16,7 @@ from lori.template import Template
 from server.engine.grammar import Grammar
 
 if TYPE_CHECKING:  # a cluster's ingress need not import numpy
-    from lori.prompt_statistics import ProbedPrompt, PromptStatistics, Shares
+    from lori.auto_weights import AutoWeights, Shares
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
 RequestedWeights = tuple[float, ...] | Literal["auto"] | None
@@ -43,15 +43,6 @@ class AdapterTerm:
     def reference(self) -> str:
         """`name@version`."""
         return f"{self.name}@{self.version}"
-
-
-@dataclass(frozen=True, slots=True)
-class AutoWeights:
-    """The prompt from which the weights of a request's adapters are to be computed, and the adapters' statistics."""
-
-    prompt: "ProbedPrompt"
-    statistics: tuple["PromptStatistics", ...]
-    """Of each adapter of the request's terms, in their order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +105,7 @@ class Request:
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
     """Method that combines the adapters of `terms`. Any method but `linear` is built once and cached as a resident adapter."""
-    auto: AutoWeights | None = None
+    auto: "AutoWeights | None" = None
     """Set while the weights of `terms` are still to be computed from the prompt. Until then they are 0."""
     base_share: float | None = None
     """The share of automatic weights that went to the base."""

@@ -17,12 +17,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from lori.prompt_statistics import Shares
+from lori.auto_weights import AutoChoice, AutoWeights, Choice, Shares
 from server.engine.adapters.residents import TierUsage
 from server.engine.engine import Engine
-from server.engine.request import AutoWeights, DoneEvent, ErrorEvent, Event, Request
+from server.engine.prompt_weights import Decision, Outcome
+from server.engine.request import DoneEvent, ErrorEvent, Event, Request
 
 logger = logging.getLogger(__name__)
 
@@ -133,16 +134,24 @@ class EngineThread:
             self._pending_calls.discard(future)
 
     async def shares(self, autos: Sequence[AutoWeights], tenant: str) -> Sequence[Shares]:
-        """Return the shares that prompts give to their adapters. They are computed on the engine's thread, tenants in turn.
+        """Return the shares that prompts give to their adapters. Raises as `_decide`."""
+        return cast(Sequence[Shares], await self._decide(autos, tenant))
+
+    async def choices(self, autos: Sequence[AutoChoice], tenant: str) -> Sequence[Choice]:
+        """Return the adapters that prompts choose. Raises as `_decide`."""
+        return cast(Sequence[Choice], await self._decide(autos, tenant))
+
+    async def _decide(self, decisions: Sequence[Decision], tenant: str) -> Sequence[Shares | Choice]:
+        """Return what prompts decide. It is computed on the engine's thread, tenants in turn.
 
         Prompts of a cancelled caller are dropped. Raises `EngineDeadError` as `call`, and `WeighingError`.
         """
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
-        futures: list[asyncio.Future[Shares]] = [asyncio.get_running_loop().create_future() for _ in autos]
+        futures: list[asyncio.Future[Shares | Choice]] = [asyncio.get_running_loop().create_future() for _ in decisions]
         self._pending_calls.update(futures)
-        for auto, future in zip(autos, futures, strict=True):
-            self._commands.put(partial(self._submit_prompt, auto, tenant, future))
+        for decision, future in zip(decisions, futures, strict=True):
+            self._commands.put(partial(self._submit_prompt, decision, tenant, future))
         try:
             return await asyncio.gather(*futures)
         finally:
@@ -179,11 +188,11 @@ class EngineThread:
         else:
             self._loop.call_soon_threadsafe(_settle, future, future.set_result, result)
 
-    def _submit_prompt(self, auto: AutoWeights, tenant: str, future: asyncio.Future[Shares], engine: Engine) -> None:
+    def _submit_prompt(self, decision: Decision, tenant: str, future: asyncio.Future[Shares | Choice], engine: Engine) -> None:
         assert engine.weigher, "a request with automatic weights is refused without a background"
-        engine.weigher.submit(auto, tenant, lambda: not future.done(), partial(self._settle_shares, future))
+        engine.weigher.submit(decision, tenant, lambda: not future.done(), partial(self._settle_decision, future))
 
-    def _settle_shares(self, future: asyncio.Future[Shares], outcome: Shares | Exception) -> None:
+    def _settle_decision(self, future: asyncio.Future[Shares | Choice], outcome: Outcome) -> None:
         assert self._loop is not None
         if isinstance(outcome, Exception):
             self._loop.call_soon_threadsafe(_settle, future, future.set_exception, outcome)

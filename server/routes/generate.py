@@ -178,7 +178,7 @@ def to_adapters(request: EngineRequest) -> list[ResolvedAdapter]:
 
 def to_merge(request: EngineRequest) -> MergeReply | None:
     """Return the merge of a request's adapters."""
-    if not request.terms and not request.policy:
+    if not request.terms and not request.policy and request.base_share is None:
         return None
     return MergeReply.model_validate({**request.merge.used, "base_share": request.base_share})
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from lori.names import AUTO
 from server.description.responses import refusals
 from server.engine.adapters.registry import MayUse, Registered
 from server.routes.dependencies import CallerOf, ServiceOf
@@ -30,18 +31,25 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     """Return one of these models, or the one for a `model` that names several adapters, or a version."""
     if is_base(model, service.base_names):
         return _base(service)
+    if model == AUTO and service.chooser:
+        return _auto(service)
     adapters = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
     return _card(service, adapters).model_copy(update={"id": model})
 
 
 def _encode(service: Service, may_use: MayUse) -> bytes:
     adapters = (adapter for name, adapter in service.registry.by_name.items() if may_use(name))
-    return ModelList(data=[_base(service), *(_card(service, [adapter]) for adapter in adapters)]).model_dump_json().encode()
+    cards = [_base(service), *([_auto(service)] if service.chooser else []), *(_card(service, [adapter]) for adapter in adapters)]
+    return ModelList(data=cards).model_dump_json().encode()
 
 
 def _base(service: Service) -> ModelCard:
     name = service.base_model
     return ModelCard(id=name, created=STARTED, root=name, parent=None, max_model_len=service.admission.max_context)
+
+
+def _auto(service: Service) -> ModelCard:
+    return _base(service).model_copy(update={"id": AUTO, "parent": service.base_model})
 
 
 def _card(service: Service, adapters: Sequence[Registered]) -> ModelCard:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from starlette.concurrency import run_in_threadpool
 
 from lori.errors import UnknownAdapterError
+from lori.names import AUTO
 from server.access.caller import Caller
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError, Registered, resolve
+from server.engine.admission import RefusedError
 from server.errors import FieldError
 from server.migration.names import IsKnown, unknown_adapter, unknown_model
 from server.schemas.model_names import UnknownModelError, is_base
@@ -16,8 +18,10 @@ from server.service.service import Service
 async def find(service: Service, caller: Caller, references: Sequence[str], field: str) -> list[Registered]:
     """Return the adapters of references, each a name or `name@version`.
 
-    Raises `FieldError` if one is unknown, faulty or ambiguous.
+    Raises `FieldError` if one is unknown, faulty or ambiguous, and `RefusedError` for `auto`.
     """
+    if AUTO in references:
+        raise RefusedError(field, f"is {AUTO!r}, and no adapter is chosen before there is a request for an answer: name one")
     try:
         return await run_in_threadpool(lambda: [resolve(service.registry, reference, caller.may_use) for reference in references])
     except (UnknownAdapterError, FaultyAdapterError, AmbiguousVersionError) as error:

@@ -1,19 +1,21 @@
 """The service behind the routes: admits requests, runs them, and holds the state of the server."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 
 from anyio import Lock, fail_after
 
+from lori.names import AUTO
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import Limiter, RateLimiter
 from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
+from server.engine.adapter_choice import AdapterChooser, is_auto
 from server.engine.adapters.registry import Registry, check_registered
-from server.engine.admission import Admission, Caps, GenerateRequest, RefusedError, check_num_logprobs, prompt_size
+from server.engine.admission import NO_BACKGROUND, Admission, Caps, GenerateRequest, RefusedError, check_num_logprobs, prompt_size
 from server.engine.prompt_weights import WeighingError
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
@@ -65,6 +67,8 @@ class Service:
     rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
     grammar_checks: GrammarChecks = field(init=False)
+    chooser: AdapterChooser | None = None
+    """The choice of adapters for requests for `auto`; None if the base has no background."""
     base_aliases: frozenset[str] = frozenset()
     """Other names by which requests may ask for the base model. Replies never use them."""
     base_names: frozenset[str] = field(init=False)
@@ -109,10 +113,10 @@ class Service:
             self.num_requests += len(requests)
             stack.callback(self._release, len(requests))
             caps = self.caps.lowered(caller.max_request_s, caller.max_request_tokens)
+            requests = [_with_caller(caller, request, caps) for request in requests]
+            requests = await self._with_adapters(requests, caller.tenant)
             admitted = await self.texts.run(
-                lambda: [self.admission.admit(_with_caller(caller, request, caps)) for request in requests],
-                caller.tenant,
-                sum(prompt_size(request.prompt) for request in requests),
+                lambda: [self.admission.admit(request) for request in requests], caller.tenant, _size(requests)
             )
             check_num_logprobs(admitted, is_whole=is_whole)
             # Last, because it may take long.
@@ -129,20 +133,27 @@ class Service:
                 self.metrics.count_admitted([term.name for term in terms])
             yield admitted
 
+    async def _with_adapters(self, requests: list[GenerateRequest], tenant: str) -> list[GenerateRequest]:
+        """Return the requests, those for `auto` with the adapters that their prompts choose. Raises as `_with_weights`."""
+        undecided = [request for request in requests if is_auto(request)]
+        if not undecided:
+            return requests
+        if not (chooser := self.chooser):
+            raise RefusedError("adapter", f"is {AUTO!r}, and {NO_BACKGROUND}")
+        prepared = await self.texts.run(lambda: [chooser.prepare(request) for request in undecided], tenant, _size(undecided))
+        with _errors_of_weighing(undecided[0].timeout_s):  # all are of one body
+            choices = await self.engine.choices([one.choice for one in prepared], tenant)
+        decided = [one.decided(choice, self.admission) for one, choice in zip(prepared, choices, strict=True)]
+        remaining = iter(decided)
+        return [next(remaining) if is_auto(request) else request for request in requests]
+
     async def _with_weights(self, requests: list[Request], tenant: str) -> list[Request]:
         """Return the requests, those with automatic weights with the weights that their prompts give. Raises `EngineError`."""
         weighed = [request for request in requests if request.auto]
-        if not weighed:
-            return requests
-        timeout_s = weighed[0].timeout_s  # all are of one body
-        try:
-            with fail_after(timeout_s):
+        if weighed:
+            with _errors_of_weighing(weighed[0].timeout_s):  # all are of one body
                 shares = iter(await self.engine.shares([request.auto for request in weighed if request.auto], tenant))
-        except TimeoutError as error:
-            raise OutOfTimeError(f"not done within {timeout_s:g} s") from error
-        except WeighingError as error:
-            raise EngineError(str(error)) from error
-        requests = [request.with_shares(next(shares)) if request.auto else request for request in requests]
+            requests = [request.with_shares(next(shares)) if request.auto else request for request in requests]
         for request in requests:
             if request.base_share is not None:
                 self.metrics.base_share.observe(request.base_share)
@@ -187,6 +198,22 @@ class Service:
                     yield event
         finally:
             account.close()
+
+
+@contextmanager
+def _errors_of_weighing(timeout_s: float | None) -> Iterator[None]:
+    """Give the block `timeout_s`, and raise its errors as `OutOfTimeError` and `EngineError`."""
+    try:
+        with fail_after(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise OutOfTimeError(f"not done within {timeout_s:g} s") from error
+    except WeighingError as error:
+        raise EngineError(str(error)) from error
+
+
+def _size(requests: Sequence[GenerateRequest]) -> int:
+    return sum(prompt_size(request.prompt) for request in requests)
 
 
 async def _never_leaves() -> bool:

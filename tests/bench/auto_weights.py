@@ -3,10 +3,10 @@
     python -m training.demo --data data --output runs/test --split test
     python -m tests.bench.auto_weights --data data --chats runs/test [--url URL] [--num-rows 400] [--nobody FILE ...]
 
-A line for each task and form (see `tests.bench.demo`): the figures of the base, of the task's adapter alone, of equal weights and
-of automatic ones, the fraction of the adapter's own gain that each keeps, the task's mean weight, and the fraction of rows whose
-weight goes to another adapter by more than a half. For `safety` the figures are the harmful rows that are refused, and `benign`
-the benign ones.
+A line for each task and form (see `tests.bench.demo`): the figures of the base, of the task's adapter alone, of equal weights, of
+automatic ones (`auto`) and of the adapters that the server chooses (`chosen`), the fraction of the adapter's own gain that each
+keeps, the task's mean automatic weight, and the fraction of rows whose weight goes to another adapter by more than a half. For
+`safety` the figures are the harmful rows that are refused, and `benign` the benign ones.
 
 A line for each file of `--nobody`, JSONL with prompts that are no adapter's: the fraction of prompts of which any adapter gets
 more than a half, as messages.
@@ -30,8 +30,12 @@ NAMES = tuple(TASKS)
 Weights = tuple[float, ...]
 
 
-def weigh(url: str, template: Template, prompts: Sequence[Prompt]) -> list[Weights]:
-    """Return the automatic weights of `NAMES` for each prompt. A text in the template `chat` is sent as a message."""
+def weigh(url: str, template: Template, prompts: Sequence[Prompt], *, is_chosen: bool = False) -> list[Weights]:
+    """Return the automatic weights of `NAMES` for each prompt. A text in the template `chat` is sent as a message.
+
+    All are named, or the server chooses among them.
+    """
+    adapter = {"adapter": "auto"} if is_chosen else {"adapter": NAMES, "weights": "auto"}
 
     async def ask_one(ask: Ask, prompt: Prompt) -> Weights:
         fields: Mapping[str, Any]
@@ -40,8 +44,9 @@ def weigh(url: str, template: Template, prompts: Sequence[Prompt]) -> list[Weigh
             fields = {"prompt": prompt} if template == "plain" else {"messages": messages, "template": template}
         else:
             fields = {"messages": [message.model_dump() for message in prompt], "template": template}
-        reply = await ask("/generate", {**fields, "adapter": NAMES, "weights": "auto", "max_tokens": 1})
-        return tuple(adapter["weight"] for adapter in reply["adapter"])
+        reply = await ask("/generate", {**fields, **adapter, "max_tokens": 1})
+        weights = {one["name"]: one["weight"] for one in reply["adapter"]}
+        return tuple(weights.get(name, 0.0) for name in NAMES)
 
     return Server(url).ask_all(ask_one, prompts)
 
@@ -74,15 +79,20 @@ def compare(arguments: argparse.Namespace) -> None:
             rows: list[Any] = read_metric_rows(str(file), TASKS[task], arguments.num_rows)
             benign = [row for row in rows if task == "safety" and not row.harmful]
             rows = [row for row in rows if task != "safety" or row.harmful]
-            auto = weigh(arguments.url, template, [row.prompt for row in rows])
+            prompts = [row.prompt for row in rows]
+            auto = weigh(arguments.url, template, prompts)
+            chosen = weigh(arguments.url, template, prompts, is_chosen=True)
             choices = {"base": [(0.0,) * len(NAMES)], "alone": [alone], "equal": [equal]}
             figures = {
                 name: scores(arguments.url, task, template, rows, weights * len(rows)).mean for name, weights in choices.items()
             }
-            figures["auto"] = scores(arguments.url, task, template, rows, auto).mean
+            figures |= {
+                name: scores(arguments.url, task, template, rows, weights).mean
+                for name, weights in {"auto": auto, "chosen": chosen}.items()
+            }
             gain = figures["alone"] - figures["base"]
             line: dict[str, Any] = {"task": task, "form": form, "rows": len(rows), **figures}
-            line |= {f"{name}_kept": (figures[name] - figures["base"]) / gain for name in ("equal", "auto")}
+            line |= {f"{name}_kept": (figures[name] - figures["base"]) / gain for name in ("equal", "auto", "chosen")}
             line["own_weight"] = statistics.fmean(weights[place] for weights in auto)
             line["misrouted"] = statistics.fmean(
                 max(weight for i, weight in enumerate(weights) if i != place) > 0.5 for weights in auto

@@ -58,7 +58,13 @@ def all_blocks(*languages: str) -> list[Block]:
 
 def curls_and_replies() -> list[tuple[str, str]]:
     """Return each curl of the pages with the reply shown below it, without repetitions."""
-    places = (("README.md", "Ask it"), ("api.md", "Ask it"), ("adapters-and-merging.md", "Automatic weights"))
+    merging = "adapters-and-merging.md"
+    places = (
+        ("README.md", "Ask it"),
+        ("api.md", "Ask it"),
+        (merging, "Automatic weights"),
+        (merging, "The server chooses the adapters"),
+    )
     pairs = (pair for place in places for pair in itertools.pairwise(blocks(*place)))
     return list(dict.fromkeys((curl, reply) for (_, curl), (_, reply) in pairs if curl.startswith("curl")))
 

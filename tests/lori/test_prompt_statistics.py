@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from lori.errors import AdapterError, AdapterFormatError, TemplateError
 from lori.identity import BaseIdentity
 from lori.prompt_statistics import (
-    GRID,
     MAX_CONTENT_CHARACTERS,
     MAX_CONTENT_TOKENS,
     MAX_PROBED_TOKENS,
@@ -31,33 +30,22 @@ from lori.prompt_statistics import (
     probed_prompt,
     project,
     projection_matrix,
-    shares,
 )
 from lori.template import Message
+from tests.lori.features import NUM_PROMPTS, draw, make_adapters, make_background
 from tests.tiny import tiny_tokenizer
 
-NUM_PROMPTS = 120
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}<assistant>"
-
-
-def draw(seed: int, centre: float = 0.0, count: int = NUM_PROMPTS) -> Array:
-    """Return features (P, F) around `centre` in a random direction, with more spread in a few directions."""
-    random = np.random.default_rng(seed)
-    spread = random.standard_normal((5, NUM_FEATURES))
-    direction = random.standard_normal(NUM_FEATURES)
-    noise = random.standard_normal((count, NUM_FEATURES)) + random.standard_normal((count, 5)) @ spread
-    return centre * direction + noise
 
 
 @pytest.fixture(scope="module")
 def background() -> Background:
-    return fit_background("b" * 64, [draw(1), draw(2)])
+    return make_background()
 
 
 @pytest.fixture(scope="module")
 def adapters(background: Background) -> list[PromptStatistics]:
-    centres = [draw(seed, 3.0) for seed in (11, 12, 13)]
-    return [PromptStatistics("a" * 64, background.digest, fit_gaussian(background.whiten(z))) for z in centres]
+    return make_adapters(background)
 
 
 def covariance_of(gaussians: Gaussians) -> Array:
@@ -102,67 +90,14 @@ def test_the_background_is_white() -> None:
     np.testing.assert_allclose(np.cov(whitened.T), np.eye(NUM_FEATURES), atol=1e-3)
 
 
-def test_a_prompt_like_an_adapter_s_goes_to_it(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    for index, seed in enumerate((11, 12, 13)):
-        [z] = draw(seed, 3.0, count=1)
-        expected = tuple(float(i == index) for i in range(3))
-        assert shares(z, background, adapters).weights == expected
-
-
-def test_another_prompt_goes_to_the_base(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    for z in (draw(1, count=1)[0], np.zeros(NUM_FEATURES), draw(99, 50.0, count=1)[0]):
-        assert shares(z, background, adapters).base == 1.0
-
-
-def test_shares_lie_on_the_grid_and_their_sum_is_1(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    starts = [adapter.gaussians.means[0].astype(np.float64) for adapter in adapters]
-    middle = sum(starts, np.zeros(NUM_FEATURES)) / 3
-    z = np.linalg.solve(background.whitening.T.astype(np.float64), middle) + background.mean
-    result = shares(z, background, adapters)
-    parts = [*result.weights, result.base]
-    assert sum(parts) == 1
-    assert all((part * GRID).is_integer() for part in parts)
-
-
-def test_the_order_of_adapters_does_not_matter(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    [z] = draw(12, 2.0, count=1)
-    forward, backward = shares(z, background, adapters), shares(z, background, adapters[::-1])
-    assert forward.weights == backward.weights[::-1]
-    assert forward.base == backward.base
-
-
-@pytest.mark.parametrize(("count", "weight"), [(1, 1.0), (2, 8 / GRID), (3, 5 / GRID), (5, 3 / GRID), (17, 0.0)])
-def test_equal_adapters_get_equal_weights(
-    background: Background, adapters: Sequence[PromptStatistics], count: int, weight: float
-) -> None:
-    [z] = draw(11, 3.0, count=1)
-    for order in ([*[adapters[0]] * count, adapters[1]], [adapters[1], *[adapters[0]] * count]):
-        result = shares(z, background, order)
-        assert sorted(result.weights) == sorted([0.0, *[weight] * count])
-        assert result.base == 1 - count * weight
-
-
-def test_a_form_given_twice_changes_nothing(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    z = background.whiten(draw(11, 3.0, count=1)[0])
-    gaussians = adapters[0].gaussians
-    assert joined([gaussians, gaussians]).log_likelihood(z) == pytest.approx(gaussians.log_likelihood(z))
-
-
 def test_each_part_of_the_background_s_mixture_counts_the_same(background: Background) -> None:
     again = Background(background.base_digest, background.mean, background.whitening, joined([background.gaussians] * 3))
     z = background.whiten(draw(1, count=1)[0])
     once, count = background.log_likelihood(z), len(background.gaussians.variances)
-    part = count / (count + 1) * np.exp(background.gaussians.log_likelihood(z) - once)  # of the Gaussians
+    part = count / (count + 1) * np.exp(background.gaussians.log_likelihoods(z) - once).mean()  # of the Gaussians
     assert 0 < part < 1
     expected = once + np.log((1 + 2 * part) * (count + 1) / (3 * count + 1))
     assert again.log_likelihood(z) == pytest.approx(expected)
-
-
-def test_several_forms_count_as_one_adapter(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    both = PromptStatistics("a" * 64, background.digest, joined([adapters[0].gaussians, adapters[1].gaussians]))
-    for seed in (11, 12):
-        [z] = draw(seed, 3.0, count=1)
-        assert shares(z, background, [both, adapters[2]]).weights == (1.0, 0.0)
 
 
 def test_files_are_read_as_they_were_written(background: Background, adapters: Sequence[PromptStatistics]) -> None:

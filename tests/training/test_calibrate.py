@@ -1,6 +1,7 @@
 """`training.calibrate`: statistics of an adapter's prompts, beside the adapter."""
 
 import json
+import logging
 import random
 import string
 from collections.abc import Mapping, Sequence
@@ -10,16 +11,20 @@ import numpy as np
 import pytest
 import torch
 
+from lori.auto_weights import shares
 from lori.base_model import BaseModel, load_base_model
 from lori.errors import AdapterError
-from lori.format import read_config
-from lori.prompt_statistics import STATISTICS_FILE, fit_background, shares
+from lori.format import load_adapter, read_config
+from lori.prompt_statistics import STATISTICS_FILE, fit_background, load_background
 from lori.store.entry import Entry
 from tests.server.rig import write_adapter
-from training import calibrate
-from training.calibrate import MIN_ROWS, MIN_WEIGHT, CalibrateConfig
-from training.data import DataError
+from tests.training.runs import config_for
+from training import calibrate, prompt_statistics
+from training.calibrate import CalibrateConfig
+from training.data import DataError, Row
+from training.fit import fit
 from training.prompt_features import prompt_features
+from training.prompt_statistics import MIN_ROWS, MIN_WEIGHT, Form, measure
 
 Rows = Sequence[Mapping[str, object]]
 
@@ -68,9 +73,10 @@ def config(place: Path, model: Path, *forms: Rows) -> CalibrateConfig:
 def test_the_statistics_are_those_of_the_adapter_s_prompts(tiny_model: Path, base: BaseModel, place: Path) -> None:
     settings = config(place, tiny_model, rows(), rows(letters="XYZ"))
     message = calibrate.calibrate(settings)
-    assert message.startswith(f"wrote {place / 'math' / STATISTICS_FILE}: 300 prompts in 2 forms, ")
+    file = place / "math" / STATISTICS_FILE
+    assert message == f"wrote {file}, {file.stat().st_size} bytes: 300 prompts in 2 forms"
     statistics = Entry("math", place / "math").prompt_statistics(read_config(place / "math").lori.content_digest)
-    background = calibrate.load_background(base.identity, settings.background)
+    background = load_background(base.identity, settings.background)
     assert statistics is not None
     assert statistics.background_digest == background.digest
     assert len(statistics.gaussians.means) == 2
@@ -86,7 +92,7 @@ def test_few_rows_are_refused(tiny_model: Path, place: Path) -> None:
 
 
 def test_rows_that_the_adapter_hardly_changes_are_refused(tiny_model: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "FULL_GAIN", 1e4)
+    monkeypatch.setattr(prompt_statistics, "FULL_GAIN", 1e4)
     (place / "math" / STATISTICS_FILE).unlink(missing_ok=True)
     with pytest.raises(DataError, match=rf"0\.jsonl: 150 rows count as 0\.\d, expected at least {MIN_WEIGHT}: the adapter"):
         calibrate.calibrate(config(place, tiny_model, rows()))
@@ -103,3 +109,37 @@ def test_another_base_s_background_is_refused(tiny_model: Path, place: Path, tmp
     settings = config(place, tiny_model, rows()).model_copy(update={"background": tmp_path / "absent"})
     with pytest.raises(AdapterError, match="absent cannot be read: No such file"):
         calibrate.calibrate(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lori", "lora"])
+def test_training_ends_with_statistics(tiny_model: Path, base: BaseModel, place: Path, tmp_path: Path, method: str) -> None:
+    data = tmp_path / "sums.jsonl"
+    chats = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "no"}]} for text in texts(79, "XYZ")
+    ]
+    plain = [{"prompt": text, "completion": "yes yes yes"} for text in texts(MIN_ROWS, string.digits)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in plain + chats))
+    changes: dict[str, object] = {"method": method, "template": ["plain", "chat"], "steps": 30, "mix": []}
+    changes["background"] = background = place / "background.safetensors"
+    folder = fit(config_for(tiny_model, data, tmp_path / "sums", **changes), "command")
+    adapter = load_adapter(folder, base.identity)
+    statistics = Entry("sums", folder).prompt_statistics(adapter.config.lori.content_digest)
+    assert statistics is not None
+    assert len(statistics.gaussians.means) == 1, "79 messages are too few"
+    form = Form("sums", [Row(prompt=row["prompt"], completion=row["completion"]) for row in plain])
+    expected = measure(base, adapter, load_background(base.identity, background), [form])
+    np.testing.assert_allclose(statistics.gaussians.means, expected.gaussians.means, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_training_without_a_background_says_so(
+    tiny_model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    folder = fit(config_for(tiny_model, data, tmp_path / "colours", steps=1), "command")
+    assert not (folder / STATISTICS_FILE).exists()
+    assert "no statistics for automatic weights: there are " in caplog.text
+    caplog.clear()
+    fit(config_for(tiny_model, data, tmp_path / "colours", steps=1, prompt_statistics="off"), "command")
+    assert "statistics" not in caplog.text

@@ -6,6 +6,7 @@ from typing import cast
 import numpy as np
 import pytest
 
+from lori.auto_weights import AutoWeights, Shares
 from lori.prompt_statistics import (
     NUM_AXES,
     NUM_FEATURES,
@@ -14,11 +15,9 @@ from lori.prompt_statistics import (
     Gaussians,
     ProbedPrompt,
     PromptStatistics,
-    Shares,
 )
 from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
-from server.engine.prompt_weights import MAX_BUSY_TOKENS, OVERFLOW, PromptWeigher, WeighingError
-from server.engine.request import AutoWeights
+from server.engine.prompt_weights import MAX_BUSY_TOKENS, OVERFLOW, Outcome, PromptWeigher, WeighingError
 
 LENGTH = 100
 GUILTY, OVERFLOWING, BREAKING = 1, 2, 3
@@ -53,7 +52,7 @@ class Rig:
     """A weigher that a test steps, and the outcomes by first token."""
 
     def __init__(self) -> None:
-        self.probe, self.outcomes = FakeProbe(), dict[int, Shares | Exception]()
+        self.probe, self.outcomes = FakeProbe(), dict[int, Outcome]()
         self.weigher = PromptWeigher(cast(PromptProbe, self.probe), BACKGROUND, lambda error: isinstance(error, SystemError))
 
     def submit(self, first: int, tenant: str = "", length: int = LENGTH, is_wanted: Callable[[], bool] = lambda: True) -> None:

@@ -6,10 +6,10 @@ from typing import cast
 
 import pytest
 
-from lori.prompt_statistics import ProbedPrompt, Shares
+from lori.auto_weights import AutoWeights, Shares
+from lori.prompt_statistics import ProbedPrompt
 from server.engine.engine import Engine
-from server.engine.prompt_weights import IsWanted, OnShares, WeighingError
-from server.engine.request import AutoWeights
+from server.engine.prompt_weights import IsWanted, OnOutcome, WeighingError
 from server.engine.thread import EngineDeadError, EngineThread
 from tests.server.engine.test_thread import listen, named, run, until
 from tests.server.rig import FakeEngine
@@ -22,10 +22,10 @@ SHARES = Shares((1.0,), 0.0)
 class FakeWeigher:
     """A weigher that keeps its prompts until a test settles them."""
 
-    queued: list[tuple[str, IsWanted, OnShares]] = field(default_factory=list)
+    queued: list[tuple[str, IsWanted, OnOutcome]] = field(default_factory=list)
 
-    def submit(self, _: AutoWeights, tenant: str, is_wanted: IsWanted, on_shares: OnShares) -> None:
-        self.queued.append((tenant, is_wanted, on_shares))
+    def submit(self, _: AutoWeights, tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
+        self.queued.append((tenant, is_wanted, on_outcome))
 
 
 @dataclass

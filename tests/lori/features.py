@@ -1,0 +1,31 @@
+"""Random features of prompts, and statistics of them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lori.prompt_statistics import NUM_FEATURES, Array, Background, PromptStatistics, fit_background, fit_gaussian
+
+NUM_PROMPTS = 120
+SEEDS = (11, 12, 13)
+"""Seeds of the features of `make_adapters`, whose centre is 3."""
+
+
+def draw(seed: int, centre: float = 0.0, count: int = NUM_PROMPTS) -> Array:
+    """Return features (P, F) around `centre` in a random direction, with more spread in a few directions."""
+    random = np.random.default_rng(seed)
+    spread = random.standard_normal((5, NUM_FEATURES))
+    direction = random.standard_normal(NUM_FEATURES)
+    noise = random.standard_normal((count, NUM_FEATURES)) + random.standard_normal((count, 5)) @ spread
+    return centre * direction + noise
+
+
+def make_background() -> Background:
+    """Return a background of two groups."""
+    return fit_background("b" * 64, [draw(1), draw(2)])
+
+
+def make_adapters(background: Background, seeds: Sequence[int] = SEEDS) -> list[PromptStatistics]:
+    """Return the statistics of adapters whose prompts are drawn with `seeds` around the centre 3."""
+    centres = [draw(seed, 3.0) for seed in seeds]
+    return [PromptStatistics("a" * 64, background.digest, fit_gaussian(background.whiten(z))) for z in centres]
