@@ -19,11 +19,11 @@ export class Answer {
   #timer = 0;
   #pause = PAUSE;
 
-  /** `side` is "mix" or "base"; `terms` and `method` say who answers, `prefix` in which turn. */
-  constructor({ side, terms, method }, prefix, mode) {
+  /** `side` is "mix" or "base"; `terms` and `method` say who answers, `isAuto` that the prompt says it, `prefix` in which turn. */
+  constructor({ side, terms, method, isAuto }, prefix, mode) {
     [this.side, this.method, this.mode] = [side, method, mode];
     const id = `answer-${++numMade}`;
-    this.title = el("span", {}, titleOf(terms, method));
+    this.title = el("span", {}, isAuto ? terms.map(({ name }) => name).join(" + ") : titleOf(terms, method));
     this.said = el("div", { class: "said" });
     this.fault = el("p", { class: "fault", hidden: true });
     this.box = el("div", { class: "text", tabindex: "0", role: "region", "aria-labelledby": id }, this.said, this.fault);
@@ -97,7 +97,7 @@ export class Answer {
     this.#timer ||= setTimeout(() => this.draw(), this.#pause);
   }
 
-  #done({ adapter, usage, timings, finish_reason: reason, seed }, watch) {
+  #done({ adapter, merge, usage, timings, finish_reason: reason, seed }, watch) {
     this.state = "ended";
     const num = usage.completion_tokens;
     const speed = timings?.decode_s && num > 1 ? (num - 1) / timings.decode_s : watch.speed;
@@ -109,8 +109,12 @@ export class Answer {
     setText(this.#figures.end, ENDS[reason] ?? reason);
     setText(this.#figures.seed, String(seed));
     this.title.title = adapter.map(({ name, version }) => `${name}@${version}`).join(" + ");
-    // The operator may have added some.
-    if (adapter.some(({ policy }) => policy)) setText(this.title, titleOf(adapter, this.method));
+    const share = merge?.base_share;
+    if (typeof share === "number") {
+      const chosen = titleOf(adapter.filter(({ weight }) => weight), this.method);
+      setText(this.title, share && share < 1 ? `${chosen}, base model ${signed(share, 2)}` : chosen);
+      // The operator may have added some.
+    } else if (adapter.some(({ policy }) => policy)) setText(this.title, titleOf(adapter, this.method));
   }
 }
 

@@ -32,6 +32,11 @@ export async function getText(path) {
   return (await ask(path)).text();
 }
 
+/** Returns what POST `path` answers to the JSON text `body`, until `signal` aborts it. Throws `ServerError`. */
+export async function postJson(path, body, signal) {
+  return (await ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body, signal })).json();
+}
+
 /** Yields the events of POST /generate, [name, data], until `signal` aborts it. Throws `ServerError`. */
 export async function* generate(body, signal) {
   const reply = await ask("generate", {

@@ -22,13 +22,13 @@ export class Asking {
     return byId("prompt").value;
   }
 
-  /** Returns who is asked and what: [{side, terms, method, body}]. Throws `FieldError`. */
+  /** Returns who is asked and what: [{side, terms, method, isAuto, body}]. Throws `FieldError`. */
   requests() {
     if (this.mode.isConversation && !this.text) throw new FieldError("prompt", "The message is empty.");
     const base = { side: "base", terms: [], method: "linear", body: this.#baseBody("base") };
     if (!this.mix.names.length) return [base];
     const method = this.mix.names.length > 1 ? byId("merge").value : "linear";
-    const mixed = { side: "mix", terms: this.mix.terms, method, body: this.#mixedBody(method) };
+    const mixed = { side: "mix", terms: this.mix.terms, method, isAuto: this.mix.isAuto, body: this.#mixedBody(method) };
     return byId("with-base").checked ? [mixed, base] : [mixed];
   }
 
@@ -52,9 +52,10 @@ export class Asking {
   }
 
   #mixedBody(method) {
-    const { names, weights, isEven } = this.mix;
+    const { names, weights, isAuto, isEven } = this.mix;
     const body = { ...this.#baseBody("mix"), adapter: names.length === 1 ? names[0] : names };
-    if (!isEven) body.weights = weights;
+    if (isAuto) body.weights = "auto";
+    else if (!isEven) body.weights = weights;
     if (method !== "linear") {
       body.merge = method;
       body.density = number("density");

@@ -3,6 +3,7 @@
 import { watchAccess } from "./access.js";
 import { AdapterList, Catalogue } from "./adapters.js";
 import { Asking } from "./ask.js";
+import { AutoWeights } from "./auto.js";
 import { Charts } from "./charts.js";
 import { byId, setText } from "./elements.js";
 import { Examples } from "./examples.js";
@@ -19,6 +20,7 @@ const [catalogue, mix, mode] = [new Catalogue(), new Mix(), new Mode()];
 const asking = new Asking(mode, mix, new Turns(mode));
 new AdapterList(catalogue, mix);
 new Weights(catalogue, mix);
+new AutoWeights(catalogue, mix, asking);
 new Examples(catalogue, mix, mode);
 new Matrix(catalogue, mix);
 catalogue.addEventListener("change", () => setText(byId("base-model"), catalogue.baseModel));

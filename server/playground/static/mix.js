@@ -3,6 +3,8 @@
 /** The picked adapters in their order; says "change" whenever they or their weights are others. */
 export class Mix extends EventTarget {
   #weights = new Map();
+  /** The weights that the prompt gives, as far as they are known; null if it gives none. */
+  #shares = null;
 
   get names() {
     return [...this.#weights.keys()];
@@ -23,11 +25,17 @@ export class Mix extends EventTarget {
     return [...this.#weights.values()].every((weight) => weight === null);
   }
 
+  /** Whether the prompt gives the weights. */
+  get isAuto() {
+    return this.#shares !== null;
+  }
+
   has(name) {
     return this.#weights.has(name);
   }
 
   weightOf(name) {
+    if (this.#shares) return this.#shares.get(name) ?? 0;
     return this.#weights.get(name) ?? Number((1 / this.#weights.size).toFixed(4));
   }
 
@@ -43,14 +51,29 @@ export class Mix extends EventTarget {
 
   /** Sets weights by name; null is 1/n again. */
   weigh(weights) {
+    this.#shares = null;
     for (const [name, weight] of Object.entries(weights)) this.#weights.set(name, weight);
     this.#changed();
   }
 
   /** Picks these alone, with weights by name; null is 1/n. */
   become(weights) {
+    this.#shares = null;
     this.#weights = new Map(Object.entries(weights));
     this.#changed();
+  }
+
+  /** Takes the weights from the prompt, or no longer. */
+  auto(isAuto) {
+    this.#shares = isAuto ? new Map() : null;
+    this.#changed();
+  }
+
+  /** Says what the prompt gives, by name; says "shares". */
+  share(weights) {
+    if (!this.#shares) return;
+    this.#shares = new Map(Object.entries(weights));
+    this.dispatchEvent(new Event("shares"));
   }
 
   even() {

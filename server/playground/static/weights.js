@@ -11,7 +11,7 @@ export class Weights {
 
   constructor(catalogue, mix) {
     [this.catalogue, this.mix] = [catalogue, mix];
-    mix.addEventListener("change", () => this.#draw());
+    for (const news of ["change", "shares"]) mix.addEventListener(news, () => this.#draw());
     catalogue.addEventListener("change", () => this.#hint());
     byId("even").addEventListener("click", () => mix.even());
     byId("merge").addEventListener("change", showOptions);
@@ -28,7 +28,7 @@ export class Weights {
     }
     for (const name of names) {
       if (!this.#rows.has(name)) this.#rows.set(name, list.appendChild(this.#make(name)));
-      show(this.#rows.get(name), this.mix.weightOf(name));
+      show(this.#rows.get(name), this.mix.weightOf(name), this.mix.isAuto);
     }
     byId("mix-empty").hidden = names.length > 0;
     for (const id of ["even", "merge-row"]) byId(id).hidden = names.length < 2;
@@ -46,7 +46,7 @@ export class Weights {
       }),
       el("input", {
         type: "number", step: 0.05, inputmode: "decimal", "aria-label": `Exact weight of ${name}`, oninput: weigh,
-        onblur: (event) => show(event.target.parentElement, this.mix.weightOf(name)),
+        onblur: (event) => show(event.target.parentElement, this.mix.weightOf(name), this.mix.isAuto),
       }),
       el("button", { type: "button", class: "bare", "aria-label": `Remove ${name}`, onclick: () => this.#remove(name) }, "×"),
     );
@@ -75,12 +75,16 @@ export class Weights {
   }
 }
 
-function show(row, weight) {
+/** Shows a weight; one that the prompt gives is a share of the whole, and cannot be moved. */
+function show(row, weight, isAuto) {
   const [slider, exact] = row.querySelectorAll("input");
+  slider.disabled = exact.disabled = isAuto;
+  [slider.min, slider.max] = isAuto ? [0, 1] : [-REACH, REACH];
   slider.value = weight;
   slider.setAttribute("aria-valuetext", String(weight));
   // What is filled lies between nothing and the weight.
-  const share = (value) => `${(50 * (Math.max(-REACH, Math.min(REACH, value)) + REACH)) / REACH}%`;
+  const span = slider.max - slider.min;
+  const share = (value) => `${(100 * (Math.max(slider.min, Math.min(slider.max, value)) - slider.min)) / span}%`;
   slider.style.setProperty("--from", share(Math.min(0, weight)));
   slider.style.setProperty("--to", share(Math.max(0, weight)));
   // Not while somebody writes there: "1." is on its way to "1.5".
