@@ -49,6 +49,7 @@ MAX_FILE_BYTES = {WEIGHTS_FILE: MAX_WEIGHTS_BYTES, STATISTICS_FILE: MAX_STATISTI
 """Maximum size of a file, where that is not `MAX_TEXT_BYTES`."""
 EXTRA_FILES = (CARD_FILE, STATISTICS_FILE)
 """Files that an adapter may have, and that move with it."""
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *EXTRA_FILES)
 MAX_BASIS_ENTRIES = 2**30
 """Maximum number of entries of A, over all modules, that are drawn if only the file gives their shapes. Five times the entries
 of a 70B model at rank 32."""
@@ -233,6 +234,7 @@ def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
     compared only if there is no other fault.
     """
     faults: list[str] = []
+    # Statistics that are damaged must not keep an adapter from being loaded.
     files = read_files(folder, faults, extras=[CARD_FILE])
     return parse_adapter(name_of(folder), files, partial(load_basis, folder.parent), base, source=str(folder), faults=faults)
 
@@ -280,14 +282,17 @@ def parse_statistics(content: bytes, digest: str | None, source: str = STATISTIC
     Raises `AdapterFormatError` about `source` with their faults. It is one that they are of an adapter whose content has another
     `digest`.
     """
+    if len(content) > MAX_STATISTICS_BYTES:
+        fault = f"{STATISTICS_FILE}: has {len(content)} bytes, expected {MAX_STATISTICS_BYTES} at most"
+        raise AdapterFormatError(source, [fault])
     try:
         statistics = PromptStatistics.from_bytes(source, content)
     except AdapterFormatError as error:
         raise AdapterFormatError(source, [f"{STATISTICS_FILE}: {fault}" for fault in error.faults]) from error
     if digest and statistics.adapter_digest != digest:
         versions = f"{statistics.adapter_digest[:NUM_VERSION_DIGITS]}, expected {digest[:NUM_VERSION_DIGITS]}"
-        remedy = "make it again by python -m training.calibrate, or remove it"
-        raise AdapterFormatError(source, [f"{STATISTICS_FILE}: is of the version {versions}: {remedy}"])
+        remedy = "run python -m training.calibrate again, or remove it"
+        raise AdapterFormatError(source, [f"{STATISTICS_FILE}: belongs to the version {versions}: {remedy}"])
     return statistics
 
 

@@ -16,7 +16,7 @@ NUM_VERSION_DIGITS = 12
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 AUTO = "auto"
 """The name by which requests ask for the adapters that the server chooses."""
-RESERVED = "is no adapter's name: it asks for the adapters that the server chooses by the prompt"
+RESERVED = "is reserved: requests for it let the server choose the adapters"
 VERSION = re.compile(rf"[0-9a-f]{{1,{NUM_VERSION_DIGITS}}}")
 NUM_NEAR = 3
 NEAR = 0.6
@@ -36,6 +36,17 @@ def base_aliases(base: str | None) -> frozenset[str]:
         return frozenset((EMBEDDED_HUB_ID,))
     folder = Path(base)
     return frozenset((base.rstrip("/"), str(folder.absolute()), str(folder.resolve()))) if folder.is_dir() else frozenset()
+
+
+def is_name(name: str) -> bool:
+    """Return whether an adapter may have this `name`."""
+    return bool(NAME.fullmatch(name)) and name != AUTO
+
+
+def is_reference(text: str) -> bool:
+    """Return whether `text` is `name` or `name@version`."""
+    name, at, version = text.partition("@")
+    return is_name(name) and (not at or bool(VERSION.fullmatch(version)))
 
 
 def check_name(name: str) -> None:

@@ -194,6 +194,20 @@ def joined(parts: Sequence[Gaussians]) -> Gaussians:
     return Gaussians(*(_stored(np.concatenate([getattr(part, name) for part in parts])) for name in GAUSSIAN_NAMES))
 
 
+def mean_covariance(gaussians: Sequence[Gaussians]) -> Array:
+    """Return the mean (F, F) of the covariances of all Gaussians."""
+    num_gaussians, num_features = sum(len(one.means) for one in gaussians), gaussians[0].means.shape[1]
+    total = np.zeros((num_features, num_features))
+    for one in gaussians:
+        # A stored axis has the square q = l / (l + v), so that l a a^T = v / (1 - q) times the axis with itself.
+        squares = (one.axes.astype(np.float64) ** 2).sum(-1)  # (C, K)
+        scaled = one.axes * np.sqrt(one.variances[:, None] / (1 - squares))[:, :, None]
+        flat = scaled.reshape(-1, num_features)
+        total += flat.T @ flat
+        total[np.diag_indices(num_features)] += one.variances.sum()
+    return total / num_gaussians
+
+
 @dataclass(frozen=True, eq=False)
 class Background:
     """Prompts that are no adapter's: the whitening that all statistics use, and Gaussians of ordinary prompts."""

@@ -21,7 +21,7 @@ from lori.names import EMBEDDED_NAME, base_aliases
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.projection import Quantization, has_native
-from lori.prompt_statistics import Background, find_background
+from lori.prompt_statistics import find_background
 from lori.resources import BackgroundLoad, use_threads, warn_if_busy
 from lori.store.entry import Entry
 from lori.store.remote_folder import redacted
@@ -32,7 +32,7 @@ from server.catalog.files import AdapterFiles
 from server.catalog.fit import Fit
 from server.catalog.inventory import take_inventory
 from server.catalog.stores import open_stores
-from server.engine.adapter_choice import AdapterChooser
+from server.engine.adapter_selection import AdapterSelector
 from server.engine.adapters.cache import AdapterCache
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import FaultyAdapterError, Registered, Registry, candidates
@@ -140,7 +140,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     # and nanobind would report them as leaks.
     atexit.register(gc.unfreeze)
     num_ids = base.model.config.get_text_config().vocab_size
-    weigher = _make_weigher(base, runner, background) if background else None
+    weigher = _make_weigher(base, runner) if background else None
     engine = Engine(
         scheduler, runner, adapter_cache, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars, weigher=weigher
     )
@@ -156,7 +156,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         background=background,
     )
     _warn_of_statistics(admission, registry)
-    max_chosen, threshold = settings.auto_max_adapters, settings.auto_threshold
+    max_selected, threshold = settings.auto_max_adapters, settings.auto_threshold
     return Service(
         settings=settings,
         base_model=base.name,
@@ -171,7 +171,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         required=lambda: [name for tenant in keys.keys.tenants.values() for name, _ in tenant.policy] if keys else [],
         files=files,
         outline=f"{_outline(base)}, {_capacity(base, registry, pool, settings)}",
-        chooser=AdapterChooser(registry, admission, background, max_chosen, threshold) if background else None,
+        selector=AdapterSelector(registry, admission, background, max_selected, threshold) if background else None,
     )
 
 
@@ -199,13 +199,13 @@ def _limits(settings: Settings, base: BaseModel, runner: Runner, max_context: in
     )
 
 
-def _make_weigher(base: BaseModel, runner: Runner, background: Background) -> PromptWeigher:
+def _make_weigher(base: BaseModel, runner: Runner) -> PromptWeigher:
     try:
         probe = PromptProbe(runner.decoder, base.model.dtype, base.model.device)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(f"there is no room for automatic weights: {' '.join(str(error).split())}") from error
     logger.info("automatic weights: prompts are probed with %.0f MiB of keys and values", probe.num_bytes / 2**20)
-    return PromptWeigher(probe, background, runner.is_broken)
+    return PromptWeigher(probe, runner.is_broken)
 
 
 def _warn_of_statistics(admission: Admission, registry: Registry) -> None:

@@ -86,9 +86,9 @@ class Settings(BaseSettings):
     """The file of the base's background, with which adapters are compared for automatic weights. python -m training.background
     makes one. The embedded model has one if absent."""
     auto_max_adapters: int = Field(default=3, ge=1, le=16)
-    """The most adapters that the server chooses for a request for the adapter, or the model, `auto`."""
+    """The most adapters that the server selects for a request for the adapter, or the model, `auto`."""
     auto_threshold: float = Field(default=0.5, ge=0, le=1)
-    """The sum of the weights of chosen adapters below which the base answers alone."""
+    """The sum of the weights of selected adapters below which the base answers alone."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """The device of the model and the adapters: cpu, cuda (the first GPU), cuda:N, or auto, which takes a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from lori.config import Alpha, Rank
+from lori.errors import AdapterError
 from lori.mask import Granularity
-from lori.names import NAME
+from lori.names import check_name
 from lori.sparse import ValueType
 from lori.template import Template
 from training.command_line import CommandLine, read_recipe
@@ -175,9 +176,9 @@ class FitConfig(CommandLine):
     """A folder for TensorBoard logs."""
     report: Path | None = None
     """An HTML page to write about the run: loss curves, the mask, answers before and after."""
-    prompt_statistics: Literal["auto", "off"] = "auto"
-    """auto: at the end measure the prompts of `data`, for requests with automatic weights, if there are enough and the base has a
-    background. It takes three passes over at most 300 prompts and 300 messages. off: do not."""
+    prompt_statistics: bool = True
+    """Measures the prompts of `data` at the end, for requests with automatic weights, if there are enough and the base has a
+    background. It takes three passes over at most 300 plain prompts and 300 messages."""
     background: Path | None = None
     """The base's background, see `python -m training.background`; by default the one that comes with the embedded model."""
     fsdp: bool = False
@@ -201,8 +202,10 @@ class FitConfig(CommandLine):
         return self
 
     def _name_faults(self) -> Iterator[str]:
-        if not NAME.fullmatch(self.output.name):
-            yield f"--output ends in {self.output.name!r}, which is to be the adapter's name: it must match {NAME.pattern}"
+        try:
+            check_name(self.output.name)
+        except AdapterError as error:
+            yield f"--output ends in {self.output.name!r}, which is to be the adapter's name: {error}"
         if self.output.suffix == CHECKPOINT_SUFFIX:
             yield f"--output ends in {CHECKPOINT_SUFFIX}, as the folders of checkpoints do"
         if self.report and self._is_in_output_folders(self.report):
@@ -230,6 +233,7 @@ class FitConfig(CommandLine):
             (("calibration_lr",), self.method != "lora" and not self.mask_from, "a LoRI-D"),
             (("lr",), self.method != "lori-d", "LoRI-S or LoRA; LoRI-D's is --calibration-lr"),
             (("beta",), self.loss == "dpo", "--loss dpo"),
+            (("background",), self.prompt_statistics, "--prompt-statistics"),
             (("mix_fraction",), bool(self.mix), "--mix"),
             (("weight_range",), self.method != "lora", "LoRI"),
             (("basis_seed", "stream"), self.method != "lora", "LoRI, whose A they draw; LoRA's is drawn by --seed"),

@@ -21,7 +21,7 @@ from lori.errors import LoriError
 from lori.format import check_replaceable, write_record
 from lori.identity import BaseIdentity
 from lori.names import EMBEDDED_NAME
-from lori.prompt_statistics import load_background
+from lori.prompt_statistics import Background, find_background
 from lori.store.store import AdapterStore
 from training.base import load_base
 from training.command_line import run_program
@@ -110,6 +110,8 @@ def fit(config: FitConfig, command: str) -> Path:
     if processes().is_main_process:
         logger.info("loading the base model: %s", config.model or EMBEDDED_NAME)
     base = load_base(config.model, config.dtype, config.threads, ATTENTION, config.fsdp)
+    # Before the training, so that a file that is no background is reported at once.
+    background = find_background(base.identity, config.background) if config.prompt_statistics else None
     run = Run(config, tokenize_rows(rows, base, config), started)
     if processes().is_main_process:
         logger.info("examples: %s", run.examples)
@@ -124,37 +126,47 @@ def fit(config: FitConfig, command: str) -> Path:
     processes().wait_for_everyone()
     if adapter:
         run.close()
-        if config.prompt_statistics == "auto":
-            logger.info("%s", add_statistics(config, method, adapter, rows.data))
+        if config.prompt_statistics:
+            logger.info("%s", add_statistics(config, method, adapter, used_rows(rows.data, run.examples.data), background))
     return config.output
 
 
-def add_statistics(config: FitConfig, method: TrainingMethod, adapter: Adapter, rows: Sequence[Row]) -> str:
+def add_statistics(
+    config: FitConfig, method: TrainingMethod, adapter: Adapter, rows: Sequence[Row], background: Background | None
+) -> str:
     """Write statistics of the adapter's prompts beside it, if they can be made. Return a line that says what was done."""
     drawn = random.Random(config.seed)
     forms = [
-        Form(source, drawn.sample(of_form, min(len(of_form), NUM_STATISTICS_ROWS)))
+        Form(source, drawn.sample(form_rows, min(len(form_rows), NUM_STATISTICS_ROWS)))
         for source, kind in (("plain prompts", str), ("messages", list))
-        if len(of_form := [row for row in rows if isinstance(row.prompt, kind)]) >= MIN_ROWS
+        if len(form_rows := [row for row in rows if isinstance(row.prompt, kind)]) >= MIN_ROWS
     ]
-    try:
-        if config.fsdp:
-            raise LoriError("the base is spread over processes")
-        if not forms:
-            raise LoriError(f"there are {len(rows)} rows, expected at least {MIN_ROWS} of one form, plain prompts or messages")
-        background = load_background(method.base.identity, config.background)
-        with method.adapter_disabled():
-            statistics = measure(method.base, adapter, background, forms)
-        return f"measured the prompts, for automatic weights: {write_statistics(config.output, statistics)}"
-    except LoriError as error:
-        return f"no statistics for automatic weights: {error}"
+    missing = {
+        f"there are {len(rows)} rows, expected at least {MIN_ROWS} of one form, plain prompts or messages": not forms,
+        f"the base {method.base.identity.name} has no background (--background)": background is None,
+        "the base is spread over processes (--fsdp)": config.fsdp,
+    }
+    reasons = [reason for reason, is_missing in missing.items() if is_missing]
+    if not reasons and background:
+        try:
+            with method.adapter_disabled():
+                statistics = measure(method.base, adapter, background, forms)
+            return f"measured the prompts, for automatic weights: {write_statistics(config.output, statistics)}"
+        except (DataError, OSError, RuntimeError) as error:  # a full disk or memory must not fail a run that has ended well
+            reasons = [str(error)]
+    return f"no statistics for automatic weights: {'; '.join(reasons)}"
 
 
 def sample_rows(rows: Rows, examples: Examples) -> list[Row]:
     """Return the rows that a report may show answers to: the held-out rows if there are any, without rows that were left out."""
     items, candidates = (examples.held_out, rows.held_out) if rows.held_out else (examples.data, rows.data)
+    return used_rows(candidates, items)
+
+
+def used_rows(rows: Sequence[Row], items: Sequence[Item]) -> list[Row]:
+    """Return the rows that `items` were made of."""
     used = {example.origin for item in items for example in item.examples}
-    return [row for row in candidates if row.origin in used]
+    return [row for row in rows if row.origin in used]
 
 
 def save(

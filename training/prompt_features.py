@@ -51,7 +51,7 @@ def prompt_features(base: BaseModel, prompts: Sequence[str | Sequence[Message]])
     projection = projection_matrix(base.model.config.get_text_config().hidden_size)
     norm = _norm(base.model.get_decoder())
     bar = tqdm(probed, unit="prompt", desc="features of prompts", disable=None)
-    # In training the model has an attention for packed examples.
+    # The attention of training needs the positions of its examples in a batch.
     is_packed = base.model.config._attn_implementation == ATTENTION
     with use_attention(base.model, "sdpa") if is_packed else nullcontext():
         return np.stack([_features(base, norm, prompt, projection) for prompt in bar])

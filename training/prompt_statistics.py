@@ -1,7 +1,7 @@
 """Statistics of the prompts that an adapter is for, measured on rows like those that it was trained on.
 
-A row counts as much as the adapter raises the log-likelihood of its answer: prompts on which the adapter does what the base does
-would draw everybody's prompts.
+A row counts as much as the adapter raises the log-likelihood of its answer: rows that the adapter
+does not change would attract prompts that are not its own.
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ from lori.cli.output import folder_bytes, percent, print_json, print_made, size,
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterFormatError
 from lori.format import read_file
-from lori.names import NAME, check_name
+from lori.names import NAME, check_name, is_name
 from lori.peft.exporter import export_peft
 from lori.peft.importer import import_peft
 from lori.prompt_statistics import STATISTICS_FILE
@@ -91,7 +91,7 @@ def import_(
 
 
 def _checked_name(name: str) -> str:
-    if not NAME.fullmatch(name):
+    if not is_name(name):
         raise typer.BadParameter(f"{name!r} cannot be an adapter's name ({NAME.pattern}): give it one", param_hint="--name")
     return name
 
@@ -137,7 +137,7 @@ def pack(
     error = rounding_error(entry.load().modules.values(), values) if values else 0.0
     packed = pack_adapter(entry.folder, file, entry.name if name is None else name, values)
     if packed.version != entry.version and os.path.lexists(entry.folder / STATISTICS_FILE):
-        warn(f"{STATISTICS_FILE} belongs to {entry.version}, and was not packed: make it again by python -m training.calibrate")
+        warn(f"{STATISTICS_FILE} belongs to {entry.version}, and was not packed: run python -m training.calibrate again")
     num_bytes = file.stat().st_size
     if json:
         print_json(

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lori.errors import AdapterError, AliasError
-from lori.names import NAME, VERSION
+from lori.names import AUTO, NAME, RESERVED, is_reference
 from lori.store.files import FileStamp, file_stamp, no_link, read_stored, replace_file, sync_folder
 
 ALIASES_FOLDER = ".aliases"
@@ -40,6 +40,8 @@ class Aliases:
     def get(self, name: str) -> str | None:
         """Return the target of the alias `name`, or None if there is no such alias. Raises `AliasError` if it cannot be read."""
         file = self.folder / name
+        if name == AUTO and file.exists():
+            raise AliasError(f"the alias {file}: {AUTO!r} {RESERVED}: remove the file", UNREADABLE)
         try:
             target = read_stored(self.folder, name, MAX_BYTES).decode().strip()
         except FileNotFoundError:
@@ -47,8 +49,7 @@ class Aliases:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise AliasError(f"the alias {file} cannot be read: {reason}", UNREADABLE) from error
-        owner, _, version = target.partition("@")
-        if not (NAME.fullmatch(owner) and VERSION.fullmatch(version)):
+        if "@" not in target or not is_reference(target):
             raise AliasError(f"the alias {file} holds {target[:80]!r}, expected name@version", UNREADABLE)
         return target
 

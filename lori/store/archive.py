@@ -14,10 +14,9 @@ from pathlib import Path
 
 from lori.adapter import Adapter
 from lori.basis import Explicit
-from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import EXTRA_FILES, WEIGHTS_FILE, parse_adapter, read_files, stored_as
-from lori.names import NAME, check_name
+from lori.format import ADAPTER_FILES, parse_adapter, read_files, stored_as
+from lori.names import NAME, check_name, is_name
 from lori.sparse import ValueType
 from lori.store.bases import BASES_FOLDER, basis_bytes, load_basis, parse_basis
 from lori.store.entry import Entry
@@ -96,7 +95,7 @@ def _checked_name(file: Path, members: list[zipfile.ZipInfo], num_bytes: int) ->
     names = [member.filename for member in members]
     owners = {name.partition("/")[0] for name in names} - {BASES_FOLDER}
     owner = next(iter(owners), "")
-    allowed = {f"{owner}/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE, *EXTRA_FILES)}
+    allowed = {f"{owner}/{name}" for name in ADAPTER_FILES}
     faults = [
         f"{name!r}: unknown member"
         for name in names
@@ -105,7 +104,7 @@ def _checked_name(file: Path, members: list[zipfile.ZipInfo], num_bytes: int) ->
     faults += [f"{name!r}: there twice" for name in sorted({name for name in names if names.count(name) > 1})]
     faults += [f"{member.filename!r}: compressed" for member in members if member.compress_type != zipfile.ZIP_STORED]
     faults += [f"{member.filename!r}: not a regular file" for member in members if _is_special(member)]
-    if len(owners) != 1 or not NAME.fullmatch(owner):
+    if len(owners) != 1 or not is_name(owner):
         faults.append(f"it holds {sorted(owners)}, expected one adapter, its name matching {NAME.pattern}")
     if sum(member.file_size for member in members) > num_bytes:  # a zip bomb: members that share bytes
         faults.append(f"its members have more bytes than its {num_bytes}")

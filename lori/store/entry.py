@@ -14,7 +14,7 @@ from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE, file_faults, load_adapter, parse_statistics, read_config, read_file
 from lori.identity import BaseIdentity
-from lori.names import AUTO, NAME, NUM_VERSION_DIGITS, VERSION
+from lori.names import NUM_VERSION_DIGITS, is_reference
 from lori.prompt_statistics import MAX_STATISTICS_BYTES, STATISTICS_FILE, PromptStatistics
 from lori.store.bases import load_basis
 from lori.store.files import read_stored
@@ -72,6 +72,13 @@ class Entry:
             raise AdapterFormatError(str(self.folder), [f"{STATISTICS_FILE} cannot be read: {error.strerror}"]) from error
         return parse_statistics(content, digest, str(self.folder))
 
+    def remove_unsound_statistics(self) -> None:
+        """Remove the statistics of the adapter's prompts if they are damaged, or of another adapter."""
+        try:
+            self.prompt_statistics(read_config(self.folder).lori.content_digest)
+        except AdapterFormatError:
+            (self.folder / STATISTICS_FILE).unlink(missing_ok=True)
+
     def file_faults(self) -> list[str]:
         """Return the faults of the files that show without reading them whole, see `lori.format.file_faults`."""
         return file_faults(self.folder)
@@ -114,7 +121,7 @@ def scan(root: Path, name: str | None = None) -> Scan:
         with os.scandir(root) as items:
             matching = (item for item in items if name is None or item.name.partition("@")[0] == name)
             for item in filter(_is_adapter, matching):
-                if _is_valid_name(item.name):
+                if is_reference(item.name):
                     entries.append(Entry(item.name.partition("@")[0], root / item.name))
                 else:
                     misnamed.append(item.name)
@@ -130,12 +137,7 @@ def has_adapter(folder: str) -> bool:
 
 def is_version(folder: str) -> bool:
     """Return whether `folder` is the name of a version's folder, `name@version`."""
-    name, _, version = folder.partition("@")
-    return bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
-
-
-def _is_valid_name(folder: str) -> bool:
-    return folder.partition("@")[0] != AUTO and (bool(NAME.fullmatch(folder)) or is_version(folder))
+    return "@" in folder and is_reference(folder)
 
 
 def _is_adapter(item: "os.DirEntry[str]") -> bool:
@@ -145,7 +147,7 @@ def _is_adapter(item: "os.DirEntry[str]") -> bool:
         return _may_be_adapter(item)
     if not item.is_dir(follow_symlinks=False):
         return False
-    if not _is_valid_name(item.name):
+    if not is_reference(item.name):
         return os.path.lexists(os.path.join(item.path, CONFIG_FILE))
     return is_version(item.name) or has_adapter(item.path)
 
@@ -155,7 +157,7 @@ def _may_be_adapter(link: "os.DirEntry[str]") -> bool:
     try:
         status = os.stat(link.path)
     except OSError:
-        return _is_valid_name(link.name)
+        return is_reference(link.name)
     return stat.S_ISDIR(status.st_mode) and (is_version(link.name) or has_adapter(link.path))
 
 
@@ -190,7 +192,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CachedEntry(Entry):
-    """An `Entry` whose local folder has only config and statistics. `source` provides the other files while it is acquired."""
+    """An `Entry` whose local folder has only config and statistics. `source` provides the others while the entry is acquired."""
 
     source: Source = field(kw_only=True, compare=False, repr=False)
 

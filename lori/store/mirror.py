@@ -1,7 +1,7 @@
 """A local mirror of a remote store: its last listing, copies of its small files, and a bounded cache of weights.
 
 A copy is downloaded again if the file's entry in the listing has changed since the last download. Small files are configs,
-statistics of prompts and aliases; their copies are never evicted.
+statistics of prompts and aliases; their copies are never evicted to make room.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from filelock import FileLock, Timeout
 
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
-from lori.format import CARD_FILE, EXTRA_FILES, WEIGHTS_FILE
-from lori.names import NAME, VERSION
-from lori.prompt_statistics import STATISTICS_FILE
+from lori.format import ADAPTER_FILES, CARD_FILE, WEIGHTS_FILE
+from lori.names import is_name, is_reference
+from lori.prompt_statistics import MAX_STATISTICS_BYTES, STATISTICS_FILE
 from lori.store.aliases import ALIASES_FOLDER
 from lori.store.bases import BASES_FOLDER
 from lori.store.files import LINK, discard, replace_file
@@ -114,14 +114,17 @@ def claim_folder(root: Path) -> tuple[Path, FileLock]:
     raise AssertionError("numbers do not end")
 
 
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *EXTRA_FILES)
-FOLDER = re.compile(rf"{NAME.pattern}(@{VERSION.pattern})?")
 BASIS = re.compile(r"[0-9a-f]{64}\.safetensors")
 MARKS_FILE = ".marks.json"
 SMALL_FILES = (f"/{CONFIG_FILE}", f"/{STATISTICS_FILE}")
 """Ends of the paths of an adapter's files that are copied with the listing."""
 MAX_SYNCED = 16
 """Maximum number of copies that are synced one by one. More are synced together, since thousands of syncs would take minutes."""
+
+
+def is_too_large(path: str, file: RemoteFile) -> bool:
+    """Return whether a file is too large for statistics of prompts, which it is to be. Such a file is not copied."""
+    return path.endswith(f"/{STATISTICS_FILE}") and file.num_bytes > MAX_STATISTICS_BYTES
 
 
 def alias_path(name: str) -> str:
@@ -155,13 +158,16 @@ class Mirror:
         if ALIASES_FOLDER in listing:
             raise AdapterError(f"{ALIASES_FOLDER} is a link: a store follows none")
         folders = [path.partition("/")[0] for path in listing if path.partition("/")[2] == CONFIG_FILE]
-        self.misnamed = sorted(folder for folder in folders if not folder.startswith(".") and not FOLDER.fullmatch(folder))
+        self.misnamed = sorted(folder for folder in folders if not folder.startswith(".") and not is_reference(folder))
         self._apply(_store_files(listing), {})
         current = {folder for folders in self.folders.values() for folder in folders}
         for copy in self._root.iterdir():
-            if FOLDER.fullmatch(copy.name) and copy.name not in current:
+            if is_reference(copy.name) and copy.name not in current:
                 self._weights.drop(copy.name)
                 discard(copy)
+        for copy in self._root.glob(f"[!.]*/{STATISTICS_FILE}"):  # removed from the store while no process had this cache
+            if str(copy.relative_to(self._root)) not in self.files:
+                copy.unlink()
         self._discard_missing(ALIASES_FOLDER)
         self._discard_missing(BASES_FOLDER)
         replace_file(self._root / MARKS_FILE, json.dumps(self._marks).encode())
@@ -194,6 +200,7 @@ class Mirror:
     def _apply(self, listed: dict[str, RemoteFile], unchanged: Mapping[str, RemoteFile]) -> None:
         """Make `listed` and `unchanged` together the current listing, and update the copies of `listed`."""
         small = [path for path in listed if path.endswith(SMALL_FILES) or path.startswith(f"{ALIASES_FOLDER}/")]
+        small = [path for path in small if not is_too_large(path, listed[path])]
         linked = [path for path in listed if listed[path].is_link and "/" in path]
         for path in linked:
             self._drop_linked(path)
@@ -211,10 +218,10 @@ class Mirror:
         if len(contents) > MAX_SYNCED:
             os.sync()
         # Configs of deleted adapters stay, since requests in flight may need them.
-        gone = self.files.keys() - listed.keys() - unchanged.keys()
-        self.invalidate(gone)
-        for path in gone:
-            if path.endswith(f"/{STATISTICS_FILE}"):
+        removed = self.files.keys() - listed.keys() - unchanged.keys()
+        self.invalidate(removed)
+        for path in removed:
+            if path.endswith(f"/{STATISTICS_FILE}"):  # they are optional, so that a copy would still be read
                 (self._root / path).unlink(missing_ok=True)
         self.files = {**unchanged, **listed}
         self.folders = _by_name(self.files)
@@ -258,12 +265,12 @@ def _is_store_file(path: str, file: RemoteFile) -> bool:
     # Paths of a listing become local paths, so only the known files of a store may pass.
     folder, _, name = path.partition("/")
     if file.is_link and not name:
-        return bool(FOLDER.fullmatch(folder))
+        return is_reference(folder)
     if folder == ALIASES_FOLDER:
-        return bool(NAME.fullmatch(name))
+        return is_name(name)
     if folder == BASES_FOLDER:
         return bool(BASIS.fullmatch(name))
-    return name in ADAPTER_FILES and bool(FOLDER.fullmatch(folder))
+    return name in ADAPTER_FILES and is_reference(folder)
 
 
 def _owner(path: str) -> str:
@@ -275,7 +282,7 @@ def _by_name(files: Iterable[str]) -> Mapping[str, Sequence[str]]:
     folders = defaultdict(list)
     for path in sorted(files):
         folder, _, name = path.partition("/")
-        if name in (CONFIG_FILE, "") and FOLDER.fullmatch(folder):
+        if name in (CONFIG_FILE, "") and is_reference(folder):
             folders[folder.partition("@")[0]].append(folder)
     return dict(folders)
 

@@ -19,13 +19,13 @@ from lori.adapter import Adapter
 from lori.basis import Explicit
 from lori.config import CONFIG_FILE, ExplicitConfig
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, EXTRA_FILES, MAX_TEXT_BYTES, WEIGHTS_FILE, Files, read_config, read_file
+from lori.format import ADAPTER_FILES, CARD_FILE, EXTRA_FILES, MAX_TEXT_BYTES, WEIGHTS_FILE, Files, read_config, read_file
 from lori.names import check_name, split_reference
-from lori.prompt_statistics import STATISTICS_FILE
+from lori.prompt_statistics import MAX_STATISTICS_BYTES, STATISTICS_FILE
 from lori.store.bases import basis_bytes, basis_file, load_basis
 from lori.store.entry import CachedEntry, Entry, Scan
 from lori.store.files import LINK, LINKED_FOLDER, discard, read_stored, replace_file, sync_file
-from lori.store.mirror import ADAPTER_FILES, Mirror, WeightCache, alias_path, claim_folder
+from lori.store.mirror import Mirror, WeightCache, alias_path, claim_folder, is_too_large
 from lori.store.remote_folder import RemoteFolder
 from lori.store.store import NUM_ATTEMPTS, AdapterStore
 
@@ -193,6 +193,9 @@ class RemoteStore(AdapterStore):
     def file_faults(self, folder: str) -> list[str]:
         """Return the faults of the folder's files that show in the listing."""
         names = self._mirror.links.get(folder, ())
+        path = f"{folder}/{STATISTICS_FILE}"
+        if (file := self._mirror.files.get(path)) and is_too_large(path, file):
+            return [f"{STATISTICS_FILE} has {file.num_bytes} bytes, expected {MAX_STATISTICS_BYTES} at most"]
         if names or f"{folder}/{WEIGHTS_FILE}" in self._mirror.files:
             return [f"{name} cannot be read: {LINK}" if name else LINKED_FOLDER for name in names]
         return [f"{WEIGHTS_FILE} is not there"]

@@ -35,6 +35,7 @@ from lori.format import (
 )
 from lori.names import check_name, name_fault, split_reference, unknown_adapter
 from lori.peft.config import peft_fault
+from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.aliases import Aliases
 from lori.store.bases import BASES_FOLDER, basis_file, load_basis
 from lori.store.entry import Contents, Entry, Scan, has_adapter, scan
@@ -188,9 +189,9 @@ class AdapterStore:
     def put(self, adapter: Adapter, files: Files) -> Entry:
         """Publish `adapter`, whose files are `files`, under its name.
 
-        If the store has the version already, config, card and statistics are replaced, unless the published version has another
-        training record. Raises `AdapterError` if the name is invalid or an alias of another adapter, or if the store cannot be
-        written.
+        If the store has the version already, config, card and statistics are replaced; the statistics alone if the published
+        version has another training record. Raises `AdapterError` if the name is invalid or an alias of another adapter, or if
+        the store cannot be written.
         """
         check_name(adapter.name)
         self._check_root()
@@ -215,9 +216,10 @@ class AdapterStore:
             return
         # The version is the same, so the files differ only in new metrics or statistics, or the published copy is damaged.
         if _has_other_training(folder, files):
-            return
+            files = {name: content for name, content in files.items() if name == STATISTICS_FILE}
         for leftover in folder.glob(".*@*"):  # from a killed writer, since a living one would hold the lock
             discard(leftover)
+        Entry(name_of(folder), folder).remove_unsound_statistics()
         for name, content in files.items():
             if read_file(folder, name, []) != content:  # a link is replaced, too
                 replace_file(folder / name, content)

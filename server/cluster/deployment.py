@@ -41,11 +41,11 @@ KEEPALIVE_ENVIRONMENT = {"RAY_grpc_client_keepalive_timeout_ms": "10000"}
 `ReplicaHandles.watch` sends such bytes. Elsewhere Ray's 120 s remain: otherwise Ray would replace a replica that was cut off for
 a moment. More of keepalive's own pings would end good connections, because a server that is silent for minutes takes them for
 abuse."""
-PATIENCE_ENVIRONMENT = {"RAY_grpc_keepalive_timeout_ms": "120000"}
+REPLICA_KEEPALIVE_ENVIRONMENT = {"RAY_grpc_keepalive_timeout_ms": "120000"}
 """Environment of a replica: it keeps a connection whose bytes are not acknowledged for so long, as Ray's clients do.
 
-With Ray's 20 s for servers, a replica that was cut off for 15 s could close its connection to Ray's controller. The controller
-then replaced it as soon as it came back."""
+Ray's servers give up after 20 s. The kernel sends unacknowledged bytes again at growing intervals, so that a machine that was cut
+off for 13 to 20 s was heard too late: the replica had closed its connection to Ray's controller, which replaced it."""
 CLUSTER_SETTINGS = ("host", "port", "ray_address")
 """Settings of the cluster, which `args` of an application in a Serve config file cannot have."""
 LONGEST_LOOK_BACK_S = 30.0
@@ -60,7 +60,7 @@ def deployed(settings: ClusterSettings) -> Application:
         ray_actor_options={
             "num_cpus": settings.replica_cpus,
             "num_gpus": settings.replica_gpus,
-            "runtime_env": {"env_vars": PATIENCE_ENVIRONMENT},
+            "runtime_env": {"env_vars": REPLICA_KEEPALIVE_ENVIRONMENT},
         },
         graceful_shutdown_timeout_s=settings.drain_s,
         logging_config=QUIET,

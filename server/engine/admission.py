@@ -10,7 +10,7 @@ from typing import TypeVar
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from lori.auto_weights import AutoWeights
+from lori.auto_weights import WeightQuery
 from lori.errors import TemplateError
 from lori.merge_options import DEFAULTS as LINEAR
 from lori.merge_options import MergeOptions
@@ -140,7 +140,7 @@ class Admission:
         """Bound for texts that are tokenized only to be counted. They may be longer than any prompt."""
         self._registry = registry
         self._num_ids = len(tokenizer) if num_ids is None else num_ids
-        self.max_terms = max_terms
+        self._max_terms = max_terms
         """Maximum number of adapters that can be resident together."""
         self._max_nnz = max_nnz
         """Maximum nonzero entries of B that can be resident. An estimate: exact sizes are known only once adapters are read."""
@@ -175,7 +175,7 @@ class Admission:
         Raises `RefusedError`, `TemplateError`, `PolicyError`, and the errors of `resolve`.
         """
         _check_caps(request)
-        timeout_s = _timeout_s(request)
+        timeout_s = checked_timeout_s(request)
         policy_adapters = self._policy_adapters(request)
         adapters = [adapter.summary for adapter in self._requested_adapters(request, [adapter for adapter, _ in policy_adapters])]
         policy = [(adapter.summary, weight) for adapter, weight in policy_adapters]
@@ -185,7 +185,7 @@ class Admission:
             template = request.template or self.template_of(adapters)
         text, ids, offsets, max_tokens = self._encode(request, template)
         auto = self._auto_weights(request, adapters) if request.weights == "auto" else None
-        self._check_merge(request, adapters, [1.0] * len(adapters) if auto else weights, policy)
+        self.check_merge(request, adapters, [1.0] * len(adapters) if auto else weights, policy)
         self._check_bias(request.sampling)
         self._check_grammar(request.sampling)
         return Request(
@@ -207,6 +207,11 @@ class Admission:
             tenant=request.tenant,
             timeout_s=timeout_s,
         )
+
+    def check_text(self, request: GenerateRequest) -> None:
+        """Raise `RefusedError` if a prompt that is no conversation cannot be answered: it is too long, or has unknown tokens."""
+        if isinstance(request.prompt, str | TokenPrompt):
+            self._encode(request, None)
 
     def _encode(self, request: GenerateRequest, template: Template | None) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
         field = "prompt" if isinstance(request.prompt, str | TokenPrompt) else "messages"
@@ -231,13 +236,14 @@ class Admission:
         offsets = tuple(start for start, _ in encoding.offsets) if request.sampling.echo else ()
         return text, tuple(encoding.ids), offsets, max_tokens
 
-    def _check_merge(
+    def check_merge(
         self,
         request: GenerateRequest,
         adapters: Sequence[Summary],
         weights: Sequence[float],
         policy: Sequence[tuple[Summary, float]],
     ) -> None:
+        """Raise `RefusedError` if these adapters cannot be in one request: by their bases, their number or their memory."""
         bases = {adapter.basis for adapter in adapters}
         is_sum = request.merge.method == "linear"
         if not is_sum and not adapters:
@@ -248,9 +254,9 @@ class Admission:
                 "merge", f"{request.merge.method} needs adapters on one basis, found {bases_text}; 'linear' needs none"
             )
         num_terms = (len(adapters) if is_sum else min(1, len(adapters))) + len(policy)
-        if num_terms > self.max_terms:
+        if num_terms > self._max_terms:
             policy_note = f" beside {len(policy)} of the operator's" if policy else ""
-            raise RefusedError("adapter", f"names {len(adapters)} adapters{policy_note}, expected at most {self.max_terms}")
+            raise RefusedError("adapter", f"names {len(adapters)} adapters{policy_note}, expected at most {self._max_terms}")
         # Merges other than `linear` have fewer nonzero entries than their parts. How many is not known before they are built.
         summed = [*(zip(adapters, weights, strict=True) if is_sum else ()), *policy]
         _check_nnz(summed, self._max_nnz)
@@ -315,7 +321,7 @@ class Admission:
         statistics, background = adapter.prompt_statistics, self._background
         return statistics is not None and background is not None and statistics.background_digest == background.digest
 
-    def _auto_weights(self, request: GenerateRequest, adapters: Sequence[Summary]) -> AutoWeights:
+    def _auto_weights(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery:
         if not adapters:
             raise RefusedError("weights", "is 'auto' without adapters, among which it would choose")
         if request.merge.method != "linear":
@@ -328,10 +334,10 @@ class Admission:
                 remedy = "python -m training.calibrate FOLDER --data ROWS makes them"
                 raise RefusedError("weights", f"is 'auto', and {adapter.name!r} has {state} of its prompts: {remedy}")
         statistics = tuple(adapter.prompt_statistics for adapter in adapters if adapter.prompt_statistics)
-        return AutoWeights(self.probed_prompt(request.prompt, "weights"), statistics)
+        return WeightQuery(self.probed_prompt(request.prompt, "weights"), self._background, statistics)
 
     def probed_prompt(self, prompt: Prompt, field: str) -> ProbedPrompt:
-        """Return the tokens from which a prompt decides. Raises `RefusedError` about `field`, which asks for it."""
+        """Return the tokens of `prompt` that the probe reads. Raises `RefusedError` about `field`, which asked for 'auto'."""
         read: str | Sequence[Message] = (
             self.tokenizer.backend_tokenizer.decode(list(prompt.ids), skip_special_tokens=True)
             if isinstance(prompt, TokenPrompt)
@@ -402,7 +408,8 @@ def _check_caps(request: GenerateRequest) -> None:
         raise RefusedError("max_tokens", f"is {request.max_tokens}{choices_note}, expected {max_each} at most: {CAPPED_TOKENS}")
 
 
-def _timeout_s(request: GenerateRequest) -> float | None:
+def checked_timeout_s(request: GenerateRequest) -> float | None:
+    """Return the request's timeout in seconds, or the operator's cap. Raises `RefusedError` if it exceeds the cap."""
     cap = request.caps.max_s
     if cap is not None and request.timeout_s is not None and request.timeout_s > cap:
         raise RefusedError("timeout_s", f"is {request.timeout_s:g}, expected {cap:g} at most: the operator's cap for one request")

@@ -1,22 +1,21 @@
-"""The prompt weigher: a queue of prompts, and what they decide about adapters, computed on the engine's thread."""
+"""The prompt weigher: a queue of prompts, and what they say about adapters, computed on the engine's thread."""
 
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from lori.auto_weights import AutoChoice, AutoWeights, Choice, Shares
-from lori.prompt_statistics import Array, Background
+from lori.auto_weights import PromptQuery
+from lori.prompt_statistics import Array
 from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
 
 logger = logging.getLogger(__name__)
 IsWanted = Callable[[], bool]
-Decision = AutoWeights | AutoChoice
-"""A prompt, and what it decides: the weights of adapters, or which adapters."""
-Outcome = Shares | Choice | Exception
-OnOutcome = Callable[[Outcome], None]
+OnOutcome = Callable[[Any], None]
+"""Function of a query's result, or of its error."""
 MAX_BUSY_TOKENS = 512
 """Tokens of one pass while sequences run, which wait for it."""
 OVERFLOW = "the base model's numbers overflow on this prompt"
@@ -28,7 +27,7 @@ class WeighingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Queued:
-    decision: Decision
+    query: PromptQuery[Any]
     is_wanted: IsWanted
     on_outcome: OnOutcome
 
@@ -39,14 +38,14 @@ class PromptWeigher:
     Only the engine's thread may use it. `is_broken` says of an error that nothing more can be computed after it.
     """
 
-    def __init__(self, probe: PromptProbe, background: Background, is_broken: Callable[[Exception], bool]) -> None:
-        self._probe, self._background, self._is_broken = probe, background, is_broken
+    def __init__(self, probe: PromptProbe, is_broken: Callable[[Exception], bool]) -> None:
+        self._probe, self._is_broken = probe, is_broken
         self._queues: dict[str, deque[_Queued]] = {}
         """The queued prompts of each tenant that has any. The first tenant's turn is next."""
 
-    def submit(self, decision: Decision, tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
-        """Queue a prompt. One of the next steps calls `on_outcome` with what it decides or its error, if `is_wanted()` then."""
-        self._queues.setdefault(tenant, deque()).append(_Queued(decision, is_wanted, on_outcome))
+    def submit(self, query: PromptQuery[Any], tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
+        """Queue a prompt. One of the next steps calls `on_outcome` with its query's result or error, if `is_wanted()` then."""
+        self._queues.setdefault(tenant, deque()).append(_Queued(query, is_wanted, on_outcome))
 
     @property
     def has_work(self) -> bool:
@@ -65,7 +64,7 @@ class PromptWeigher:
         while self._queues and len(batch) < MAX_PROMPTS:
             tenant, queue = next(iter(self._queues.items()))
             if queue[0].is_wanted():
-                max_tokens -= len(queue[0].decision.prompt.ids)
+                max_tokens -= len(queue[0].query.prompt.ids)
                 if batch and max_tokens < 0:
                     break
                 batch.append(queue[0])
@@ -75,13 +74,13 @@ class PromptWeigher:
                 self._queues[tenant] = queue  # at the end
         return batch
 
-    def _outcomes(self, batch: Sequence[_Queued]) -> list[Outcome]:
+    def _outcomes(self, batch: Sequence[_Queued]) -> list[Any]:
         # An error in a pass may come from one prompt. Each is tried alone, so that only its request fails.
         if not batch:
             return []
         try:
-            features = self._probe.features([queued.decision.prompt for queued in batch])
-            return [self._outcome(queued.decision, z) for queued, z in zip(batch, features, strict=True)]
+            features = self._probe.features([queued.query.prompt for queued in batch])
+            return [self._outcome(queued.query, z) for queued, z in zip(batch, features, strict=True)]
         except Exception as error:
             if self._is_broken(error):
                 raise
@@ -90,5 +89,5 @@ class PromptWeigher:
                 return [WeighingError(f"the weights could not be computed: {error!r}")]
             return [outcome for queued in batch for outcome in self._outcomes([queued])]
 
-    def _outcome(self, decision: Decision, z: Array) -> Outcome:
-        return decision.decide(z, self._background) if np.isfinite(z).all() else WeighingError(OVERFLOW)
+    def _outcome(self, query: PromptQuery[Any], z: Array) -> Any:
+        return query.evaluate(z) if np.isfinite(z).all() else WeighingError(OVERFLOW)

@@ -16,7 +16,7 @@ from lori.template import Template
 from server.engine.grammar import Grammar
 
 if TYPE_CHECKING:  # a cluster's ingress need not import numpy
-    from lori.auto_weights import AutoWeights, Shares
+    from lori.auto_weights import Shares, WeightQuery
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
 RequestedWeights = tuple[float, ...] | Literal["auto"] | None
@@ -105,7 +105,7 @@ class Request:
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
     """Method that combines the adapters of `terms`. Any method but `linear` is built once and cached as a resident adapter."""
-    auto: "AutoWeights | None" = None
+    auto: "WeightQuery | None" = None
     """Set while the weights of `terms` are still to be computed from the prompt. Until then they are 0."""
     base_share: float | None = None
     """The share of automatic weights that went to the base."""

@@ -17,12 +17,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from lori.auto_weights import AutoChoice, AutoWeights, Choice, Shares
+from lori.auto_weights import PromptQuery
 from server.engine.adapters.residents import TierUsage
 from server.engine.engine import Engine
-from server.engine.prompt_weights import Decision, Outcome
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request
 
 logger = logging.getLogger(__name__)
@@ -133,25 +132,17 @@ class EngineThread:
         finally:
             self._pending_calls.discard(future)
 
-    async def shares(self, autos: Sequence[AutoWeights], tenant: str) -> Sequence[Shares]:
-        """Return the shares that prompts give to their adapters. Raises as `_decide`."""
-        return cast(Sequence[Shares], await self._decide(autos, tenant))
-
-    async def choices(self, autos: Sequence[AutoChoice], tenant: str) -> Sequence[Choice]:
-        """Return the adapters that prompts choose. Raises as `_decide`."""
-        return cast(Sequence[Choice], await self._decide(autos, tenant))
-
-    async def _decide(self, decisions: Sequence[Decision], tenant: str) -> Sequence[Shares | Choice]:
-        """Return what prompts decide. It is computed on the engine's thread, tenants in turn.
+    async def evaluate(self, queries: Sequence[PromptQuery[T]], tenant: str) -> Sequence[T]:
+        """Return the results of prompts' queries. They are computed on the engine's thread, tenants in turn.
 
         Prompts of a cancelled caller are dropped. Raises `EngineDeadError` as `call`, and `WeighingError`.
         """
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
-        futures: list[asyncio.Future[Shares | Choice]] = [asyncio.get_running_loop().create_future() for _ in decisions]
+        futures: list[asyncio.Future[T]] = [asyncio.get_running_loop().create_future() for _ in queries]
         self._pending_calls.update(futures)
-        for decision, future in zip(decisions, futures, strict=True):
-            self._commands.put(partial(self._submit_prompt, decision, tenant, future))
+        for query, future in zip(queries, futures, strict=True):
+            self._commands.put(partial(self._submit_query, query, tenant, future))
         try:
             return await asyncio.gather(*futures)
         finally:
@@ -188,11 +179,11 @@ class EngineThread:
         else:
             self._loop.call_soon_threadsafe(_settle, future, future.set_result, result)
 
-    def _submit_prompt(self, decision: Decision, tenant: str, future: asyncio.Future[Shares | Choice], engine: Engine) -> None:
-        assert engine.weigher, "a request with automatic weights is refused without a background"
-        engine.weigher.submit(decision, tenant, lambda: not future.done(), partial(self._settle_decision, future))
+    def _submit_query(self, query: PromptQuery[T], tenant: str, future: asyncio.Future[T], engine: Engine) -> None:
+        assert engine.weigher, "a request that needs one is refused without a background"
+        engine.weigher.submit(query, tenant, lambda: not future.done(), partial(self._settle_query, future))
 
-    def _settle_decision(self, future: asyncio.Future[Shares | Choice], outcome: Outcome) -> None:
+    def _settle_query(self, future: asyncio.Future[T], outcome: Any) -> None:
         assert self._loop is not None
         if isinstance(outcome, Exception):
             self._loop.call_soon_threadsafe(_settle, future, future.set_exception, outcome)

@@ -31,7 +31,7 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     """Return one of these models, or the one for a `model` that names several adapters, or a version."""
     if is_base(model, service.base_names):
         return _base(service)
-    if model == AUTO and service.chooser:
+    if model == AUTO and service.selector:
         return _auto(service)
     adapters = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
     return _card(service, adapters).model_copy(update={"id": model})
@@ -39,7 +39,11 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
 
 def _encode(service: Service, may_use: MayUse) -> bytes:
     adapters = (adapter for name, adapter in service.registry.by_name.items() if may_use(name))
-    cards = [_base(service), *([_auto(service)] if service.chooser else []), *(_card(service, [adapter]) for adapter in adapters)]
+    cards = [
+        _base(service),
+        *([_auto(service)] if service.selector else []),
+        *(_card(service, [adapter]) for adapter in adapters),
+    ]
     return ModelList(data=cards).model_dump_json().encode()
 
 

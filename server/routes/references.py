@@ -21,7 +21,7 @@ async def find(service: Service, caller: Caller, references: Sequence[str], fiel
     Raises `FieldError` if one is unknown, faulty or ambiguous, and `RefusedError` for `auto`.
     """
     if AUTO in references:
-        raise RefusedError(field, f"is {AUTO!r}, and no adapter is chosen before there is a request for an answer: name one")
+        raise RefusedError(field, f"is {AUTO!r}, which only requests for an answer may name: name an adapter")
     try:
         return await run_in_threadpool(lambda: [resolve(service.registry, reference, caller.may_use) for reference in references])
     except (UnknownAdapterError, FaultyAdapterError, AmbiguousVersionError) as error:

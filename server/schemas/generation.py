@@ -93,7 +93,7 @@ class MergeReply(Reply):
     sign: str | None = None
     seed: int | None = None
     base_share: float | None = None
-    """The share of automatic weights that went to the base; None if the request gave the weights."""
+    """The base's share, of automatic weights or of `auto`; None if the request gave the weights."""
 
 
 class Usage(Reply):

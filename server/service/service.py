@@ -3,9 +3,11 @@
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from anyio import Lock, fail_after
 
+from lori.errors import UnknownAdapterError
 from lori.names import AUTO
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
@@ -13,7 +15,7 @@ from server.access.limits import Limiter, RateLimiter
 from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
-from server.engine.adapter_choice import AdapterChooser, is_auto
+from server.engine.adapter_selection import AdapterSelector, is_auto
 from server.engine.adapters.registry import Registry, check_registered
 from server.engine.admission import NO_BACKGROUND, Admission, Caps, GenerateRequest, RefusedError, check_num_logprobs, prompt_size
 from server.engine.prompt_weights import WeighingError
@@ -29,6 +31,8 @@ from server.telemetry.metrics import Metrics
 from server.transport.bodies import Bodies, max_counted_bytes
 
 HasLeft = Callable[[], Awaitable[bool]]
+NUM_SELECTIONS = 3
+"""Times that adapters are selected for one request, if they are withdrawn meanwhile."""
 
 
 @dataclass(slots=True)
@@ -67,8 +71,8 @@ class Service:
     rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
     grammar_checks: GrammarChecks = field(init=False)
-    chooser: AdapterChooser | None = None
-    """The choice of adapters for requests for `auto`; None if the base has no background."""
+    selector: AdapterSelector | None = None
+    """What selects the adapters of requests for `auto`; None if the base has no background."""
     base_aliases: frozenset[str] = frozenset()
     """Other names by which requests may ask for the base model. Replies never use them."""
     base_names: frozenset[str] = field(init=False)
@@ -114,10 +118,7 @@ class Service:
             stack.callback(self._release, len(requests))
             caps = self.caps.lowered(caller.max_request_s, caller.max_request_tokens)
             requests = [_with_caller(caller, request, caps) for request in requests]
-            requests = await self._with_adapters(requests, caller.tenant)
-            admitted = await self.texts.run(
-                lambda: [self.admission.admit(request) for request in requests], caller.tenant, _size(requests)
-            )
+            admitted = await self._admit(requests, caller.tenant)
             check_num_logprobs(admitted, is_whole=is_whole)
             # Last, because it may take long.
             grammars = (request.sampling.grammar for request in admitted)
@@ -133,26 +134,39 @@ class Service:
                 self.metrics.count_admitted([term.name for term in terms])
             yield admitted
 
-    async def _with_adapters(self, requests: list[GenerateRequest], tenant: str) -> list[GenerateRequest]:
-        """Return the requests, those for `auto` with the adapters that their prompts choose. Raises as `_with_weights`."""
+    async def _admit(self, requests: Sequence[GenerateRequest], tenant: str) -> list[Request]:
+        """Return the admitted requests, those for `auto` with the adapters that fit their prompts. Raises as `_with_weights`."""
+        for attempt in range(NUM_SELECTIONS):
+            resolved = await self._with_adapters(requests, tenant, must_be_current=attempt > 0)
+            try:
+                return await self.texts.run(partial(_admit_all, self.admission, resolved), tenant, _size(resolved))
+            except UnknownAdapterError:
+                # An adapter that was selected may have been withdrawn meanwhile: the client named none.
+                if attempt == NUM_SELECTIONS - 1 or not any(map(is_auto, requests)):
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _with_adapters(
+        self, requests: Sequence[GenerateRequest], tenant: str, *, must_be_current: bool
+    ) -> Sequence[GenerateRequest]:
         undecided = [request for request in requests if is_auto(request)]
         if not undecided:
             return requests
-        if not (chooser := self.chooser):
+        if not (selector := self.selector):
             raise RefusedError("adapter", f"is {AUTO!r}, and {NO_BACKGROUND}")
-        prepared = await self.texts.run(lambda: [chooser.prepare(request) for request in undecided], tenant, _size(undecided))
-        with _errors_of_weighing(undecided[0].timeout_s):  # all are of one body
-            choices = await self.engine.choices([one.choice for one in prepared], tenant)
-        decided = [one.decided(choice, self.admission) for one, choice in zip(prepared, choices, strict=True)]
-        remaining = iter(decided)
-        return [next(remaining) if is_auto(request) else request for request in requests]
+        prepare = partial(selector.prepare, must_be_current=must_be_current)
+        pending = await self.texts.run(lambda: [*map(prepare, undecided)], tenant, _size(undecided))
+        with _weighing_deadline(pending[0].timeout_s):  # all are of one body
+            selections = await self.engine.evaluate([one.query for one in pending], tenant)
+        resolved = (selector.resolve(one, selection) for one, selection in zip(pending, selections, strict=True))
+        return [next(resolved) if is_auto(request) else request for request in requests]
 
     async def _with_weights(self, requests: list[Request], tenant: str) -> list[Request]:
         """Return the requests, those with automatic weights with the weights that their prompts give. Raises `EngineError`."""
         weighed = [request for request in requests if request.auto]
         if weighed:
-            with _errors_of_weighing(weighed[0].timeout_s):  # all are of one body
-                shares = iter(await self.engine.shares([request.auto for request in weighed if request.auto], tenant))
+            with _weighing_deadline(weighed[0].timeout_s):  # all are of one body
+                shares = iter(await self.engine.evaluate([request.auto for request in weighed if request.auto], tenant))
             requests = [request.with_shares(next(shares)) if request.auto else request for request in requests]
         for request in requests:
             if request.base_share is not None:
@@ -201,7 +215,7 @@ class Service:
 
 
 @contextmanager
-def _errors_of_weighing(timeout_s: float | None) -> Iterator[None]:
+def _weighing_deadline(timeout_s: float | None) -> Iterator[None]:
     """Give the block `timeout_s`, and raise its errors as `OutOfTimeError` and `EngineError`."""
     try:
         with fail_after(timeout_s):
@@ -210,6 +224,10 @@ def _errors_of_weighing(timeout_s: float | None) -> Iterator[None]:
         raise OutOfTimeError(f"not done within {timeout_s:g} s") from error
     except WeighingError as error:
         raise EngineError(str(error)) from error
+
+
+def _admit_all(admission: Admission, requests: Sequence[GenerateRequest]) -> list[Request]:
+    return [admission.admit(request) for request in requests]
 
 
 def _size(requests: Sequence[GenerateRequest]) -> int:

@@ -134,7 +134,9 @@ class Metrics:
         self.decode = self._histogram("vllm:request_decode_time_seconds", "From the first token to the end.")
         self.load_seconds = self._histogram("lori:adapter_load_seconds", "Reading, checking and packing an adapter.")
         self.merge_terms = self._histogram("lori:merge_terms", "Adapters that a request names.", NUM_TERMS)
-        self.base_share = self._histogram("lori:auto_base_share", "The base's share of automatic weights.", SHARES)
+        self.base_share = self._histogram(
+            "lori:auto_base_share", "The base's share of automatic weights, and of selections (auto).", SHARES
+        )
         ended = Counter("vllm:request_success", "Ended requests by reason.", (*LABELS, "finished_reason"), registry=self.registry)
         self._ended = {ours: ended.labels(base_model, ENGINE, theirs) for ours, theirs in REASONS.items()}
         self._http = Counter("lori:http_requests", "Answers by route and status.", ("route", "status"), registry=self.registry)

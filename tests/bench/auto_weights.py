@@ -4,7 +4,7 @@
     python -m tests.bench.auto_weights --data data --chats runs/test [--url URL] [--num-rows 400] [--nobody FILE ...]
 
 A line for each task and form (see `tests.bench.demo`): the figures of the base, of the task's adapter alone, of equal weights, of
-automatic ones (`auto`) and of the adapters that the server chooses (`chosen`), the fraction of the adapter's own gain that each
+automatic ones (`auto`) and of the adapters that the server selects (`selected`), the fraction of the adapter's own gain that each
 keeps, the task's mean automatic weight, and the fraction of rows whose weight goes to another adapter by more than a half. For
 `safety` the figures are the harmful rows that are refused, and `benign` the benign ones.
 
@@ -30,12 +30,12 @@ NAMES = tuple(TASKS)
 Weights = tuple[float, ...]
 
 
-def weigh(url: str, template: Template, prompts: Sequence[Prompt], *, is_chosen: bool = False) -> list[Weights]:
+def weigh(url: str, template: Template, prompts: Sequence[Prompt], *, is_selected: bool = False) -> list[Weights]:
     """Return the automatic weights of `NAMES` for each prompt. A text in the template `chat` is sent as a message.
 
-    All are named, or the server chooses among them.
+    All are named, or the server selects among them.
     """
-    adapter = {"adapter": "auto"} if is_chosen else {"adapter": NAMES, "weights": "auto"}
+    adapter = {"adapter": "auto"} if is_selected else {"adapter": NAMES, "weights": "auto"}
 
     async def ask_one(ask: Ask, prompt: Prompt) -> Weights:
         fields: Mapping[str, Any]
@@ -74,6 +74,8 @@ def compare(arguments: argparse.Namespace) -> None:
     """Print a line for each task and form."""
     equal = (1 / len(NAMES),) * len(NAMES)
     for place, task in enumerate(NAMES):
+        if task not in arguments.tasks:
+            continue
         alone = tuple(float(name == task) for name in NAMES)
         for form, (file, template) in forms_of(task, arguments.data, arguments.chats).items():
             rows: list[Any] = read_metric_rows(str(file), TASKS[task], arguments.num_rows)
@@ -81,18 +83,19 @@ def compare(arguments: argparse.Namespace) -> None:
             rows = [row for row in rows if task != "safety" or row.harmful]
             prompts = [row.prompt for row in rows]
             auto = weigh(arguments.url, template, prompts)
-            chosen = weigh(arguments.url, template, prompts, is_chosen=True)
+            selected = weigh(arguments.url, template, prompts, is_selected=True)
             choices = {"base": [(0.0,) * len(NAMES)], "alone": [alone], "equal": [equal]}
             figures = {
                 name: scores(arguments.url, task, template, rows, weights * len(rows)).mean for name, weights in choices.items()
             }
             figures |= {
                 name: scores(arguments.url, task, template, rows, weights).mean
-                for name, weights in {"auto": auto, "chosen": chosen}.items()
+                for name, weights in {"auto": auto, "selected": selected}.items()
             }
             gain = figures["alone"] - figures["base"]
             line: dict[str, Any] = {"task": task, "form": form, "rows": len(rows), **figures}
-            line |= {f"{name}_kept": (figures[name] - figures["base"]) / gain for name in ("equal", "auto", "chosen")}
+            if gain:  # of few rows it can be 0
+                line |= {f"{name}_kept": (figures[name] - figures["base"]) / gain for name in ("equal", "auto", "selected")}
             line["own_weight"] = statistics.fmean(weights[place] for weights in auto)
             line["misrouted"] = statistics.fmean(
                 max(weight for i, weight in enumerate(weights) if i != place) > 0.5 for weights in auto
@@ -127,6 +130,7 @@ def main() -> int:
     parser.add_argument("--chats", type=Path, required=True)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--num-rows", type=int, default=0, help="rows of each file, drawn at random; 0 is all")
+    parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--nobody", type=Path, nargs="+", default=[], metavar="FILE")
     arguments = parser.parse_args()
     nobody(arguments.url, arguments.nobody)

@@ -63,7 +63,7 @@ def curls_and_replies() -> list[tuple[str, str]]:
         ("README.md", "Ask it"),
         ("api.md", "Ask it"),
         (merging, "Automatic weights"),
-        (merging, "The server chooses the adapters"),
+        (merging, "The server selects the adapters"),
     )
     pairs = (pair for place in places for pair in itertools.pairwise(blocks(*place)))
     return list(dict.fromkeys((curl, reply) for (_, curl), (_, reply) in pairs if curl.startswith("curl")))

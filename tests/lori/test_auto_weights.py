@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from lori.auto_weights import GRID, NUM_NEAREST, AutoChoice, Choice, PromptIndex, Shares, shares
+from lori.auto_weights import GRID, NUM_NEAREST, Mask, Selection, SelectionIndex, SelectionQuery, Shares, shares
 from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics, joined
 from tests.lori.features import SEEDS, draw, make_adapters, make_background
 
@@ -21,7 +21,7 @@ def adapters(background: Background) -> list[PromptStatistics]:
 
 
 def test_a_prompt_like_an_adapter_s_goes_to_it(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    for index, seed in enumerate((11, 12, 13)):
+    for index, seed in enumerate(SEEDS):
         [z] = draw(seed, 3.0, count=1)
         expected = tuple(float(i == index) for i in range(3))
         assert shares(z, background, adapters).weights == expected
@@ -33,13 +33,13 @@ def test_another_prompt_goes_to_the_base(background: Background, adapters: Seque
 
 
 def test_shares_lie_on_the_grid_and_their_sum_is_1(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    starts = [adapter.gaussians.means[0].astype(np.float64) for adapter in adapters]
-    middle = sum(starts, np.zeros(NUM_FEATURES)) / 3
-    z = np.linalg.solve(background.whitening.T.astype(np.float64), middle) + background.mean
-    result = shares(z, background, adapters)
-    parts = [*result.weights, result.base]
-    assert sum(parts) == 1
-    assert all((part * GRID).is_integer() for part in parts)
+    [z] = draw(11, 3.0, count=1)
+    uneven = [shares(z, background, [adapters[0], adapters[1]], log_odds=odds) for odds in np.linspace(-400, 400, 201)]
+    assert len({result.base for result in uneven}) > 2, "no share is between 0 and 1"
+    for result in uneven:
+        parts = [*result.weights, result.base]
+        assert sum(parts) == 1
+        assert all((part * GRID).is_integer() for part in parts)
 
 
 def test_the_order_of_adapters_does_not_matter(background: Background, adapters: Sequence[PromptStatistics]) -> None:
@@ -84,46 +84,54 @@ def many(background: Background) -> list[PromptStatistics]:
     return make_adapters(background, range(100, 100 + 3 * NUM_NEAREST))
 
 
-def test_a_prompt_chooses_its_adapter_among_many(background: Background, many: Sequence[PromptStatistics]) -> None:
-    index = PromptIndex(background, many)
+def allow(index: SelectionIndex) -> Mask:
+    return np.ones(len(index), dtype=bool)
+
+
+def test_a_prompt_gets_its_adapter_among_many(background: Background, many: Sequence[PromptStatistics]) -> None:
+    index = SelectionIndex(background, many)
     for place in range(0, len(many), 5):
         for z in draw(100 + place, 3.0, count=3):
-            assert index.choose(z, 2, 0.5) == Choice((place,), Shares((1.0,), 0.0))
+            assert index.select(z, 2, allow(index)) == Selection((place,), Shares((1.0,), 0.0))
     for z in (draw(1, count=1)[0], draw(99, 50.0, count=1)[0]):
-        assert index.choose(z, 2, 0.5) == Choice((), Shares((), 1.0))
+        assert index.select(z, 2, allow(index)) == Selection((), Shares((), 1.0))
 
 
-def test_the_choice_among_many_is_that_of_a_comparison_with_all(background: Background, many: Sequence[PromptStatistics]) -> None:
-    index = PromptIndex(background, many)
-    for seed, centre in ((100, 1.5), (103, 2.0), (150, 2.5), (170, 1.0)):
-        for z in draw(seed, centre, count=4):
-            expected = shares(z, background, many, log_odds=-np.log(len(many)))
-            chosen = index.choose(z, len(many), 0.0)
-            assert dict(zip(chosen.adapters, chosen.shares.weights, strict=True)) == {
-                i: weight for i, weight in enumerate(expected.weights) if weight
-            }
-            assert chosen.shares.base == pytest.approx(expected.base)
+def test_the_selection_among_many_is_that_of_a_comparison_with_all(
+    background: Background, many: Sequence[PromptStatistics]
+) -> None:
+    # Some are there twice, so that they share the weight.
+    adapters = [*many, *many[3::7]]
+    index = SelectionIndex(background, adapters)
+    selections = set()
+    for place in (0, 3, 10, 11, 17):
+        for z in draw(100 + place, 3.0, count=3):
+            expected = shares(z, background, adapters, log_odds=-np.log(len(adapters)))
+            selection = index.select(z, len(adapters), allow(index))
+            selections.add(selection.shares.weights)
+            weights = {i: weight for i, weight in enumerate(expected.weights) if weight}
+            assert dict(zip(selection.adapters, selection.shares.weights, strict=True)) == weights
+            assert selection.shares.base == pytest.approx(expected.base)
+    assert selections == {(1.0,), (0.5, 0.5)}
 
 
 @pytest.mark.parametrize("num_adapters", [len(SEEDS), 3 * NUM_NEAREST])
-def test_only_allowed_adapters_are_chosen(background: Background, many: Sequence[PromptStatistics], num_adapters: int) -> None:
-    adapters = many[:num_adapters]
-    index, [z] = PromptIndex(background, adapters), draw(101, 3.0, count=1)
-    allowed = np.ones(num_adapters, dtype=bool)
-    assert index.choose(z, 2, 0.5, allowed).adapters == (1,)
+def test_only_allowed_adapters_are_selected(background: Background, many: Sequence[PromptStatistics], num_adapters: int) -> None:
+    index, [z] = SelectionIndex(background, many[:num_adapters]), draw(101, 3.0, count=1)
+    allowed = allow(index)
+    assert index.select(z, 2, allowed).adapters == (1,)
     allowed[1] = False
-    assert 1 not in index.choose(z, num_adapters, 0.0, allowed).adapters
-    assert index.choose(z, 2, 0.5, np.zeros(num_adapters, dtype=bool)) == Choice((), Shares((), 1.0))
+    assert 1 not in index.select(z, num_adapters, allowed).adapters
+    assert index.select(z, 2, ~allow(index)) == Selection((), Shares((), 1.0))
 
 
 def test_equal_adapters_share_up_to_the_maximum(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    index, [z] = PromptIndex(background, [adapters[0]] * 4), draw(11, 3.0, count=1)
-    assert index.choose(z, 4, 0.5) == Choice((0, 1, 2, 3), Shares((0.25,) * 4, 0.0))
-    assert index.choose(z, 3, 0.5) == Choice((0, 1, 2), Shares((0.25,) * 3, 0.25))
-    assert index.choose(z, 1, 0.25) == Choice((0,), Shares((0.25,), 0.75))
-    assert index.choose(z, 1, 0.26) == Choice((), Shares((), 1.0))
+    index, [z] = SelectionIndex(background, [adapters[0]] * 4), draw(11, 3.0, count=1)
+    assert index.select(z, 4, allow(index)) == Selection((0, 1, 2, 3), Shares((0.25,) * 4, 0.0))
+    assert index.select(z, 3, allow(index)) == Selection((0, 1, 2), Shares((0.25,) * 3, 0.25))
 
 
-def test_without_adapters_the_base_is_chosen(background: Background) -> None:
-    decision = AutoChoice(ProbedPrompt((1,), 0, 1), PromptIndex(background, []), 3, 0.5)
-    assert decision.decide(np.zeros(NUM_FEATURES), background) == Choice((), Shares((), 1.0))
+def test_without_adapters_none_is_selected(background: Background) -> None:
+    index = SelectionIndex(background, [])
+    query = SelectionQuery(ProbedPrompt((1,), 0, 1), index, 3, allow(index))
+    assert query.evaluate(np.zeros(NUM_FEATURES)) == Selection((), Shares((), 1.0))

@@ -5,9 +5,28 @@ from pathlib import Path
 
 import pytest
 
-from lori.names import EMBEDDED_HUB_ID, base_aliases, near_names, unknown_adapter
+from lori.errors import AdapterError
+from lori.names import EMBEDDED_HUB_ID, base_aliases, check_name, is_name, is_reference, near_names, unknown_adapter
 
 KNOWN = ["intent", "math", "safety"]
+
+
+@pytest.mark.parametrize("name", ["math", "a", "a.b-c_1", "autos", "auto-1", "x" * 64])
+def test_names_and_their_versions(name: str) -> None:
+    check_name(name)
+    assert is_name(name)
+    assert is_reference(name)
+    assert is_reference(f"{name}@0123")
+    assert not is_reference(f"{name}@")
+    assert not is_reference(f"{name}@xyz")
+
+
+@pytest.mark.parametrize("name", ["", "Math", "../math", "-math", "x" * 65, "math@1", "auto"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(AdapterError, match="is reserved: requests for it" if name == "auto" else "must match"):
+        check_name(name)
+    assert not is_name(name)
+    assert not is_reference(f"{name}@0123")
 
 
 def test_near_names_are_listed_nearest_first() -> None:

@@ -93,7 +93,7 @@ def test_faults_of_statistics_are_reported_with_the_others(tmp_path: Path) -> No
     with pytest.raises(AdapterFormatError) as caught:
         summarise(entries, BASE)
     expected = (
-        f"{STATISTICS_FILE}: is of the version 000000000000, expected {version}",
+        f"{STATISTICS_FILE}: belongs to the version 000000000000, expected {version}",
         f"{STATISTICS_FILE}: is not a safetensors file",
         f"{STATISTICS_FILE} cannot be read: it is a link, and a store follows none",
     )

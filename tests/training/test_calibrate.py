@@ -1,7 +1,6 @@
 """`training.calibrate`: statistics of an adapter's prompts, beside the adapter."""
 
 import json
-import logging
 import random
 import string
 from collections.abc import Mapping, Sequence
@@ -14,17 +13,15 @@ import torch
 from lori.auto_weights import shares
 from lori.base_model import BaseModel, load_base_model
 from lori.errors import AdapterError
-from lori.format import load_adapter, read_config
+from lori.format import read_config
 from lori.prompt_statistics import STATISTICS_FILE, fit_background, load_background
 from lori.store.entry import Entry
 from tests.server.rig import write_adapter
-from tests.training.runs import config_for
 from training import calibrate, prompt_statistics
 from training.calibrate import CalibrateConfig
-from training.data import DataError, Row
-from training.fit import fit
+from training.data import DataError
 from training.prompt_features import prompt_features
-from training.prompt_statistics import MIN_ROWS, MIN_WEIGHT, Form, measure
+from training.prompt_statistics import MIN_ROWS, MIN_WEIGHT
 
 Rows = Sequence[Mapping[str, object]]
 
@@ -109,37 +106,3 @@ def test_another_base_s_background_is_refused(tiny_model: Path, place: Path, tmp
     settings = config(place, tiny_model, rows()).model_copy(update={"background": tmp_path / "absent"})
     with pytest.raises(AdapterError, match="absent cannot be read: No such file"):
         calibrate.calibrate(settings)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lori", "lora"])
-def test_training_ends_with_statistics(tiny_model: Path, base: BaseModel, place: Path, tmp_path: Path, method: str) -> None:
-    data = tmp_path / "sums.jsonl"
-    chats = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "no"}]} for text in texts(79, "XYZ")
-    ]
-    plain = [{"prompt": text, "completion": "yes yes yes"} for text in texts(MIN_ROWS, string.digits)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in plain + chats))
-    changes: dict[str, object] = {"method": method, "template": ["plain", "chat"], "steps": 30, "mix": []}
-    changes["background"] = background = place / "background.safetensors"
-    folder = fit(config_for(tiny_model, data, tmp_path / "sums", **changes), "command")
-    adapter = load_adapter(folder, base.identity)
-    statistics = Entry("sums", folder).prompt_statistics(adapter.config.lori.content_digest)
-    assert statistics is not None
-    assert len(statistics.gaussians.means) == 1, "79 messages are too few"
-    form = Form("sums", [Row(prompt=row["prompt"], completion=row["completion"]) for row in plain])
-    expected = measure(base, adapter, load_background(base.identity, background), [form])
-    np.testing.assert_allclose(statistics.gaussians.means, expected.gaussians.means, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_training_without_a_background_says_so(
-    tiny_model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    folder = fit(config_for(tiny_model, data, tmp_path / "colours", steps=1), "command")
-    assert not (folder / STATISTICS_FILE).exists()
-    assert "no statistics for automatic weights: there are " in caplog.text
-    caplog.clear()
-    fit(config_for(tiny_model, data, tmp_path / "colours", steps=1, prompt_statistics="off"), "command")
-    assert "statistics" not in caplog.text

@@ -14,6 +14,7 @@ from lori.basis import Explicit, Seeded
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE, load_adapter
+from lori.prompt_statistics import MAX_STATISTICS_BYTES, STATISTICS_FILE
 from lori.store.archive import pack, unpack
 from lori.store.entry import Entry
 from lori.store.store import AdapterStore
@@ -177,6 +178,22 @@ def test_a_pipe_is_not_unpacked(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         unpack(tmp_path / "pipe", AdapterStore(tmp_path / "store"))
+
+
+def test_an_archive_with_statistics_that_no_reader_takes_is_refused(entry: Entry, tmp_path: Path) -> None:
+    content = (entry.folder / STATISTICS_FILE).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    padding = MAX_STATISTICS_BYTES  # a header may end in spaces
+    padded = (length + padding).to_bytes(8, "little") + content[8 : 8 + length] + b" " * padding + content[8 + length :]
+    for wrong, fault in ((padded, "expected 1048576 at most"), (content[:-1], "is not a safetensors file")):
+        pack(entry.folder, tmp_path / "math.lori", "math")
+        with zipfile.ZipFile(tmp_path / "math.lori") as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(tmp_path / "math.lori", "w") as archive:
+            for name, part in (members | {f"math/{STATISTICS_FILE}": wrong}).items():
+                archive.writestr(name, part)
+        with pytest.raises(AdapterFormatError, match=f"{STATISTICS_FILE}: .*{fault}"):
+            unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store"))
 
 
 def test_an_archive_of_many_members_is_refused_at_once(tmp_path: Path) -> None:

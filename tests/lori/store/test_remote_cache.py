@@ -9,9 +9,10 @@ import pytest
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError, UnreachableError
 from lori.format import WEIGHTS_FILE, load_adapter
+from lori.prompt_statistics import MAX_STATISTICS_BYTES, STATISTICS_FILE
 from lori.store.remote import RemoteStore
 from lori.store.remote_folder import RemoteFolder
-from tests.lori.adapters import make_adapter
+from tests.lori.adapters import make_adapter, make_config, make_modules, save, write_statistics
 from tests.lori.remotes import LIMIT_S, Gate, Open, WatchedFileSystem, paths, publish, same
 
 
@@ -56,6 +57,27 @@ def test_a_process_reuses_the_cache_of_an_earlier_one(open_store: Open) -> None:
     assert WatchedFileSystem.num("fetch") == 0
     assert "a5" not in second.current()
     assert not [*second.root.glob("a5@*"), *second.root.glob(".aliases/a5")]
+
+
+def test_statistics_that_were_removed_while_no_process_ran_are_not_read(open_store: Open, tmp_path: Path) -> None:
+    save(tmp_path / "math", make_config(), make_modules())
+    write_statistics(tmp_path / "math")
+    first = open_store("kept")
+    entry = first.publish(tmp_path / "math")
+    close(first)
+    fsspec.filesystem("watched").rm_file(f"/store/{entry.folder.name}/{STATISTICS_FILE}")
+    second = open_store("kept")
+    assert second.root == first.root
+    assert second.find("math").prompt_statistics() is None
+
+
+def test_statistics_that_are_too_long_are_not_fetched(open_store: Open, tmp_path: Path) -> None:
+    entry = open_store().publish(save(tmp_path / "math", make_config(), make_modules()) and tmp_path / "math")
+    path = f"/store/{entry.folder.name}/{STATISTICS_FILE}"
+    fsspec.filesystem("watched").pipe_file(path, bytes(MAX_STATISTICS_BYTES + 1))
+    found = open_store().find("math")
+    assert found.file_faults() == [f"{STATISTICS_FILE} has 1048577 bytes, expected 1048576 at most"]
+    assert not (found.folder / STATISTICS_FILE).exists()
 
 
 def test_an_alias_of_its_own_name_is_recognized_by_its_listed_md5_without_a_read(open_store: Open, protocol: str) -> None:

@@ -101,13 +101,14 @@ def test_only_files_of_adapters_are_fetched(open_store: Open, path: str, tmp_pat
     assert {file for file in tmp_path.rglob("*") if "cache-1" not in file.parts} == before
 
 
-@pytest.mark.parametrize("folder", ["Math", "my run", "math@xyz", "math@0123456789abcd"])
+@pytest.mark.parametrize("folder", ["Math", "my run", "math@xyz", "math@0123456789abcd", "auto", "auto@0123456789ab"])
 def test_a_folder_with_an_invalid_name_is_reported_and_not_left_out(open_store: Open, folder: str) -> None:
     publish(open_store(), "math")
     WatchedFileSystem.store[f"/store/{folder}/{CONFIG_FILE}"] = WatchedFileSystem.store["/store/.aliases/math"]
     contents = open_store().contents()
     assert [*contents.current] == ["math"]
-    assert "an adapter's name must match" in contents.faults[folder]
+    rule = "'auto' is reserved" if folder.startswith("auto") else "an adapter's name must match"
+    assert rule in contents.faults[folder]
 
 
 def test_a_version_that_appears_during_the_listing_is_found(open_store: Open) -> None:

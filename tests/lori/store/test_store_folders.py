@@ -11,7 +11,7 @@ from lori.errors import AdapterError
 from lori.format import WEIGHTS_FILE, load_adapter, write_record
 from lori.prompt_statistics import STATISTICS_FILE
 from lori.store.store import AdapterStore
-from tests.lori.adapters import BASE, make, publish, write_statistics
+from tests.lori.adapters import BASE, make, make_config, make_modules, publish, save, write_statistics
 
 
 def test_a_plain_folder_is_the_adapter_of_its_name(store: AdapterStore) -> None:
@@ -79,6 +79,32 @@ def test_nothing_of_a_newer_plain_folder_is_lost(store: AdapterStore, tmp_path: 
     assert store.find("math").load().config.lori.metrics == {"loss": 0.5}
     assert (store.find("math").folder / STATISTICS_FILE).read_bytes() == statistics
     assert not folder.exists()
+
+
+def test_statistics_of_a_version_are_replaced_and_damaged_ones_removed(store: AdapterStore, tmp_path: Path) -> None:
+    save(tmp_path / "math", make_config(training={"way": "one"}), make_modules())
+    folder = store.publish(tmp_path / "math").folder
+    (folder / STATISTICS_FILE).write_bytes(b"x")
+    store.publish(tmp_path / "math")
+    assert not (folder / STATISTICS_FILE).exists()
+    save(tmp_path / "math", make_config(training={"way": "other"}), make_modules())
+    statistics = write_statistics(tmp_path / "math")
+    store.publish(tmp_path / "math")
+    assert (folder / STATISTICS_FILE).read_bytes() == statistics
+    assert load_adapter(folder).config.lori.training == {"way": "one"}
+    (tmp_path / "math" / STATISTICS_FILE).unlink()
+    store.publish(tmp_path / "math")
+    assert (folder / STATISTICS_FILE).read_bytes() == statistics, "sound ones stay"
+
+
+def test_an_alias_of_the_reserved_name_is_a_fault(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math")
+    (store.root / ".aliases" / "auto").write_text((store.root / ".aliases" / "math").read_text())
+    contents = store.contents()
+    assert [*contents.current] == ["math"]
+    assert "'auto' is reserved" in contents.faults["auto"]
+    with pytest.raises(AdapterError, match="'auto' is reserved"):
+        store.alias("auto", "math")
 
 
 @pytest.mark.parametrize(

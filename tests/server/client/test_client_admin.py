@@ -97,7 +97,7 @@ def test_statistics_of_prompts_are_uploaded_with_their_adapter(office: Office, c
         .startswith(f"math is not a sound adapter: {STATISTICS_FILE}: ")
     )
     write_statistics(folder, "0" * 64)
-    with pytest.raises(BadRequestError, match=f"{STATISTICS_FILE}: is of the version 000000000000, expected"):
+    with pytest.raises(BadRequestError, match=f"{STATISTICS_FILE}: belongs to the version 000000000000, expected"):
         client.upload("math", folder)
     client.delete("math")
 

@@ -178,7 +178,7 @@ def test_requests_outlive_a_machine(tmp_path: Path, folder: Path) -> None:
         assert len(first) == 2
         _cut_off_while_nothing_is_sent(nodes)
         nodes.other.plug("up")
-        # The same names: all was answered although Ray did not declare the machine dead.
+        # The same names: everything was answered, and Ray did not declare the machine dead.
         wait_until(lambda: nodes.names() == first, "the machine that was cut off")
         _lose_the_other(nodes, "cut off", lambda: nodes.other.plug("down"))
         nodes.other.plug("up")

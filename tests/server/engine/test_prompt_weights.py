@@ -1,12 +1,12 @@
 """The prompt weigher, with a fake probe: turns of tenants, lengths of passes, and errors."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from lori.auto_weights import AutoWeights, Shares
+from lori.auto_weights import Shares, WeightQuery
 from lori.prompt_statistics import (
     NUM_AXES,
     NUM_FEATURES,
@@ -17,7 +17,7 @@ from lori.prompt_statistics import (
     PromptStatistics,
 )
 from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
-from server.engine.prompt_weights import MAX_BUSY_TOKENS, OVERFLOW, Outcome, PromptWeigher, WeighingError
+from server.engine.prompt_weights import MAX_BUSY_TOKENS, OVERFLOW, PromptWeigher, WeighingError
 
 LENGTH = 100
 GUILTY, OVERFLOWING, BREAKING = 1, 2, 3
@@ -52,11 +52,11 @@ class Rig:
     """A weigher that a test steps, and the outcomes by first token."""
 
     def __init__(self) -> None:
-        self.probe, self.outcomes = FakeProbe(), dict[int, Outcome]()
-        self.weigher = PromptWeigher(cast(PromptProbe, self.probe), BACKGROUND, lambda error: isinstance(error, SystemError))
+        self.probe, self.outcomes = FakeProbe(), dict[int, Any]()
+        self.weigher = PromptWeigher(cast(PromptProbe, self.probe), lambda error: isinstance(error, SystemError))
 
     def submit(self, first: int, tenant: str = "", length: int = LENGTH, is_wanted: Callable[[], bool] = lambda: True) -> None:
-        auto = AutoWeights(ProbedPrompt((first,) * length, 0, length), (STATISTICS,))
+        auto = WeightQuery(ProbedPrompt((first,) * length, 0, length), BACKGROUND, (STATISTICS,))
         self.weigher.submit(auto, tenant, is_wanted, lambda outcome: self.outcomes.update({first: outcome}))
 
 

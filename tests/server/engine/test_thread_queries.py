@@ -6,15 +6,14 @@ from typing import cast
 
 import pytest
 
-from lori.auto_weights import AutoWeights, Shares
-from lori.prompt_statistics import ProbedPrompt
+from lori.auto_weights import PromptQuery, Shares
 from server.engine.engine import Engine
 from server.engine.prompt_weights import IsWanted, OnOutcome, WeighingError
 from server.engine.thread import EngineDeadError, EngineThread
 from tests.server.engine.test_thread import listen, named, run, until
 from tests.server.rig import FakeEngine
 
-AUTOS = [AutoWeights(ProbedPrompt((1,), 0, 1), ())] * 2
+QUERIES = [cast(PromptQuery[Shares], None)] * 2
 SHARES = Shares((1.0,), 0.0)
 
 
@@ -24,7 +23,7 @@ class FakeWeigher:
 
     queued: list[tuple[str, IsWanted, OnOutcome]] = field(default_factory=list)
 
-    def submit(self, _: AutoWeights, tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
+    def submit(self, _: PromptQuery[Shares], tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
         self.queued.append((tenant, is_wanted, on_outcome))
 
 
@@ -39,7 +38,7 @@ async def queued(engine: WeighingEngine) -> tuple[EngineThread, asyncio.Task[obj
     """Start the engine's thread and queue two prompts. Return the thread and the task that waits for their shares."""
     thread = EngineThread(cast(Engine, engine))
     thread.start()
-    task: asyncio.Task[object] = asyncio.create_task(thread.shares(AUTOS, "tenant"))
+    task: asyncio.Task[object] = asyncio.create_task(thread.evaluate(QUERIES, "tenant"))
     await until(lambda: len(engine.weigher.queued) == 2)
     assert all(is_wanted() for _, is_wanted, _ in engine.weigher.queued)
     return thread, task
@@ -96,7 +95,7 @@ def test_when_the_engine_stops_queued_prompts_fail() -> None:
         with pytest.raises(EngineDeadError, match="the server is stopping"):
             await task
         with pytest.raises(EngineDeadError):
-            await thread.shares(AUTOS, "tenant")
+            await thread.evaluate(QUERIES, "tenant")
 
     run(test())
 

@@ -1,11 +1,16 @@
-"""Requests for `auto`, whose adapters the server chooses by the prompt, over a socket."""
+"""Requests for `auto`, whose adapters the server selects by the prompt, over a socket."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
+from lori.auto_weights import Selection
+from server.engine.adapter_selection import AdapterSelector, PendingSelection
+from server.engine.admission import GenerateRequest
+from server.service.service import NUM_SELECTIONS
 from tests.server.keyed import OTHER, bearer
 from tests.server.live import events
 from tests.server.replies import refusal
@@ -22,11 +27,11 @@ def names(reply: Mapping[str, Any]) -> list[str]:
 def test_a_prompt_gets_its_adapter_or_the_base(weighing: httpx.Client, name: str | None) -> None:
     for prompt in prompts(name, 5, seed=11):
         reply = ask(weighing, prompt, adapter="auto", weights=None)
-        chosen = [] if name is None else [name]
-        assert names(reply) == chosen
-        assert weights(reply) == [1.0] * len(chosen)
-        assert (reply["merge"]["method"], reply["merge"]["base_share"]) == ("linear", 1.0 - len(chosen))
-        assert reply["text"] == ask(weighing, prompt, adapter=chosen, weights=None)["text"]
+        selected = [] if name is None else [name]
+        assert names(reply) == selected
+        assert weights(reply) == [1.0] * len(selected)
+        assert (reply["merge"]["method"], reply["merge"]["base_share"]) == ("linear", 1.0 - len(selected))
+        assert reply["text"] == ask(weighing, prompt, adapter=selected, weights=None)["text"]
         assert reply["text"] == ask(weighing, prompt, adapter=["auto"], weights="auto")["text"]
 
 
@@ -55,7 +60,7 @@ def test_a_stream_s_last_event_has_the_adapters(weighing: httpx.Client) -> None:
     assert (kind, names(data)) == ("done", ["math"])
 
 
-def test_the_operator_s_adapter_is_not_chosen_but_added(weighing: httpx.Client) -> None:
+def test_the_operator_s_adapter_is_not_selected_but_added(weighing: httpx.Client) -> None:
     body = {"prompt": prompts("math", 1, seed=14)[0], "adapter": "auto", "max_tokens": 2}
     reply = weighing.post("/generate", json=body, headers=bearer(OTHER)).raise_for_status().json()
     assert [(one["name"], one["weight"], one["policy"]) for one in reply["adapter"]] == [
@@ -64,23 +69,52 @@ def test_the_operator_s_adapter_is_not_chosen_but_added(weighing: httpx.Client) 
     ]
 
 
+@pytest.mark.parametrize(("num_gone", "status"), [(1, 200), (NUM_SELECTIONS - 1, 200), (NUM_SELECTIONS, 404)])
+def test_if_an_adapter_was_withdrawn_meanwhile_another_is_selected(
+    weighing: httpx.Client, monkeypatch: pytest.MonkeyPatch, num_gone: int, status: int
+) -> None:
+    resolve, resolved = AdapterSelector.resolve, 0
+
+    def withdraw(self: AdapterSelector, pending: PendingSelection, selection: Selection) -> GenerateRequest:
+        nonlocal resolved
+        resolved += 1
+        request = resolve(self, pending, selection)
+        return replace(request, adapters=("gone@000000000000",)) if resolved <= num_gone else request
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterSelector, "resolve", withdraw)
+        reply = weighing.post("/generate", json={"prompt": prompts("math", 1)[0], "adapter": "auto", "max_tokens": 1})
+    assert reply.status_code == status
+    assert resolved == min(num_gone + 1, NUM_SELECTIONS)
+    if status == 200:
+        assert names(reply.json()) == ["math"]
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"adapter": ["auto", "math"]}, "adapter", "names 'auto' beside others, expected it alone: the server chooses"),
-        ({"weights": [1]}, "weights", "is beside the adapter 'auto', whose weights come from the prompt"),
-        ({"adapter": [{"name": "auto", "weight": 1}]}, "weights", "is beside the adapter 'auto'"),
+        ({"adapter": ["auto", "math"]}, "adapter", "names 'auto' and other adapters, expected 'auto' alone"),
+        ({"weights": [1]}, "weights", "is given with the adapter 'auto', expected none or 'auto': the server sets the weights"),
+        ({"adapter": [{"name": "auto", "weight": 1}]}, "weights", "is given with the adapter 'auto'"),
         ({"merge": "ties"}, "merge", "is 'ties' with the adapter 'auto', expected 'linear'"),
     ],
 )
-def test_what_cannot_be_chosen_is_refused(weighing: httpx.Client, fields: Mapping[str, Any], param: str, message: str) -> None:
+def test_what_cannot_be_selected_is_refused(weighing: httpx.Client, fields: Mapping[str, Any], param: str, message: str) -> None:
     error = refusal(weighing.post("/generate", json={"prompt": "12", "adapter": "auto"} | dict(fields)), 400)
     assert (error["param"], message in error["message"]) == (param, True), error["message"]
 
 
 def test_a_version_of_auto_is_unknown(weighing: httpx.Client) -> None:
     refusal(weighing.post("/generate", json={"prompt": "12", "adapter": "auto@123"}), 404)
+
+
+def test_auto_in_a_sum_is_refused(weighing: httpx.Client) -> None:
     error = refusal(weighing.post("/v1/completions", json={"model": "math+auto", "prompt": "12"}), 400)
-    assert error["message"].startswith("model: names 'auto' beside others")
-    error = refusal(weighing.post("/tokenize", json={"model": "auto", "messages": [{"role": "user", "content": "12"}]}), 400)
-    assert "is 'auto', and no adapter is chosen before there is a request for an answer: name one" in error["message"]
+    assert error["message"] == "model: names 'auto' and other adapters, expected 'auto' alone"
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/adapters/compare?names=auto,math"])
+def test_what_asks_for_no_answer_cannot_name_it(weighing: httpx.Client, path: str) -> None:
+    body = {"model": "auto", "messages": [{"role": "user", "content": "12"}]}
+    reply = weighing.post(path, json=body) if path == "/tokenize" else weighing.get(path)
+    assert "is 'auto', which only requests for an answer may name: name an adapter" in refusal(reply, 400)["message"]

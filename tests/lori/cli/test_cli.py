@@ -4,67 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lori.base_model import load_base_model
 from lori.basis import Seeded
-from lori.cli.program import app, main
-from lori.config import CONFIG_FILE, new_config
-from lori.format import WEIGHTS_FILE, load_adapter, save_adapter
+from lori.cli.program import app
+from lori.config import CONFIG_FILE
+from lori.format import WEIGHTS_FILE, load_adapter
 from lori.prompt_statistics import STATISTICS_FILE
-from lori.store.entry import Entry
 from lori.store.store import AdapterStore
 from tests.lori.adapters import RANK, make_config, make_modules, save, write_statistics
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Return a function that runs the program in this process and returns its exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lori", *map(str, arguments)])
-        try:
-            code = main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """Return a store of three adapters in plain folders, on one basis."""
-    for seed, name in enumerate(("math", "law", "code")):
-        save(tmp_path / "store" / name, make_config(basis=Seeded()), make_modules(seed=seed))
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def tiny_adapter(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """Return the tiny model, and a random adapter for it on the shared basis."""
-    base = load_base_model(str(tiny_model), torch.float32)
-    modules = make_modules(base.identity.shapes, ("q_proj", "down_proj"), rank=4, density=0.1)
-    config = new_config(
-        modules,
-        Seeded(),
-        base.identity,
-        alphas=dict.fromkeys(modules, 8.0),
-        target_modules=("q_proj", "down_proj"),
-        templates=("chat",),
-        training={},
-    )
-    save(tmp_path / "tiny", config, modules)
-    return tiny_model, tmp_path / "tiny"
+from tests.lori.cli.conftest import Run
 
 
 @pytest.mark.slow
@@ -174,7 +127,7 @@ def test_verify_reports_faults_of_statistics(run: Run, store: Path) -> None:
     (store / "code" / STATISTICS_FILE).write_bytes(b"x")
     rows = {row["adapter"]: row["faults"] for row in json.loads(run("verify", store, "--json")[1])}
     assert rows["math"] == []
-    assert rows["law"][0].startswith(f"{STATISTICS_FILE}: is of the version 000000000000")
+    assert rows["law"][0].startswith(f"{STATISTICS_FILE}: belongs to the version 000000000000")
     assert WEIGHTS_FILE in rows["code"][0]
     assert STATISTICS_FILE in rows["code"][-1]
 
@@ -268,72 +221,6 @@ def test_an_alias_is_made_and_removed(run: Run, store: Path) -> None:
 # --- in and out
 
 
-def test_an_adapter_goes_to_peft_and_comes_back(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
-    model, folder = tiny_adapter
-    assert run("export", folder, tmp_path / "peft")[0] == 0
-    code, out, err = run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--values", "bfloat16")
-    assert (code, err) == (0, "")
-    assert "published peft@" in out
-    back, before = load_adapter(AdapterStore(tmp_path / "in").find("peft").folder), load_adapter(folder)
-    assert all(torch.equal(back.modules[name].values, b.values) for name, b in before.modules.items())
-
-
-def test_a_dense_lora_is_pruned_only_where_asked(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
-    model, folder = tiny_adapter
-    run("export", folder, tmp_path / "peft")
-    tensors = load_file(tmp_path / "peft" / WEIGHTS_FILE)
-    save_file({k: v + 0.01 if "lora_B" in k else v for k, v in tensors.items()}, tmp_path / "peft" / WEIGHTS_FILE)
-    code, out, err = run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--name", "whole")
-    assert code == 0
-    assert "100.0% of its B is kept" in err
-    code, out, err = run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--name", "part", "--sparsity", 0.9)
-    assert (code, err) == (0, "")
-    assert "pruning error: " in out
-    assert load_adapter(AdapterStore(tmp_path / "in").find("part").folder).config.lori.sparsity == pytest.approx(0.9, abs=0.01)
-
-
-def test_an_adapter_in_the_native_format_is_imported_unchanged(run: Run, store: Path, tmp_path: Path) -> None:
-    assert run("import", store / "math", tmp_path / "in", "--name", "sums")[0] == 0
-    assert AdapterStore(tmp_path / "in").find("sums").version == AdapterStore(store).find("math").version
-    assert run("import", store / "math", tmp_path / "in", "--sparsity", 0.9)[0] == 2
-
-
-def test_statistics_come_along_unless_they_are_of_another_version(run: Run, store: Path, tmp_path: Path) -> None:
-    statistics = write_statistics(store / "math")
-    assert run("import", store / "math", tmp_path / "in")[::2] == (0, "")
-    assert (AdapterStore(tmp_path / "in").find("math").folder / STATISTICS_FILE).read_bytes() == statistics
-    assert run("pack", store / "math", tmp_path / "math.lori")[::2] == (0, "")
-    assert run("unpack", tmp_path / "math.lori", tmp_path / "out")[::2] == (0, "")
-    assert (AdapterStore(tmp_path / "out").find("math").folder / STATISTICS_FILE).read_bytes() == statistics
-    version = Entry("math", store / "math").version
-    err = run("pack", store / "math", tmp_path / "small.lori", "--values", "int8")[2]
-    assert f"warning: {STATISTICS_FILE} belongs to {version}, and was not packed: make it again by" in err
-    write_statistics(store / "math", "0" * 64)
-    code, _, err = run("import", store / "math", tmp_path / "in")
-    assert code == 1
-    assert f"{STATISTICS_FILE}: is of the version 000000000000, expected {version}" in err
-
-
-@pytest.mark.parametrize("source", ["none", "hf://no-such"])
-def test_a_missing_source_is_an_error(run: Run, tmp_path: Path, source: str) -> None:
-    code, _, err = run("import", source, tmp_path / "in")
-    assert code == 1
-    assert source in err
-
-
-def test_pack_and_unpack(run: Run, store: Path, tmp_path: Path) -> None:
-    code, out, _ = run("pack", store / "math", tmp_path / "math.lori", "--values", "int8")
-    assert code == 0
-    assert "rounding error: 0." in out
-    assert run("unpack", tmp_path / "math.lori", tmp_path / "in")[0] == 0
-    assert load_adapter(AdapterStore(tmp_path / "in").find("math").folder).config.lori.values == "int8"
-    (tmp_path / "math.lori").write_text("x")
-    assert run("unpack", tmp_path / "math.lori", tmp_path / "in")[0] == 1
-
-
-# --- regressions
-
-
 def test_a_damaged_store_is_listed_and_can_be_repaired(run: Run, store: Path) -> None:
     # Regression: one dangling alias made the whole store unlistable, and could not be removed.
     AdapterStore(store).alias("prod", "math")
@@ -392,35 +279,6 @@ def test_text_from_a_file_is_escaped_for_the_terminal(run: Run, store: Path) -> 
     assert "x\\x1b[2Jy" in out
 
 
-def test_templates_survive_export_and_import(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
-    # Regression: an import silently assumed `chat`, whatever the adapter was trained on.
-    model, folder = tiny_adapter
-    plain = load_adapter(folder)
-    section = plain.config.lori.model_copy(update={"templates": ("plain", "chat")})
-    save_adapter(replace(plain, config=plain.config.model_copy(update={"lori": section})), tmp_path / "plain")
-    run("export", tmp_path / "plain", tmp_path / "peft")
-    assert "templates: plain, chat" in run("import", tmp_path / "peft", tmp_path / "in", "--model", model)[1]
-    assert AdapterStore(tmp_path / "in").find("peft").load().config.lori.templates == ("plain", "chat")
-    run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--template", "chat", "--name", "other")
-    imported = AdapterStore(tmp_path / "in")
-    assert imported.find("other").load().config.lori.templates == ("chat",)
-    assert imported.find("other").version != imported.find("peft").version
-
-
-def test_the_record_of_a_merge_survives_the_import_of_an_equal_adapter(
-    run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]
-) -> None:
-    # Regression: an equal adapter, imported under the merge's name, replaced the merge's record.
-    model, folder = tiny_adapter
-    run("merge", folder, folder, "-w", 1, "-w", 1, "-o", tmp_path / "in/both", "--values", "float32")
-    before = AdapterStore(tmp_path / "in").find("both")
-    assert "merged by linear: 2 tiny@" in run("inspect", tmp_path / "in/both")[1]
-    run("export", tmp_path / "in/both", tmp_path / "peft")
-    run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--name", "both")
-    assert AdapterStore(tmp_path / "in").find("both").folder == before.folder
-    assert "merged by linear: 2 tiny@" in run("inspect", tmp_path / "in/both")[1]
-
-
 @pytest.mark.parametrize("output", ["x", "store", "store/math/zz"])
 def test_an_output_that_is_not_store_and_name_is_refused(
     run: Run, store: Path, monkeypatch: pytest.MonkeyPatch, output: str
@@ -438,19 +296,6 @@ def test_an_adapter_without_its_weights_is_listed_as_such(run: Run, store: Path)
     code, out, _ = run("list", store)
     assert code == 1
     assert "adapter_model.safetensors is missing" in out
-
-
-def test_an_adapter_goes_from_store_to_store_by_name(run: Run, store: Path, tmp_path: Path) -> None:
-    AdapterStore(store).publish(store / "math")
-    assert run("import", store / "math", tmp_path / "in")[0] == 0
-    assert AdapterStore(tmp_path / "in").find("math").version == AdapterStore(store).find("math").version
-
-
-def test_a_source_without_a_valid_name_needs_the_name_option(run: Run, store: Path, tmp_path: Path) -> None:
-    shutil.copytree(store / "math", tmp_path / "My LoRA")
-    code, _, err = run("import", tmp_path / "My LoRA", tmp_path / "in")
-    assert code == 2
-    assert "--name" in err
 
 
 @pytest.mark.parametrize("options", [["--density", 0], ["--density", 7]])

@@ -1,0 +1,174 @@
+"""Selection of adapters by the server, for requests that name `auto`: those whose prompts the request's prompt is most like.
+
+Plain values and numpy: no tensor, no asyncio. See `lori.auto_weights`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from threading import Lock
+
+import numpy as np
+
+from lori.auto_weights import Mask, Selection, SelectionIndex, SelectionQuery
+from lori.names import AUTO
+from lori.prompt_statistics import Background
+from lori.summary import Summary
+from server.engine.adapters.registry import MAX_CALLERS, MayUse, Registered, Registry, candidates
+from server.engine.admission import Admission, GenerateRequest, RefusedError, TokenPrompt, checked_timeout_s
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The adapters that one caller may use, by their places in the index."""
+
+    adapters: Sequence[Summary | None]
+    """Each adapter under a name that the caller may use; None if there is none."""
+    allowed: Mask
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """The adapters of the registry at one time. An adapter with several names has one place in the index."""
+
+    by_name: Mapping[str, Registered]
+    index: SelectionIndex
+    adapters: Sequence[Sequence[Registered]]
+    """For each place the adapter under each of its names, its own name first. Aliases come after all own names."""
+    views: dict[MayUse, _View] = field(default_factory=dict)
+
+    def view(self, may_use: MayUse) -> _View:
+        """Return the adapters that may be selected for a caller: one version of each."""
+        view = self.views.get(may_use)
+        if view is None:
+            adapters: list[Summary | None] = []
+            owners: set[str] = set()
+            for same in self.adapters:
+                one = next((one for one in same if one.owner not in owners and may_use(one.summary.name)), None)
+                owners |= {one.owner} if one else set()
+                adapters.append(one.summary if one else None)
+            view = _View(adapters, np.array([adapter is not None for adapter in adapters], dtype=bool))
+            if len(self.views) >= MAX_CALLERS:
+                self.views.clear()
+            self.views[may_use] = view
+        return view
+
+    def allowed(self, view: _View, policy: Sequence[Registered]) -> Mask:
+        """Return which adapters may be selected: those of `view` without any version of those of the operator's `policy`."""
+        if not policy:
+            return view.allowed
+        names = {name for adapter in policy for name in adapter.names}
+        digests = {adapter.summary.digest for adapter in policy}
+        is_free = [same[0].summary.digest not in digests and not any(one.names & names for one in same) for same in self.adapters]
+        allowed: Mask = view.allowed & np.array(is_free, dtype=bool)
+        return allowed
+
+
+def _snapshot(by_name: Mapping[str, Registered], background: Background, can_weigh: Callable[[Summary], bool]) -> _Snapshot:
+    """Return a snapshot of the adapters that have statistics of this background."""
+    by_digest: dict[str, list[Registered]] = {}
+    for adapter in sorted(by_name.values(), key=lambda one: (one.summary.name != one.owner, one.summary.name)):
+        if can_weigh(adapter.summary):
+            by_digest.setdefault(adapter.summary.digest, []).append(adapter)
+    statistics = [first.summary.prompt_statistics for first, *_ in by_digest.values() if first.summary.prompt_statistics]
+    return _Snapshot(by_name, SelectionIndex(background, statistics), [*by_digest.values()])
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSelection:
+    """A request for `auto`, and the query that its prompt has to answer."""
+
+    request: GenerateRequest
+    query: SelectionQuery
+    adapters: Sequence[Summary | None]
+    """For each place of the index the adapter under a name that the caller may use."""
+    policy: Sequence[tuple[Summary, float]]
+    """The operator's adapters, with their weights."""
+    timeout_s: float | None
+
+
+class AdapterSelector:
+    """Selects among the registered adapters that have statistics of the server's background. Thread-safe."""
+
+    def __init__(
+        self, registry: Registry, admission: Admission, background: Background, max_adapters: int, threshold: float
+    ) -> None:
+        """The base answers alone if the selected adapters have less than `threshold` of the shares together."""
+        self._registry, self._admission, self._background = registry, admission, background
+        self._max_adapters, self._threshold = max_adapters, threshold
+        self._lock = Lock()
+        self._snapshot = _snapshot({}, background, admission.can_weigh)
+
+    def prepare(self, request: GenerateRequest, *, must_be_current: bool = False) -> PendingSelection:
+        """Return the query of a request for `auto`. After a change of the adapters their index is built again first.
+
+        While another thread builds it, the old one is used, unless it `must_be_current`. Raises `RefusedError` if the request
+        cannot be for `auto`, or no adapter could be selected for the caller.
+        """
+        _check(request)
+        timeout_s = checked_timeout_s(request)
+        self._admission.check_text(request)
+        snapshot = self._current(must_be_current)
+        view = snapshot.view(request.may_use)
+        policy = [(one, weight) for reference, weight in request.policy for one in candidates(self._registry, reference)]
+        allowed = snapshot.allowed(view, [adapter for adapter, _ in policy])
+        if not allowed.any():
+            condition = "statistics of its prompts on this server's background"
+            raise RefusedError("adapter", f"is {AUTO!r}, and none of your adapters that could be selected has {condition}")
+        prompt = self._admission.probed_prompt(request.prompt, "adapter")
+        query = SelectionQuery(prompt, snapshot.index, self._max_adapters, allowed)
+        return PendingSelection(request, query, view.adapters, [(one.summary, weight) for one, weight in policy], timeout_s)
+
+    def resolve(self, pending: PendingSelection, selection: Selection) -> GenerateRequest:
+        """Return the request for the selected adapters, with their shares as weights, or for the base alone.
+
+        An adapter that cannot be in a request beside better ones is left out: there is no template for the messages that all of
+        them know, or no memory for all of them.
+        """
+        terms: list[tuple[Summary, float]] = []
+        for place, weight in zip(selection.adapters, selection.shares.weights, strict=True):
+            adapter = pending.adapters[place]
+            assert adapter is not None, "only allowed adapters are selected"
+            if self._fit_together(pending, [*(other for other, _ in terms), adapter]):
+                terms.append((adapter, weight))
+        if sum(weight for _, weight in terms) < self._threshold:
+            terms = []
+        names = tuple(f"{adapter.name}@{adapter.version}" for adapter, _ in terms)
+        weights = tuple(weight for _, weight in terms)
+        return replace(pending.request, adapters=names, weights=weights or None, base_share=1 - sum(weights))
+
+    def _fit_together(self, pending: PendingSelection, adapters: Sequence[Summary]) -> bool:
+        request = pending.request
+        try:
+            if request.template is None and not isinstance(request.prompt, str | TokenPrompt):
+                self._admission.template_of(adapters)
+            self._admission.check_merge(request, adapters, [1.0] * len(adapters), pending.policy)
+        except RefusedError:
+            return False
+        return True
+
+    def _current(self, must_be_current: bool) -> _Snapshot:
+        # With thousands of adapters a build takes a second, in which other requests need their threads.
+        if self._snapshot.by_name is self._registry.by_name:
+            return self._snapshot
+        if self._lock.acquire(blocking=must_be_current or not self._snapshot.by_name):
+            try:
+                by_name = self._registry.by_name
+                if self._snapshot.by_name is not by_name:
+                    self._snapshot = _snapshot(by_name, self._background, self._admission.can_weigh)
+            finally:
+                self._lock.release()
+        return self._snapshot
+
+
+def is_auto(request: GenerateRequest) -> bool:
+    """Return whether the server is to select the request's adapters."""
+    return AUTO in request.adapters
+
+
+def _check(request: GenerateRequest) -> None:
+    if len(request.adapters) > 1:
+        raise RefusedError("adapter", f"names {AUTO!r} and other adapters, expected {AUTO!r} alone")
+    if request.weights not in (None, "auto"):
+        raise RefusedError("weights", f"is given with the adapter {AUTO!r}, expected none or 'auto': the server sets the weights")
+    if request.merge.method != "linear":
+        raise RefusedError("merge", f"is {request.merge.method!r} with the adapter {AUTO!r}, expected 'linear'")

@@ -1,0 +1,126 @@
+"""`training.fit` ends with statistics of the adapter's prompts, for automatic weights, where they can be made."""
+
+import json
+import logging
+import random
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from lori.base_model import BaseModel, load_base_model
+from lori.errors import AdapterError
+from lori.format import load_adapter
+from lori.prompt_statistics import STATISTICS_FILE, Background, fit_background
+from lori.store.entry import Entry
+from tests.training.runs import config_for
+from training.data import Row
+from training.fit import fit
+from training.prompt_features import prompt_features
+from training.prompt_statistics import MIN_ROWS, Form, measure
+
+ANSWER = "yes yes yes"
+
+
+def texts(count: int, letters: str) -> list[str]:
+    drawn = random.Random(letters)
+    return ["".join(drawn.choices(letters, k=drawn.randint(8, 24))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> BaseModel:
+    return load_base_model(str(tiny_model), torch.float32, "eager")
+
+
+@pytest.fixture(scope="module")
+def background(base: BaseModel) -> Background:
+    return fit_background(base.identity.digest, [prompt_features(base, texts(300, string.ascii_lowercase))])
+
+
+def write_rows(file: Path, num_plain: int, num_chats: int) -> list[Row]:
+    """Write rows of both forms, and return the plain ones."""
+    plain = [{"prompt": text, "completion": ANSWER} for text in texts(num_plain, string.digits)]
+    users = texts(num_chats, "XYZ")
+    chats = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "no"}]} for text in users]
+    file.write_text("".join(json.dumps(row) + "\n" for row in plain + chats))
+    return [Row(prompt=row["prompt"], completion=ANSWER) for row in plain]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lori", "lora"])
+def test_a_form_with_enough_rows_is_measured_as_by_calibrate(
+    tiny_model: Path, base: BaseModel, background: Background, tmp_path: Path, method: str
+) -> None:
+    rows, file = tmp_path / "sums.jsonl", tmp_path / "background.safetensors"
+    plain = write_rows(rows, MIN_ROWS, MIN_ROWS - 1)
+    file.write_bytes(background.to_bytes())
+    changes: dict[str, object] = {"method": method, "template": ["plain", "chat"], "steps": 30, "mix": [], "background": file}
+    folder = fit(config_for(tiny_model, rows, tmp_path / "sums", **changes), "command")
+    adapter = load_adapter(folder, base.identity)
+    statistics = Entry("sums", folder).prompt_statistics(adapter.config.lori.content_digest)
+    assert statistics is not None
+    assert len(statistics.gaussians.means) == 1, "there are too few messages"
+    expected = measure(base, adapter, background, [Form("sums", plain)])
+    np.testing.assert_allclose(statistics.gaussians.means, expected.gaussians.means, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_rows_that_were_left_out_are_not_measured(
+    tiny_model: Path, background: Background, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rows, file = tmp_path / "sums.jsonl", tmp_path / "background.safetensors"
+    write_rows(rows, MIN_ROWS, 0)
+    with rows.open("a") as out:
+        out.write(json.dumps({"prompt": "1" * 5000, "completion": ANSWER}) + "\n")
+    file.write_bytes(background.to_bytes())
+    config = config_for(tiny_model, rows, tmp_path / "sums", steps=30, mix=[], background=file, on_bad="skip", max_length=100)
+    assert (fit(config, "command") / STATISTICS_FILE).exists(), caplog.text
+
+
+@pytest.mark.slow
+def test_the_log_says_why_there_are_none(tiny_model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    folder = fit(config_for(tiny_model, data, tmp_path / "colours", steps=1), "command")
+    assert not (folder / STATISTICS_FILE).exists()
+    few, no_background = "expected at least 80 of one form, plain prompts or messages", "has no background (--background)"
+    [line] = [line for line in caplog.messages if line.startswith("no statistics for automatic weights: ")]
+    assert few in line
+    assert no_background in line
+    caplog.clear()
+    fit(config_for(tiny_model, data, tmp_path / "colours", steps=1, prompt_statistics=False), "command")
+    assert "statistics" not in caplog.text
+
+
+@pytest.mark.slow
+def test_rows_that_the_adapter_hardly_changes_end_no_training(
+    tiny_model: Path, background: Background, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rows, file = tmp_path / "sums.jsonl", tmp_path / "background.safetensors"
+    write_rows(rows, MIN_ROWS, 0)
+    file.write_bytes(background.to_bytes())
+    config = config_for(tiny_model, rows, tmp_path / "sums", steps=1, lr=1e-9, mix=[], background=file)
+    assert not (fit(config, "command") / STATISTICS_FILE).exists()
+    assert "no statistics for automatic weights: plain prompts: 80 rows count as 0.0, expected at least 40" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_file_that_is_no_background_is_reported_before_the_training(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.safetensors").write_bytes(b"x")
+    with pytest.raises(AdapterError, match="is not a sound background"):
+        fit(config_for(tiny_model, data, tmp_path / "colours", background=tmp_path / "b.safetensors"), "command")
+    assert not (tmp_path / "colours").exists()
+
+
+def test_a_background_without_a_measurement_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="--background is for --prompt-statistics"):
+        config_for(tiny_model, data, tmp_path / "colours", background=tmp_path / "b", prompt_statistics=False)
+
+
+def test_a_reserved_name_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="--output ends in 'auto', which is to be the adapter's name: 'auto' is reserved"):
+        config_for(tiny_model, data, tmp_path / "auto")
