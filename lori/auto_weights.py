@@ -80,6 +80,9 @@ class Selection:
 class SelectionIndex:
     """The statistics of many adapters on one background. Never changes."""
 
+    num_bytes = 0
+    """Size of what the index holds beside the statistics."""
+
     def __init__(self, background: Background, adapters: Sequence[PromptStatistics]) -> None:
         self._background, self._adapters = background, adapters
         if not adapters:
@@ -92,6 +95,7 @@ class SelectionIndex:
         self._discriminants = spherical @ axes[:, -NUM_DISCRIMINANTS:]  # (F, NUM_DISCRIMINANTS)
         points = means @ self._discriminants
         self._points, self._constants = points.astype(np.float32), (-0.5 * (points**2).sum(1)).astype(np.float32)
+        self.num_bytes = sum(part.nbytes for part in (self._owners, self._discriminants, self._points, self._constants))
 
     def __len__(self) -> int:
         return len(self._adapters)

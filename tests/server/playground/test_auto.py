@@ -1,0 +1,72 @@
+"""The playground in a browser: weights that the prompt gives, shown while somebody writes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.server.live import serve_here
+from tests.server.playground.conftest import Visit, Visiting
+from tests.server.service.weighed import make_service, prompts
+
+
+@pytest.fixture(scope="module")
+def url(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Yield the address of a server of which `math` and `safety` have statistics of their prompts, and `intent` has none."""
+    with serve_here(make_service(writer_model, tmp_path_factory.mktemp("auto"), has_keys=False)) as client:
+        yield f"{str(client.base_url).rstrip('/')}/"
+
+
+def expect_weights(visit: Visit, math: str, safety: str) -> None:
+    for name, weight in (("math", math), ("safety", safety)):
+        expect(visit.page.get_by_role("spinbutton", name=f"Exact weight of {name}")).to_have_value(weight)
+
+
+def test_the_weights_follow_the_prompt(visiting: Visiting, url: str) -> None:
+    visit = visiting(url)
+    auto, base = visit.page.get_by_role("checkbox", name="Weights from the prompt"), visit.page.locator("#base-share")
+    expect(auto).to_be_hidden()
+    visit.pick("math", "safety")
+    expect(base).to_be_hidden()
+    auto.check()
+    expect(base).to_have_text("Write a prompt: it gives the weights.")
+    slider = visit.page.get_by_role("slider", name="Weight of math")
+    expect(slider).to_be_disabled()
+    [sums], [letters], [nobody] = (prompts(name, 1) for name in ("math", "safety", None))
+    for prompt, shares in ((sums, ("1", "0", "0")), (letters, ("0", "1", "0")), (nobody, ("0", "0", "1"))):
+        visit.page.locator("#prompt").fill(prompt)
+        expect_weights(visit, *shares[:2])
+        expect(base).to_have_text(f"Base model: {shares[2]}")
+    asked = [body["prompt"] for body in visit.bodies()]
+    assert asked == [sums, letters, nobody], "asked for each prompt once"
+    visit.ask(prompt=sums, max_tokens="4")
+    assert [body["weights"] for body in visit.bodies() if body.get("stream") and "adapter" in body] == ["auto"]
+    expect(visit.answer("mix", "h3")).to_have_text("Answer: 1.00 math")
+    auto.uncheck()
+    expect(slider).to_be_enabled()
+    expect_weights(visit, "0.5", "0.5")
+
+
+def test_adapters_without_statistics_and_other_merges_have_none(visiting: Visiting, url: str) -> None:
+    visit = visiting(url)
+    row = visit.page.locator("#auto-row")
+    visit.pick("math")
+    expect(row).to_be_visible()
+    visit.page.locator("#auto").check()
+    visit.pick("intent")
+    expect(row).to_be_hidden()
+    visit.page.get_by_role("checkbox", name="intent", exact=True).uncheck()
+    expect(row).to_be_visible()
+    expect(visit.page.locator("#auto")).not_to_be_checked()
+    visit.pick("safety")
+    visit.page.locator("#merge").select_option("ties")
+    expect(row).to_be_hidden()
+
+
+def test_a_refusal_is_shown_in_place_of_the_weights(visiting: Visiting, url: str) -> None:
+    visit = visiting(url, allowed=(400,))
+    visit.pick("math")
+    visit.page.locator("#auto").check()
+    visit.page.locator("#prompt").fill("1" * 100_000)
+    expect(visit.page.locator("#base-share")).to_contain_text("prompt: ")
