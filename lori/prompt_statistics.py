@@ -156,7 +156,8 @@ class Gaussians:
     """(C,), v"""
 
     @cached_property
-    def _log_determinants(self) -> Array:
+    def log_determinants(self) -> Array:
+        """The logarithms of the covariances' determinants, (C,)."""
         # The determinant of C is v^F times the product of (l_k + v) / v, and |axis|^2 = l_k / (l_k + v).
         squares = (self.axes.astype(np.float64) ** 2).sum(-1)
         determinants: Array = self.means.shape[1] * np.log(self.variances.astype(np.float64)) - np.log1p(-squares).sum(-1)
@@ -164,11 +165,21 @@ class Gaussians:
 
     def log_likelihoods(self, z: Array) -> Array:
         """Return the log-likelihood of z (F,) under each Gaussian, (C,), without the term that all of them share."""
-        difference = z - self.means
-        along = (self.axes @ difference[:, :, None])[:, :, 0]  # (C, K)
-        distances = ((difference**2).sum(-1) - (along**2).sum(-1)) / self.variances
-        result: Array = -0.5 * (distances + self._log_determinants)
-        return result
+        return log_likelihoods([self], z)
+
+
+def log_likelihoods(parts: Sequence[Gaussians], z: Array) -> Array:
+    """Return the log-likelihood of z (F,) under each Gaussian of all `parts`, in order, as `Gaussians.log_likelihoods`.
+
+    In one call: part by part it takes ten times as long.
+    """
+    means, axes, variances = (np.concatenate([getattr(part, name) for part in parts]) for name in GAUSSIAN_NAMES)
+    determinants = np.concatenate([part.log_determinants for part in parts])
+    difference = z - means
+    along = (axes @ difference[:, :, None])[:, :, 0]  # (C, K)
+    distances = ((difference**2).sum(-1) - (along**2).sum(-1)) / variances
+    result: Array = -0.5 * (distances + determinants)
+    return result
 
 
 def fit_gaussian(z: Array, weights: Array | None = None, shrinkage: float = SHRINKAGE) -> Gaussians:
