@@ -45,7 +45,7 @@ REPLICA_KEEPALIVE_ENVIRONMENT = {"RAY_grpc_keepalive_timeout_ms": "120000"}
 """Environment of a replica: it keeps a connection whose bytes are not acknowledged for so long, as Ray's clients do.
 
 Ray's servers give up after 20 s. The kernel sends unacknowledged bytes again at growing intervals, so that a machine that was cut
-off for 13 to 20 s was heard too late: the replica had closed its connection to Ray's controller, which replaced it."""
+off for 17 s could be heard too late: the replica had closed its connection to Ray's controller, which replaced it."""
 CLUSTER_SETTINGS = ("host", "port", "ray_address")
 """Settings of the cluster, which `args` of an application in a Serve config file cannot have."""
 LONGEST_LOOK_BACK_S = 30.0

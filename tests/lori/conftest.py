@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lori.prompt_statistics import Background, PromptStatistics
 from tests.lori.adapters import make_config, make_modules, save
+from tests.lori.features import make_adapters, make_background
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +24,15 @@ def _one_thread() -> Iterator[None]:
 def folder(tmp_path: Path) -> Path:
     """Return the folder of a sound adapter called math."""
     return save(tmp_path / "math", make_config(metrics={"loss": 1.25}), make_modules()) and tmp_path / "math"
+
+
+@pytest.fixture(scope="session")
+def background() -> Background:
+    """Return the background of random features of prompts."""
+    return make_background()
+
+
+@pytest.fixture(scope="session")
+def adapters(background: Background) -> list[PromptStatistics]:
+    """Return the statistics of three adapters, whose prompts `tests.lori.features.draw` draws."""
+    return make_adapters(background)

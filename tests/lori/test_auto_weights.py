@@ -7,17 +7,7 @@ import pytest
 
 from lori.auto_weights import GRID, NUM_NEAREST, Mask, Selection, SelectionIndex, SelectionQuery, Shares, shares
 from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics, joined
-from tests.lori.features import SEEDS, draw, make_adapters, make_background
-
-
-@pytest.fixture(scope="module")
-def background() -> Background:
-    return make_background()
-
-
-@pytest.fixture(scope="module")
-def adapters(background: Background) -> list[PromptStatistics]:
-    return make_adapters(background)
+from tests.lori.features import SEEDS, draw, make_adapters
 
 
 def test_a_prompt_like_an_adapter_s_goes_to_it(background: Background, adapters: Sequence[PromptStatistics]) -> None:

@@ -32,20 +32,10 @@ from lori.prompt_statistics import (
     projection_matrix,
 )
 from lori.template import Message
-from tests.lori.features import NUM_PROMPTS, draw, make_adapters, make_background
+from tests.lori.features import NUM_PROMPTS, draw
 from tests.tiny import tiny_tokenizer
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}<assistant>"
-
-
-@pytest.fixture(scope="module")
-def background() -> Background:
-    return make_background()
-
-
-@pytest.fixture(scope="module")
-def adapters(background: Background) -> list[PromptStatistics]:
-    return make_adapters(background)
 
 
 def covariance_of(gaussians: Gaussians) -> Array:

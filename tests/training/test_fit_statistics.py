@@ -40,6 +40,13 @@ def background(base: BaseModel) -> Background:
     return fit_background(base.identity.digest, [prompt_features(base, texts(300, string.ascii_lowercase))])
 
 
+@pytest.fixture
+def file(background: Background, tmp_path: Path) -> Path:
+    """Return the background's file."""
+    (tmp_path / "background.safetensors").write_bytes(background.to_bytes())
+    return tmp_path / "background.safetensors"
+
+
 def write_rows(file: Path, num_plain: int, num_chats: int) -> list[Row]:
     """Write rows of both forms, and return the plain ones."""
     plain = [{"prompt": text, "completion": ANSWER} for text in texts(num_plain, string.digits)]
@@ -52,11 +59,10 @@ def write_rows(file: Path, num_plain: int, num_chats: int) -> list[Row]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lori", "lora"])
 def test_a_form_with_enough_rows_is_measured_as_by_calibrate(
-    tiny_model: Path, base: BaseModel, background: Background, tmp_path: Path, method: str
+    tiny_model: Path, base: BaseModel, background: Background, file: Path, tmp_path: Path, method: str
 ) -> None:
-    rows, file = tmp_path / "sums.jsonl", tmp_path / "background.safetensors"
+    rows = tmp_path / "sums.jsonl"
     plain = write_rows(rows, MIN_ROWS, MIN_ROWS - 1)
-    file.write_bytes(background.to_bytes())
     changes: dict[str, object] = {"method": method, "template": ["plain", "chat"], "steps": 30, "mix": [], "background": file}
     folder = fit(config_for(tiny_model, rows, tmp_path / "sums", **changes), "command")
     adapter = load_adapter(folder, base.identity)
@@ -69,14 +75,13 @@ def test_a_form_with_enough_rows_is_measured_as_by_calibrate(
 
 @pytest.mark.slow
 def test_rows_that_were_left_out_are_not_measured(
-    tiny_model: Path, background: Background, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_model: Path, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    rows, file = tmp_path / "sums.jsonl", tmp_path / "background.safetensors"
+    rows = tmp_path / "sums.jsonl"
     write_rows(rows, MIN_ROWS, 0)
     with rows.open("a") as out:
         out.write(json.dumps({"prompt": "1" * 5000, "completion": ANSWER}) + "\n")
-    file.write_bytes(background.to_bytes())
     config = config_for(tiny_model, rows, tmp_path / "sums", steps=30, mix=[], background=file, on_bad="skip", max_length=100)
     assert (fit(config, "command") / STATISTICS_FILE).exists(), caplog.text
 
@@ -97,12 +102,11 @@ def test_the_log_says_why_there_are_none(tiny_model: Path, data: Path, tmp_path:
 
 @pytest.mark.slow
 def test_rows_that_the_adapter_hardly_changes_end_no_training(
-    tiny_model: Path, background: Background, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_model: Path, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    rows, file = tmp_path / "sums.jsonl", tmp_path / "background.safetensors"
+    rows = tmp_path / "sums.jsonl"
     write_rows(rows, MIN_ROWS, 0)
-    file.write_bytes(background.to_bytes())
     config = config_for(tiny_model, rows, tmp_path / "sums", steps=1, lr=1e-9, mix=[], background=file)
     assert not (fit(config, "command") / STATISTICS_FILE).exists()
     assert "no statistics for automatic weights: plain prompts: 80 rows count as 0.0, expected at least 40" in caplog.text
