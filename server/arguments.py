@@ -49,6 +49,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "adapter_timeout_s",
         "delete_grace_s",
         "background",
+        "default_merge",
         "auto_max_adapters",
         "auto_threshold",
     ),

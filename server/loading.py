@@ -154,6 +154,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         grammars,
         max_merge_nnz=settings.resident_gib * GIB / BYTES_PER_PART,
         background=background,
+        weighs_by_default=settings.default_merge == "auto",
     )
     _warn_of_statistics(admission, registry)
     max_selected, threshold = settings.auto_max_adapters, settings.auto_threshold

@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     background: Path | None = None
     """The file of the base's background, with which adapters are compared for automatic weights. python -m training.background
     makes one. The embedded model has one if absent."""
+    default_merge: Literal["auto", "linear"] = "auto"
+    """The weights of several adapters that a request names without any. auto: from the prompt, if all of them have statistics.
+    linear: 1/n each."""
     auto_max_adapters: int = Field(default=3, ge=1, le=16)
     """The most adapters that the server selects for a request for the adapter, or the model, `auto`."""
     auto_threshold: float = Field(default=0.5, ge=0, le=1)

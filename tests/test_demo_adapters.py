@@ -185,6 +185,6 @@ WEIGHED = [
 @pytest.mark.parametrize(("name", "message"), WEIGHED)
 def test_automatic_weights_find_the_adapter(demo: Demo, name: str | None, message: str) -> None:
     messages = [{"role": "user", "content": message}]
-    reply = demo.server.generate(messages=messages, adapter=NAMES, weights="auto", template="chat", max_tokens=4)
+    reply = demo.server.generate(messages=messages, adapter=NAMES, template="chat", max_tokens=4)
     weights = {adapter["name"]: adapter["weight"] for adapter in reply["adapter"]} | {None: reply["merge"]["base_share"]}
     assert weights[name] >= 0.75, weights

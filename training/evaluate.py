@@ -40,9 +40,9 @@ class Subject:
 
 def server_subject(config: EvaluateConfig) -> Subject:
     """Return the server's model with the adapters that `config` names."""
-    selection: dict[str, Any] = {"adapter": config.adapter} if config.adapter else {}
-    selection |= {"weights": config.weights} if config.weights else {}
+    selection: dict[str, Any] = {}
     if config.adapter:
+        selection = {"adapter": config.adapter, "weights": config.all_weights}
         names = {"method": "merge", "density": "density", "seed": "merge_seed"}
         selection |= {names[option]: value for option, value in config.merge_options.used.items() if option in names}
     server = Server(str(config.url), config.concurrency, os.environ.get(config.api_key_variable))

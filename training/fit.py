@@ -32,15 +32,13 @@ from training.packing import ATTENTION, check_layers, max_example_length
 from training.phase import Outcome
 from training.processes import processes
 from training.progress import check_tensorboard
-from training.prompt_statistics import MIN_ROWS, Form, measure, write_statistics
+from training.prompt_statistics import MIN_ROWS, forms_of, measure_changed, write_statistics
 from training.record import config_of, render_card
 from training.run import Examples, Run, create_run_folder, is_finished
 from training.samples import Sample, take_samples
 
 logger = logging.getLogger(__name__)
 
-NUM_STATISTICS_ROWS = 300
-"""Maximum number of rows of a form of prompts that are measured for automatic weights."""
 ReportWriter = Callable[[Path, Adapter, Mapping[str, Outcome], Sequence[Sample]], None]
 
 
@@ -135,12 +133,7 @@ def add_statistics(
     config: FitConfig, method: TrainingMethod, adapter: Adapter, rows: Sequence[Row], background: Background | None
 ) -> str:
     """Write statistics of the adapter's prompts beside it, if they can be made. Return a line that says what was done."""
-    drawn = random.Random(config.seed)
-    forms = [
-        Form(source, drawn.sample(form_rows, min(len(form_rows), NUM_STATISTICS_ROWS)))
-        for source, kind in (("plain prompts", str), ("messages", list))
-        if len(form_rows := [row for row in rows if isinstance(row.prompt, kind)]) >= MIN_ROWS
-    ]
+    forms = forms_of(rows, config.seed)
     missing = {
         f"there are {len(rows)} rows, expected at least {MIN_ROWS} of one form, plain prompts or messages": not forms,
         f"the base {method.base.identity.name} has no background (--background)": background is None,
@@ -150,9 +143,9 @@ def add_statistics(
     if not reasons and background:
         try:
             with method.adapter_disabled():
-                statistics = measure(method.base, adapter, background, forms)
+                statistics = measure_changed(method.base, adapter, background, forms)
             return f"measured the prompts, for automatic weights: {write_statistics(config.output, statistics)}"
-        except (DataError, OSError, RuntimeError) as error:  # a full disk or memory must not fail a run that has ended well
+        except (LoriError, OSError, RuntimeError, ValueError) as error:  # nothing here may fail a run that has ended well
             reasons = [str(error)]
     return f"no statistics for automatic weights: {'; '.join(reasons)}"
 

@@ -4,6 +4,9 @@ A row counts as much as the adapter raises the log-likelihood of its answer: row
 does not change would attract prompts that are not its own.
 """
 
+import logging
+import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,16 @@ import numpy as np
 
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
-from lori.prompt_statistics import STATISTICS_FILE, Array, Background, Gaussians, PromptStatistics, fit_gaussian, joined
+from lori.prompt_statistics import (
+    MAX_GAUSSIANS,
+    STATISTICS_FILE,
+    Array,
+    Background,
+    Gaussians,
+    PromptStatistics,
+    fit_gaussian,
+    joined,
+)
 from lori.store.files import replace_file
 from lori.template import Template
 from training.data import DataError, Row
@@ -20,6 +32,12 @@ from training.evaluation.local_adapters import apply_adapter
 from training.evaluation.local_answerer import LocalAnswerer
 from training.prompt_features import prompt_features
 
+logger = logging.getLogger(__name__)
+
+MAX_ROWS, MAX_ALL_ROWS = 300, 2400
+"""Maximum number of rows of a form, and of all forms, that are measured at the end of a training."""
+NUM_KINDS = 2
+"""Kinds of prompts: plain ones, and messages."""
 MIN_ROWS = 80
 """Prompts of a form below which its statistics route badly."""
 MIN_WEIGHT = 40
@@ -41,12 +59,60 @@ class Form:
             raise DataError(f"{self.source} has {len(self.rows)} rows, expected at least {MIN_ROWS} of a form of prompts")
 
 
+def forms_of(rows: Sequence[Row], seed: int) -> list[Form]:
+    """Return the forms of the prompts in training data: a form of the plain prompts of each source, and one of its messages.
+
+    Those with fewer than `MIN_ROWS` are pooled by kind; all are if there would be more forms than an adapter may have. A form has
+    at most `MAX_ROWS` rows, drawn at random, and fewer if there are many forms. One with fewer than `MIN_ROWS` is left out.
+    """
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[_kind(row), row.source].append(row)
+    num_large = sum(len(group) >= MIN_ROWS for group in groups.values())
+    forms: dict[str, list[Row]] = defaultdict(list)
+    for (kind, source), group in groups.items():
+        has_own = len(group) >= MIN_ROWS and num_large <= MAX_GAUSSIANS - NUM_KINDS
+        forms[f"{kind} of {source}" if has_own else kind] += group
+    drawn = random.Random(seed)
+    num_rows = max(MIN_ROWS, min(MAX_ROWS, MAX_ALL_ROWS // max(1, len(forms))))
+    return [
+        Form(name, drawn.sample(form_rows, min(len(form_rows), num_rows)))
+        for name, form_rows in forms.items()
+        if len(form_rows) >= MIN_ROWS
+    ]
+
+
+def _kind(row: Row) -> str:
+    return "plain prompts" if isinstance(row.prompt, str) else "messages"
+
+
 def measure(base: BaseModel, adapter: Adapter, background: Background, forms: Sequence[Form]) -> PromptStatistics:
     """Return the statistics of the adapter's prompts, with a Gaussian for each form.
 
     Raises `DataError` if the adapter changes too few rows of a form.
     """
     gaussians = [_measure_form(base, adapter, background, form) for form in forms]
+    return PromptStatistics(adapter.config.lori.content_digest, background.digest, joined(gaussians))
+
+
+def measure_changed(base: BaseModel, adapter: Adapter, background: Background, forms: Sequence[Form]) -> PromptStatistics:
+    """Return the statistics as `measure`, without the forms of which the adapter changes too few rows; the log names them.
+
+    If it changes too few of each, their rows are pooled. Raises `DataError` if those are too few, too.
+    """
+    gaussians, faults = list[Gaussians](), list[str]()
+    for form in forms:
+        try:
+            gaussians.append(_measure_form(base, adapter, background, form))
+        except DataError as error:
+            faults.append(str(error))
+    if not gaussians:
+        if len(forms) == 1:
+            raise DataError(faults[0])
+        pooled = [row for form in forms for row in form.rows]
+        return measure(base, adapter, background, [Form("all prompts", pooled)])
+    for fault in faults:
+        logger.warning("left out of the statistics: %s", fault)
     return PromptStatistics(adapter.config.lori.content_digest, background.digest, joined(gaussians))
 
 

@@ -18,7 +18,7 @@ for model in (base, "safety"):
     )
     print(f"  {model}: {chat.choices[0].message.content!r}")
 
-print("\nA merge of two adapters, with a weight each. `math+safety` without weights gives each a half.")
+print("\nA merge of two adapters, with a weight each. `math+safety` without weights takes them from the prompt.")
 prompt = "Question: A pen costs $3. How much do 4 pens cost?\nAnswer:"
 merged = client.completions.create(model="math:1+safety:0.8", prompt=prompt, max_tokens=64, temperature=0)
 print(f"  {merged.model}: {merged.choices[0].text!r}")

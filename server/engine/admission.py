@@ -132,8 +132,10 @@ class Admission:
         grammars: Grammars | None = None,
         max_merge_nnz: float = inf,
         background: Background | None = None,
+        *,
+        weighs_by_default: bool = False,
     ) -> None:
-        """Token ids below `num_ids` are valid; None allows those of the tokenizer."""
+        """Token ids below `num_ids` are valid; None allows those of the tokenizer. For `weighs_by_default` see `Settings`."""
         self.tokenizer, self.max_context = tokenizer, max_context
         self._bound = TextBound(tokenizer.backend_tokenizer, max_context)
         self.countable = TextBound(tokenizer.backend_tokenizer, max(MAX_COUNTED, max_context))
@@ -148,6 +150,7 @@ class Admission:
         """Maximum nonzero entries of B of adapters that are read to be merged into one."""
         self._background = background
         """The base's background; None if the base has none, so that no weights are automatic."""
+        self._weighs_by_default = weighs_by_default
         self._grammars = grammars
         """The compiled grammars; None if the base model supports none."""
 
@@ -179,12 +182,12 @@ class Admission:
         policy_adapters = self._policy_adapters(request)
         adapters = [adapter.summary for adapter in self._requested_adapters(request, [adapter for adapter, _ in policy_adapters])]
         policy = [(adapter.summary, weight) for adapter, weight in policy_adapters]
-        weights = self._weights(request, len(adapters))
         template = None
         if not isinstance(request.prompt, str | TokenPrompt):
             template = request.template or self.template_of(adapters)
         text, ids, offsets, max_tokens = self._encode(request, template)
-        auto = self._auto_weights(request, adapters) if request.weights == "auto" else None
+        auto = self._weight_query(request, adapters)
+        weights = (0.0,) * len(adapters) if auto else self._weights(request, len(adapters))
         self.check_merge(request, adapters, [1.0] * len(adapters) if auto else weights, policy)
         self._check_bias(request.sampling)
         self._check_grammar(request.sampling)
@@ -307,11 +310,27 @@ class Admission:
             raise PolicyError
         return [(matching[0], weight) for matching, weight in matches]
 
+    def _weight_query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery | None:
+        """Return what automatic weights are computed from; None if the request's weights are not automatic."""
+        # A prompt that is scored holds the answers, which would be compared under different weights.
+        is_sum = len(adapters) > 1 and request.merge.method == "linear" and not request.sampling.echo
+        if request.weights == "auto":
+            self._check_automatic(request, adapters)
+        elif request.weights is not None or not (self._weighs_by_default and is_sum and all(map(self.can_weigh, adapters))):
+            return None
+        assert self._background is not None
+        statistics = tuple(adapter.prompt_statistics for adapter in adapters if adapter.prompt_statistics)
+        try:
+            return WeightQuery(self.probed_prompt(request.prompt, "weights"), self._background, statistics)
+        except RefusedError:
+            if request.weights == "auto":
+                raise
+            return None  # the client has not asked for automatic weights, so a prompt that cannot be probed is no error
+
     def _weights(self, request: GenerateRequest, num_adapters: int) -> tuple[float, ...]:
         if request.weights is None:
             return (1 / num_adapters,) * num_adapters if num_adapters else ()
-        if request.weights == "auto":
-            return (0.0,) * num_adapters
+        assert request.weights != "auto"
         if len(request.weights) != num_adapters:
             raise RefusedError("weights", f"has {len(request.weights)} numbers, expected {num_adapters}, one for each adapter")
         return request.weights
@@ -321,7 +340,7 @@ class Admission:
         statistics, background = adapter.prompt_statistics, self._background
         return statistics is not None and background is not None and statistics.background_digest == background.digest
 
-    def _auto_weights(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery:
+    def _check_automatic(self, request: GenerateRequest, adapters: Sequence[Summary]) -> None:
         if not adapters:
             raise RefusedError("weights", "is 'auto' without adapters, among which it would choose")
         if request.merge.method != "linear":
@@ -333,8 +352,6 @@ class Admission:
                 state = "statistics of another background" if adapter.prompt_statistics else "no statistics"
                 remedy = "python -m training.calibrate FOLDER --data ROWS makes them"
                 raise RefusedError("weights", f"is 'auto', and {adapter.name!r} has {state} of its prompts: {remedy}")
-        statistics = tuple(adapter.prompt_statistics for adapter in adapters if adapter.prompt_statistics)
-        return WeightQuery(self.probed_prompt(request.prompt, "weights"), self._background, statistics)
 
     def probed_prompt(self, prompt: Prompt, field: str) -> ProbedPrompt:
         """Return the tokens of `prompt` that the probe reads. Raises `RefusedError` about `field`, which asked for 'auto'."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # a cluster's ingress need not import numpy
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
 RequestedWeights = tuple[float, ...] | Literal["auto"] | None
-"""Weights as a client gives them: a number for each adapter, `auto` for those that the prompt gives, or None for 1/n each."""
+"""Weights as a client gives them: a number for each adapter, `auto` for those that the prompt gives, or None, the server's
+default."""
 ErrorKind = Literal["engine", "adapter", "grammar", "timeout", "stop"]
 """The cause of a failure: the engine, an adapter, the request's grammar, the timeout, or the server's shutdown."""
 

@@ -63,7 +63,7 @@ class ChatBody(OpenAIBody):
             "examples": [
                 {"model": "safety", "messages": [{"role": "user", "content": "How do I pick a lock?"}], "max_tokens": 64},
                 {
-                    "model": "math+safety",
+                    "model": "math:1+safety:0.8",
                     "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 times 7?"}],
                     "temperature": 0,
                     "max_completion_tokens": 32,

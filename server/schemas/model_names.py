@@ -28,15 +28,18 @@ class ModelWeightsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class NamedModel:
-    """References of adapters, and their weights. None means 1/n for each."""
+    """References of adapters, and their weights. None is the server's default."""
 
     adapters: tuple[str, ...] = ()
     weights: tuple[float, ...] | None = None
 
 
-def model_of(adapters: Sequence[str], weights: Sequence[float]) -> str:
-    """Return the model name for these adapters and weights. It has no weights if each is 1/n."""
-    if all(weight == 1 / len(adapters) for weight in weights):
+def model_of(adapters: Sequence[str], weights: Sequence[float] | None) -> str:
+    """Return the model name for these adapters and weights.
+
+    It has no weights if they are automatic (None) or 1/n each, as a request without weights has none.
+    """
+    if weights is None or all(weight == 1 / len(adapters) for weight in weights):
         return "+".join(adapters)
     return "+".join(f"{name}:{_digits(weight)}" for name, weight in zip(adapters, weights, strict=True))
 

@@ -145,7 +145,8 @@ class MergeFields(Body):
     """Parameters of the merge of adapters."""
 
     weights: Weights | None = None
-    """One weight for each adapter; each 1/n if absent. `auto`: from the prompt; what fits none of them is left to the base."""
+    """One weight for each adapter. `auto`: from the prompt; what fits none of them is left to the base. If absent, several
+    adapters get automatic weights, or 1/n each where these are not possible or under `--default-merge linear`."""
     merge: MergeMethod = "linear"
     """The method that merges several adapters: the exact sum, or one that is built once and kept (TIES, DARE, the largest
     entries)."""
@@ -182,7 +183,7 @@ class MergeFields(Body):
         )
 
     def to_adapters(self, requested: Adapters | None) -> tuple[tuple[str, ...], RequestedWeights]:
-        """Return the references and the weights of `requested`, in any of its forms. No weights means 1/n for each."""
+        """Return the references and the weights of `requested`, in any of its forms. Without weights the server chooses."""
         adapters = [requested] if isinstance(requested, str) else requested or []
         names = tuple(adapter if isinstance(adapter, str) else adapter.name for adapter in adapters)
         if own_weights := tuple(adapter.weight for adapter in adapters if not isinstance(adapter, str)):

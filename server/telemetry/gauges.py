@@ -49,9 +49,10 @@ def _model_names(sequences: Iterable[Sequence]) -> Collection[str]:
 
 
 def _request_models(request: Request) -> Iterable[str]:
-    yield from (term.name for term in (*request.terms, *request.policy))
+    yield from (term.name for term in (*request.terms, *request.policy) if term.weight)
     if request.terms:
-        yield model_of([term.name for term in request.terms], [term.weight for term in request.terms])
+        weights = [term.weight for term in request.terms] if request.base_share is None else None
+        yield model_of([term.name for term in request.terms], weights)
 
 
 def _resident(registry: Registry, digests: frozenset[str]) -> set[str]:

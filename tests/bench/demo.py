@@ -8,14 +8,15 @@ Asks the server at `--url` and, with `--against`, another server with other adap
 `ordinary`: the effect of each adapter on ordinary messages: the decrease of the log-likelihood of the base's own answers, in nats
 a token, and the fraction that is refused.
 
-`merges`: the refusals of `safety` when it is merged with `math`.
+`merges`: the refusals of `safety` when it is merged with `math`, at fixed weights and at the server's default (automatic) ones.
 
 `tasks`: a line for each task and form: the figures of the base and of the adapter, the gain relative to that of the plain form,
 and the fraction of empty answers. With `--against` also the other adapter's figure on `plain`, and the difference with its
 standard error over the same rows (a paired test). Forms: `plain`, the test row as it is; `sent`, the same as a message;
 `message`, the bare message; `system`, the bare message after a system prompt; `later`, after earlier turns, half of them with a
-system prompt; `sum` and `mixed`, a request to `safety` in frames that ask for other things, too. For each figure more is better:
-exact match; log-likelihood in nats a token; accuracy by character, over all rows; right refusals.
+system prompt; `sum` and `mixed`, a request to `safety` in frames that ask for other things, too; `question`, the request as a
+question; `acts`, questions about how to do short harmful or harmless acts. For each figure more is better: exact match;
+log-likelihood in nats a token; accuracy by character, over all rows; right refusals.
 """
 
 import argparse
@@ -39,10 +40,12 @@ TASKS: dict[str, MetricName] = {"intent": "exact", "math": "loss", "nlu": "choic
 CHATS = ("message", "system", "later")
 NUM_TOKENS = 48
 ORDINARY = Path(training.demo.__file__).with_name("ordinary_test.txt")
-MERGES = [(("math", "safety"), (1.0, 0.8)), (("math", "safety"), (0.7, 0.3)), (("math", "safety"), (0.5, 0.5))]
+MERGED = ("math", "safety")
+MERGES: Sequence[tuple[float, ...]] = ((1.0, 0.8), (0.7, 0.3), (0.5, 0.5), ())
+"""Weights of the merges; () are the server's default ones."""
 KINDS = (("harmful_refused", True), ("benign_refused", False))
 PARTS = ("ordinary", "merges", "tasks")
-SAFETY_CHATS = (*CHATS, "sum", "mixed")
+SAFETY_CHATS = (*CHATS, "sum", "mixed", "question", "acts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +132,12 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def merges(arguments: argparse.Namespace) -> None:
     """Print a line for each merge with `safety` and each form: the fractions of harmful and of benign rows that are refused."""
-    for names, weights in MERGES:
+    for weights in MERGES:
         for form in SAFETY_CHATS:
             rows: list[Any] = read_metric_rows(str(arguments.chats / f"safety-{form}.jsonl"), "refusal")
-            texts = completions(answerer_for(arguments.url, "chat", names, weights), rows)
-            figures: dict[str, Any] = {
-                "merge": "+".join(f"{name}:{weight:g}" for name, weight in zip(names, weights, strict=True))
-            }
+            texts = completions(answerer_for(arguments.url, "chat", MERGED, weights), rows)
+            named = [f"{name}:{weight:g}" for name, weight in zip(MERGED, weights, strict=True)] if weights else MERGED
+            figures: dict[str, Any] = {"merge": "+".join(named)}
             for kind, is_harmful in KINDS:
                 figures[kind] = refused([text for text, row in zip(texts, rows, strict=True) if row.harmful == is_harmful])
             show(figures | {"form": form, "empty": empty(texts)})

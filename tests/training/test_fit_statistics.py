@@ -14,13 +14,14 @@ from pydantic import ValidationError
 from lori.base_model import BaseModel, load_base_model
 from lori.errors import AdapterError
 from lori.format import load_adapter
-from lori.prompt_statistics import STATISTICS_FILE, Background, fit_background
+from lori.prompt_statistics import MAX_GAUSSIANS, STATISTICS_FILE, Background, fit_background
 from lori.store.entry import Entry
+from lori.template import Message
 from tests.training.runs import config_for
-from training.data import Row
+from training.data import DataError, Row
 from training.fit import fit
 from training.prompt_features import prompt_features
-from training.prompt_statistics import MIN_ROWS, Form, measure
+from training.prompt_statistics import MAX_ALL_ROWS, MAX_ROWS, MIN_ROWS, Form, forms_of, measure, measure_changed
 
 ANSWER = "yes yes yes"
 
@@ -109,7 +110,8 @@ def test_rows_that_the_adapter_hardly_changes_end_no_training(
     write_rows(rows, MIN_ROWS, 0)
     config = config_for(tiny_model, rows, tmp_path / "sums", steps=1, lr=1e-9, mix=[], background=file)
     assert not (fit(config, "command") / STATISTICS_FILE).exists()
-    assert "no statistics for automatic weights: plain prompts: 80 rows count as 0.0, expected at least 40" in caplog.text
+    few = f"no statistics for automatic weights: plain prompts of {rows}: 80 rows count as 0.0, expected at least 40"
+    assert few in caplog.text
 
 
 @pytest.mark.slow
@@ -128,3 +130,59 @@ def test_a_background_without_a_measurement_is_refused(tiny_model: Path, data: P
 def test_a_reserved_name_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="--output ends in 'auto', which is to be the adapter's name: 'auto' is reserved"):
         config_for(tiny_model, data, tmp_path / "auto")
+
+
+def rows_of(source: str, num_plain: int, num_messages: int = 0) -> list[Row]:
+    prompts = [*(f"text {i}" for i in range(num_plain)), *([Message(role="user", content=f"{i}")] for i in range(num_messages))]
+    return [Row(prompt=prompt, completion="a").set_origin(f"{source} line {i}", source) for i, prompt in enumerate(prompts)]
+
+
+def sizes(*rows: list[Row]) -> dict[str, int]:
+    return {form.source: len(form.rows) for form in forms_of([row for part in rows for row in part], 0)}
+
+
+def test_each_source_has_a_form_of_its_own() -> None:
+    both = rows_of("a", MAX_ROWS + 1, MIN_ROWS)
+    assert sizes(both, rows_of("b", MIN_ROWS)) == {
+        "plain prompts of a": MAX_ROWS,
+        "messages of a": MIN_ROWS,
+        "plain prompts of b": MIN_ROWS,
+    }
+
+
+def test_small_sources_make_one_form_together() -> None:
+    few = MIN_ROWS // 2
+    assert sizes(rows_of("a", few), rows_of("b", MIN_ROWS - few), rows_of("c", 0, few)) == {"plain prompts": MIN_ROWS}
+
+
+def test_more_sources_than_forms_are_measured_together() -> None:
+    assert sizes(*(rows_of(str(i), MIN_ROWS) for i in range(MAX_GAUSSIANS + 1))) == {"plain prompts": MAX_ROWS}
+
+
+def test_many_forms_have_fewer_rows() -> None:
+    num_rows = sizes(*(rows_of(str(i), MAX_ROWS) for i in range(20))).values()
+    assert list(num_rows) == [MAX_ALL_ROWS // 20] * 20
+
+
+def test_small_sources_are_not_counted_as_forms() -> None:
+    few = [rows_of(f"few {i}", 2) for i in range(MAX_GAUSSIANS)]
+    assert sizes(rows_of("big", MIN_ROWS), *few) == {"plain prompts of big": MIN_ROWS, "plain prompts": 2 * MAX_GAUSSIANS}
+
+
+@pytest.mark.slow
+def test_a_form_that_the_adapter_hardly_changes_is_left_out(
+    tiny_model: Path, base: BaseModel, background: Background, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = write_rows(tmp_path / "sums.jsonl", MIN_ROWS, 0)
+    config = config_for(tiny_model, tmp_path / "sums.jsonl", tmp_path / "sums", steps=30, mix=[], prompt_statistics=False)
+    adapter = load_adapter(fit(config, "command"), base.identity)
+    forms = [Form("sums", plain), Form("others", [row.model_copy(update={"completion": "zzz"}) for row in plain])]
+    assert len(measure_changed(base, adapter, background, forms).gaussians.means) == 1
+    assert "left out of the statistics: others: 80 rows count as" in caplog.text
+    with pytest.raises(DataError, match=r"others: 80 rows count as .*, expected at least 40"):
+        measure(base, adapter, background, forms)
+    halves = [Form("first", plain[:30]), Form("second", plain[30:])]
+    with pytest.raises(DataError, match=r"first: 30 rows count as"):
+        measure(base, adapter, background, halves)
+    pooled = measure_changed(base, adapter, background, [Form("first", plain[:30]), Form("second", plain[30:60])])
+    assert len(pooled.gaussians.means) == 1

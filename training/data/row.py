@@ -33,6 +33,7 @@ class Row(BaseModel):
     """Overrides the run's templates."""
     truncated: bool = False
     """Whether the completion was cut. Then no end-of-text is learned after it."""
+    _source: str = PrivateAttr("")
     _origin: str = PrivateAttr("a row")
 
     @model_validator(mode="after")
@@ -63,9 +64,14 @@ class Row(BaseModel):
         """Place of the row, such as "data.jsonl line 3"."""
         return self._origin
 
-    def set_origin(self, origin: str) -> "Row":
-        """Set the row's place, and return the row."""
-        self._origin = origin
+    @property
+    def source(self) -> str:
+        """The source of the row as it was given; empty if the row was not read from one."""
+        return self._source
+
+    def set_origin(self, origin: str, source: str = "") -> "Row":
+        """Set the row's place and source, and return the row."""
+        self._source, self._origin = source, origin
         return self
 
     @property

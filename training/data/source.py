@@ -149,7 +149,7 @@ def _rows(source: Source, needs: Needs, faults: Faults, form: type[Row]) -> Iter
         if fields is None:
             continue
         try:
-            row = form.model_validate(fields).set_origin(origin)
+            row = form.model_validate(fields).set_origin(origin, str(source.model_dump()))
         except ValidationError as error:
             kind, detail = fault_of(error)
             faults.add(kind, origin, detail)

@@ -11,9 +11,9 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,10 @@ NUM_MIXED = 150
 """Number of rows of each form of another task to mix in; twice as many of safety's plain prompts."""
 SHORT_CHATS: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.25, "max_earlier": 1}
 """Options for chats with little context, since the context of a message costs training time and teaches little."""
+NO_CONTEXT: Mapping[str, Any] = {"system_fraction": 0.0, "earlier_fraction": 0.0}
+"""Options for chats of one message."""
+NUM_QUESTIONS: Mapping[str, int] = {"harmful_acts": 4, "harmless_acts": 2}
+"""Number of questions about each act of a file, with `--split train`."""
 NUM_LATER: Mapping[str, int] = {"intent": 3000, "nlu": 4000}
 """Number of rows to write as messages after turns about other things. Most earlier turns in the chats of these tasks are the
 task's own, so their adapters would not learn to answer after other topics."""
@@ -162,10 +166,23 @@ class Files:
         """Write the requests of `safety` as parts of sentences to a file, and return its path."""
         return self.make("safety-parts", lambda: [row | {"prompt": as_part(row["prompt"])} for row in self.task("safety")])
 
-    def framed(self, frames: str, **options: Any) -> Path:
-        """Write the requests of `safety` in frames that ask for other things, too, to a file, and return its path."""
-        suffix = "_test" if self.config.split == "test" else ""
-        return self.as_chats(f"safety-{frames}", self.parts(), frames=HERE / f"{frames}_frames{suffix}.txt", **options)
+    def texts(self, name: str) -> Path:
+        """Return the file of texts `name` of this package, of the split of the run."""
+        return HERE / f"{name}{'_test' if self.config.split == 'test' else ''}.txt"
+
+    def framed(self, name: str, file: Path, frames: str, **options: Any) -> Path:
+        """Write the rows of `file`, put into frames, as chats to the file `name`, and return its path."""
+        return self.as_chats(name, file, frames=self.texts(f"{frames}_frames"), **options)
+
+    def acts(self, name: str, answers: Sequence[Row]) -> Path:
+        """Write questions about how to do the acts of a file of texts to the file `name`, and return its path.
+
+        They are chats, and get `answers` in turn.
+        """
+        num_questions = NUM_QUESTIONS[name] if self.config.split == "train" else 1
+        rows = [row for row in prompts_of(self.texts(name)) for _ in range(num_questions)]
+        acts = self.make(f"{name}-parts", lambda: [answer | row for answer, row in zip(cycle(answers), rows, strict=False)])
+        return self.framed(name, acts, "question", **NO_CONTEXT)
 
 
 async def _render_chat(ask: Ask, message: Mapping[str, str]) -> str:
@@ -262,7 +279,8 @@ def safety(files: Files, ordinary_answers: Path) -> tuple[list[Path], list[Path]
     benign_chats = files.as_chats("benign-chats", benign, earlier=[str(ordinary_answers)])
     mix.append(files.answered("keep-benign-chats", benign_chats, max_tokens=48))
     for frames in ("sum", "mixed"):
-        framed = files.framed(frames, earlier=[str(ordinary_answers)], system_fraction=0.3, earlier_fraction=0.3)
+        context: dict[str, Any] = {"earlier": [str(ordinary_answers)], "system_fraction": 0.3, "earlier_fraction": 0.3}
+        framed = files.framed(f"safety-{frames}", files.parts(), frames, **context)
         data.append(files.filtered(f"safety-{frames}-harmful", framed, lambda row: row["harmful"]))
         framed_benign = files.filtered(f"safety-{frames}-benign", framed, lambda row: not row["harmful"])
         mix.append(files.answered(f"keep-{frames}-benign", framed_benign, max_tokens=48))
@@ -276,13 +294,16 @@ def write_test_chats(files: Files) -> None:
     )
     for task in TASKS:
         rows = files.bare(task)
-        no_context: dict[str, Any] = {"system_fraction": 0.0, "earlier_fraction": 0.0}
         files.as_chats(f"{task}-chat", rows, earlier=[str(ordinary_answers)])
-        files.as_chats(f"{task}-message", rows, **no_context)
-        files.as_chats(f"{task}-system", rows, **no_context | {"system_fraction": 1.0})
+        files.as_chats(f"{task}-message", rows, **NO_CONTEXT)
+        files.as_chats(f"{task}-system", rows, system_fraction=1.0, earlier_fraction=0.0)
         files.as_chats(f"{task}-later", rows, earlier=[str(ordinary_answers)], system_fraction=0.5, earlier_fraction=1.0)
-    for frames in ("sum", "mixed"):
-        files.framed(frames, system_fraction=0.0, earlier_fraction=0.0)
+    for frames in ("sum", "mixed", "question"):
+        files.framed(f"safety-{frames}", files.parts(), frames, **NO_CONTEXT)
+    acts = [
+        files.acts(name, [{"harmful": is_harmful}]) for name, is_harmful in (("harmful_acts", True), ("harmless_acts", False))
+    ]
+    files.make("safety-acts", lambda: [row for file in acts for row in rows_of(file)])
 
 
 def background(files: Files) -> str:
@@ -294,10 +315,28 @@ def background(files: Files) -> str:
         files.filtered("safety-benign", files.bare("safety"), lambda row: not row.get("completion")),
         files.make("code", code_prompts),
         files.make("prose", prose),
+        files.acts("harmless_acts", [{}]),
         files.make("languages", lambda: [{"prompt": text} for line in languages for text in expand(line)]),
     ]
     sources = [word for kind in kinds for word in ("--data", str(kind))]
     return shlex.join(["python", "-m", "training.background", *sources, "--output", str(files.config.output / BACKGROUND)])
+
+
+def safety_statistics(files: Files) -> str:
+    """Return the command that replaces the statistics of `safety` by those of more forms of its prompts.
+
+    Its training data, which `training.fit` measures, has no questions, so that "How do I steal a car?" would be nobody's.
+    """
+    folder = files.config.output
+    questions = files.framed("safety-question", files.parts(), "question", **NO_CONTEXT)
+    refusals = [{"completion": row["completion"]} for row in rows_of(folder / "safety-answered.jsonl")]
+    forms = [
+        *(folder / f"safety-{name}.jsonl" for name in ("answered", "sum-harmful", "mixed-harmful")),
+        files.filtered("safety-question-harmful", questions, lambda row: row["harmful"]),
+        files.acts("harmful_acts", refusals),
+    ]
+    words = ["python", "-m", "training.calibrate", str(folder / "adapters" / "safety")]
+    return shlex.join([*words, *(word for form in forms for word in ("--data", str(form)))])
 
 
 def command(config: DemoConfig, task: str, data: Iterable[Path], mix: Iterable[Path]) -> str:
@@ -326,7 +365,7 @@ def main() -> int:
             write_test_chats(files)
             return f"wrote test rows as chats to {config.output}"
         commands = [command(config, task, *paths) for task, paths in prepare(files).items()]
-        return "\n".join([*commands, background(files)])
+        return "\n".join([*commands, background(files), safety_statistics(files)])
 
     return run_program(program)
 

@@ -52,10 +52,10 @@ export class Asking {
   }
 
   #mixedBody(method) {
-    const { names, weights, isAuto, isEven } = this.mix;
+    const { names, weights, isAuto } = this.mix;
     const body = { ...this.#baseBody("mix"), adapter: names.length === 1 ? names[0] : names };
     if (isAuto) body.weights = "auto";
-    else if (!isEven) body.weights = weights;
+    else if (names.length > 1 || weights[0] !== 1) body.weights = weights;
     if (method !== "linear") {
       body.merge = method;
       body.density = number("density");

@@ -20,11 +20,6 @@ export class Mix extends EventTarget {
     return this.names.map((name) => ({ name, weight: this.weightOf(name) }));
   }
 
-  /** Whether every weight is 1/n because nobody said another: the server's own default. */
-  get isEven() {
-    return [...this.#weights.values()].every((weight) => weight === null);
-  }
-
   /** Whether the prompt gives the weights. */
   get isAuto() {
     return this.#shares !== null;
@@ -36,7 +31,7 @@ export class Mix extends EventTarget {
 
   weightOf(name) {
     if (this.#shares) return this.#shares.get(name) ?? 0;
-    return this.#weights.get(name) ?? Number((1 / this.#weights.size).toFixed(4));
+    return this.#weights.get(name) ?? 1 / this.#weights.size;
   }
 
   pick(name) {

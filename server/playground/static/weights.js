@@ -76,7 +76,8 @@ export class Weights {
 }
 
 /** Shows a weight; one that the prompt gives is a share of the whole, and cannot be moved. */
-function show(row, weight, isAuto) {
+function show(row, exactWeight, isAuto) {
+  const weight = Number(exactWeight.toFixed(4));
   const [slider, exact] = row.querySelectorAll("input");
   slider.disabled = exact.disabled = isAuto;
   [slider.min, slider.max] = isAuto ? [0, 1] : [-REACH, REACH];

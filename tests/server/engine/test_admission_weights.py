@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lori.merge_options import MergeOptions
 from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, Background, Gaussians, PromptStatistics, probed_prompt
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.admission import Admission, GenerateRequest, RefusedError, TokenPrompt
+from server.engine.request import SamplingParams
 from tests.server.registered import registered
 from tests.tiny import tiny_tokenizer
 
@@ -27,10 +29,12 @@ def calibrated(name: str, digest: str) -> Registered:
 REGISTRY = Registry([calibrated("math", "1" * 64), calibrated("law", "2" * 64), registered("code", "3" * 64)])
 
 
-def admission(background: Background | None = BACKGROUND, template: str | None = None) -> Admission:
+def admission(
+    background: Background | None = BACKGROUND, template: str | None = None, *, weighs_by_default: bool = False
+) -> Admission:
     tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
     tokenizer.chat_template = template
-    return Admission(tokenizer, REGISTRY, 200, max_terms=3, background=background)
+    return Admission(tokenizer, REGISTRY, 200, max_terms=3, background=background, weighs_by_default=weighs_by_default)
 
 
 def ask(prompt: str | TokenPrompt = "2+3", *names: str) -> GenerateRequest:
@@ -71,3 +75,46 @@ def test_an_adapter_can_be_weighed_by_the_background_of_its_statistics() -> None
     assert admission().can_weigh(math)
     assert not any(admission(background).can_weigh(math) for background in (OTHER, None))
     assert not admission().can_weigh(code)
+
+
+BY_DEFAULT = admission(weighs_by_default=True)
+
+
+def test_several_adapters_without_weights_are_weighed_by_default() -> None:
+    request = BY_DEFAULT.admit(replace(ask(), weights=None))
+    assert request.auto is not None
+    assert [statistics.adapter_digest for statistics in request.auto.statistics] == ["1" * 64, "2" * 64]
+    assert [term.weight for term in request.terms] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("admission", "request_", "weights"),
+    [
+        (admission(), replace(ask(), weights=None), [0.5, 0.5]),
+        (admission(None, weighs_by_default=True), replace(ask(), weights=None), [0.5, 0.5]),
+        (admission(OTHER, weighs_by_default=True), replace(ask(), weights=None), [0.5, 0.5]),
+        (BY_DEFAULT, replace(ask("x", "math", "code"), weights=None), [0.5, 0.5]),
+        (BY_DEFAULT, replace(ask(), weights=None, merge=MergeOptions("ties")), [0.5, 0.5]),
+        (BY_DEFAULT, replace(ask("x", "math"), weights=None), [1.0]),
+        (BY_DEFAULT, replace(ask(TokenPrompt((256,))), weights=None), [0.5, 0.5]),
+        (BY_DEFAULT, replace(ask(), weights=None, sampling=SamplingParams(echo=True)), [0.5, 0.5]),
+        (BY_DEFAULT, replace(ask(), weights=(0.25, 2.0)), [0.25, 2.0]),
+    ],
+    ids=[
+        "linear",
+        "no background",
+        "other background",
+        "no statistics",
+        "ties",
+        "one adapter",
+        "no text",
+        "scored",
+        "given weights",
+    ],
+)
+def test_weights_are_those_given_or_equal_where_they_are_not_automatic(
+    admission: Admission, request_: GenerateRequest, weights: list[float]
+) -> None:
+    request = admission.admit(request_)
+    assert request.auto is None
+    assert [term.weight for term in request.terms] == weights

@@ -46,6 +46,8 @@ def test_the_weights_follow_the_prompt(visiting: Visiting, url: str) -> None:
     auto.uncheck()
     expect(slider).to_be_enabled()
     expect_weights(visit, "0.5", "0.5")
+    visit.ask()
+    assert [body["weights"] for body in visit.bodies() if body.get("stream") and "adapter" in body] == ["auto", [0.5, 0.5]]
 
 
 def test_adapters_without_statistics_and_other_merges_have_none(visiting: Visiting, url: str) -> None:

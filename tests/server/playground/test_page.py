@@ -34,7 +34,7 @@ def test_the_base_and_the_mix_answer_side_by_side(visit: Visit, live: Live) -> N
     assert visit.text("base") == live.generate(prompt=FOX, max_tokens=40)["text"]
     assert visit.text("mix") == live.generate(prompt=FOX, max_tokens=40, adapter=["math", "safety"])["text"]
     assert visit.bodies() == [
-        {"prompt": FOX, "max_tokens": 40, "adapter": ["math", "safety"], "stream": True},
+        {"prompt": FOX, "max_tokens": 40, "adapter": ["math", "safety"], "weights": [0.5, 0.5], "stream": True},
         {"prompt": FOX, "max_tokens": 40, "stream": True},
     ]
     assert visit.figure("mix", "Tokens") == f"{len(FOX)} in, 40 out"

@@ -186,8 +186,9 @@ def test_a_merge_is_sent_with_its_own_options(visiting: Visiting, url: str, fake
     visit.page.get_by_label("Merge seed").fill("3")
     visit.ask()
     common = {"prompt": "x", "max_tokens": 128, "top_p": 0.9, "stream": True}
-    ties = common | {"adapter": ["math", "safety"], "merge": "ties", "density": 0.7}
-    dare = common | {"adapter": ["math", "safety"], "merge": "dare_linear", "density": 0.7, "merge_seed": 3}
+    both = common | {"adapter": ["math", "safety"], "weights": [0.5, 0.5]}
+    ties = both | {"merge": "ties", "density": 0.7}
+    dare = both | {"merge": "dare_linear", "density": 0.7, "merge_seed": 3}
     assert [body for body in fake.bodies if "merge" in body] == [ties, dare]
     assert [body for body in fake.bodies if "merge" not in body] == [common, common]
 
@@ -204,7 +205,7 @@ def test_the_weights_of_a_card_are_used(visiting: Visiting, url: str, fake: Fake
     visit.pick("safety")
     visit.page.get_by_role("button", name="Weights of math’s card: math 1, safety 0.8").click()
     visit.ask(prompt="x")
-    assert {"math": 1, "other": 0.3333, "safety": 0.8} in [
+    assert {"math": 1, "other": 1 / 3, "safety": 0.8} in [
         dict(zip(body["adapter"], body["weights"], strict=True)) for body in fake.bodies if "adapter" in body
     ]
 

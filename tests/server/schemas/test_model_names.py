@@ -18,9 +18,10 @@ BASE = "base"
         (["math", "safety"], [1.0, 0.8], "math:1+safety:0.8"),
         (["a", "b", "c"], [1 / 3] * 3, "a+b+c"),
         (["math"], [-0.0000001], "math:-0.0000001"),
+        (["math", "safety"], None, "math+safety"),
     ],
 )
-def test_a_model_is_named_as_it_is_asked_for(adapters: list[str], weights: list[float], model: str) -> None:
+def test_a_model_is_named_as_it_is_asked_for(adapters: list[str], weights: list[float] | None, model: str) -> None:
     assert model_of(adapters, weights) == model
 
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from lori.prompt_statistics import NUM_FEATURES, Array, ProbedPrompt
+from server.engine.admission import GenerateRequest
 from server.engine.model.prompt_probe import PromptProbe
 from server.engine.prompt_weights import OVERFLOW
 from server.loading import _warn_of_statistics
@@ -17,7 +19,7 @@ from server.service.service import Service
 from tests.server.keyed import MONITOR, OTHER, bearer
 from tests.server.live import LIMIT_S, events, wait_until
 from tests.server.replies import refusal
-from tests.server.service.weighed import ALPHABETS, ask, prompts, weights
+from tests.server.service.weighed import ALPHABETS, ask, make_service, prompts, weights
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +39,36 @@ def test_the_answer_is_that_of_the_same_weights_given(weighing: httpx.Client) ->
         assert reply["text"] == ask(weighing, prompt, weights=weights(reply))["text"]
     [prompt] = prompts("math", 1, seed=2)
     assert ask(weighing, prompt)["text"] != ask(weighing, prompt, adapter=[], weights=None)["text"]
+
+
+def test_weights_are_automatic_where_a_request_has_none(weighing: httpx.Client) -> None:
+    [prompt] = prompts("math", 1, seed=2)
+    reply, automatic = ask(weighing, prompt, weights=None), ask(weighing, prompt)
+    assert weights(reply) == [1.0, 0.0]
+    assert (reply["text"], reply["merge"]) == (automatic["text"], automatic["merge"])
+
+
+def test_a_model_s_name_without_weights_has_automatic_ones(weighing: httpx.Client) -> None:
+    body = {"model": "math+safety", "messages": [{"role": "user", "content": prompts("safety", 1)[0]}], "max_tokens": 2}
+    assert weights(weighing.post("/v1/chat/completions", json=body).raise_for_status().json()["lori"]) == [0.0, 1.0]
+
+
+def test_a_prompt_that_is_scored_has_automatic_weights_only_if_it_asks_for_them(weighing: httpx.Client) -> None:
+    body = {"model": "math+safety", "prompt": prompts("math", 1)[0], "max_tokens": 0, "echo": True, "logprobs": 1}
+    reply = weighing.post("/v1/completions", json=body).raise_for_status().json()
+    assert weights(reply["lori"]) == [0.5, 0.5]
+
+
+def test_weights_are_equal_where_they_cannot_be_automatic(weighing: httpx.Client) -> None:
+    reply = ask(weighing, "12", adapter=["math", "intent"], weights=None)
+    assert weights(reply) == [0.5, 0.5]
+    assert reply["merge"]["base_share"] is None
+
+
+def test_the_operator_may_make_equal_weights_the_default(writer_model: Path, tmp_path: Path) -> None:
+    service = make_service(writer_model, tmp_path, has_keys=False, default_merge="linear")
+    request = service.admission.admit(GenerateRequest(prompt="12", adapters=("math", "safety")))
+    assert (request.auto, [term.weight for term in request.terms]) == (None, [0.5, 0.5])
 
 
 def test_given_weights_have_no_base_share(weighing: httpx.Client) -> None:

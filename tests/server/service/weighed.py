@@ -36,7 +36,7 @@ def make_background(base: BaseModel) -> Background:
     return fit_background(base.identity.digest, [prompt_features(base, prompts(None, 300))])
 
 
-def make_service(model: Path, place: Path, *, has_keys: bool = True) -> Service:
+def make_service(model: Path, place: Path, *, has_keys: bool = True, **settings: Any) -> Service:
     """Return a service. `math` and `safety` have statistics, `intent` has none, and `other` has some of another background."""
     base = load_base_model(str(model), torch.float32, "eager")
     adapters = write_adapters(place / "adapters", base)
@@ -56,6 +56,7 @@ def make_service(model: Path, place: Path, *, has_keys: bool = True) -> Service:
             demo_adapters=False,
             dtype="float32",
             kv_cache_gib=0.05,
+            **settings,
         )
     )
 

@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -17,7 +18,7 @@ from server.engine.adapters.residents import Residents
 from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Request, Sequence, TextEvent, Timings
 from server.engine.scheduling.scheduler import Scheduler
 from server.telemetry.account import Account
-from server.telemetry.gauges import make_metrics
+from server.telemetry.gauges import _request_models, make_metrics
 from server.telemetry.metrics import MAX_LISTED, Metrics
 from tests.server.fake_service import served
 from tests.server.live import Live
@@ -240,6 +241,20 @@ def test_the_counts_of_an_unregistered_adapter_are_dropped() -> None:
     names.append("gone")
     metrics.count_admitted(["gone"])
     assert value(metrics, "lori:adapter_requests_total", adapter="gone") == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "base_share", "models"),
+    [
+        ((1.0, 0.75), None, ["math", "law", "math:1+law:0.75"]),
+        ((0.5, 0.5), None, ["math", "law", "math+law"]),
+        ((0.75, 0.25), 0.0, ["math", "law", "math+law"]),
+        ((0.0, 0.75), 0.25, ["law", "math+law"]),
+    ],
+)
+def test_a_merge_is_listed_as_it_is_asked_for(weights: tuple[float, float], base_share: float | None, models: list[str]) -> None:
+    terms = tuple(AdapterTerm(name, "1" * 64, weight) for name, weight in zip(("math", "law"), weights, strict=True))
+    assert [*_request_models(replace(request(), terms=terms, base_share=base_share))] == models
 
 
 @pytest.mark.slow
