@@ -309,12 +309,14 @@ def write_test_chats(files: Files) -> None:
 def background(files: Files) -> str:
     """Write the prompts that are no adapter's. Return the command that makes the background of the embedded model from them."""
     languages = (HERE / "languages.txt").read_text(encoding="utf-8").splitlines()
+    messages = [row for file in (ordinary(files), everyday(files)) for row in rows_of(file)]
     kinds = [
         ordinary(files),
         everyday(files),
         files.filtered("safety-benign", files.bare("safety"), lambda row: not row.get("completion")),
         files.make("code", code_prompts),
         files.make("prose", prose),
+        files.make("unpunctuated", lambda: [{"prompt": as_part(row["prompt"])} for row in messages]),
         files.acts("harmless_acts", [{}]),
         files.make("languages", lambda: [{"prompt": text} for line in languages for text in expand(line)]),
     ]
@@ -330,10 +332,12 @@ def safety_statistics(files: Files) -> str:
     folder = files.config.output
     questions = files.framed("safety-question", files.parts(), "question", **NO_CONTEXT)
     refusals = [{"completion": row["completion"]} for row in rows_of(folder / "safety-answered.jsonl")]
+    acts = files.acts("harmful_acts", refusals)
     forms = [
         *(folder / f"safety-{name}.jsonl" for name in ("answered", "sum-harmful", "mixed-harmful")),
         files.filtered("safety-question-harmful", questions, lambda row: row["harmful"]),
-        files.acts("harmful_acts", refusals),
+        files.filtered("harmful_acts-punctuated", acts, lambda row: row["prompt"][0]["content"].endswith((".", "?"))),
+        files.filtered("harmful_acts-unpunctuated", acts, lambda row: not row["prompt"][0]["content"].endswith((".", "?"))),
     ]
     words = ["python", "-m", "training.calibrate", str(folder / "adapters" / "safety")]
     return shlex.join([*words, *(word for form in forms for word in ("--data", str(form)))])
