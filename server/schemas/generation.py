@@ -22,7 +22,7 @@ class GenerateBody(SamplingFields, MergeFields):
         json_schema_extra={
             "oneOf": PROMPT_OR_MESSAGES,
             "examples": [
-                {"messages": [{"role": "user", "content": "What is 12 times 7?"}], "adapter": ["math", "nlu"]},
+                {"messages": [{"role": "user", "content": "What is 12 times 7?"}], "adapter": ["math", "safety"]},
                 {"prompt": "Customer: My card has not arrived.\nIntent:", "adapter": "intent", "stop": "\n"},
                 {
                     "prompt": "Question: A pen costs $3. How much do 4 pens cost?\nAnswer:",
