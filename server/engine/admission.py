@@ -197,9 +197,7 @@ class Admission:
             prompt_ids=ids,
             prompt_offsets=offsets,
             template=template,
-            terms=tuple(
-                AdapterTerm(adapter.name, adapter.digest, weight) for adapter, weight in zip(adapters, weights, strict=True)
-            ),
+            terms=tuple(AdapterTerm(one.name, one.digest, weight) for one, weight in zip(adapters, weights, strict=True)),
             merge=request.merge,
             auto=auto,
             base_share=request.base_share,
@@ -312,20 +310,23 @@ class Admission:
 
     def _weight_query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery | None:
         """Return what automatic weights are computed from; None if the request's weights are not automatic."""
-        # A prompt that is scored holds the answers, which would be compared under different weights.
-        is_sum = len(adapters) > 1 and request.merge.method == "linear" and not request.sampling.echo
         if request.weights == "auto":
             self._check_automatic(request, adapters)
-        elif request.weights is not None or not (self._weighs_by_default and is_sum and all(map(self.can_weigh, adapters))):
+        elif request.weights is not None or not self._weighs(request, adapters):
             return None
         assert self._background is not None
-        statistics = tuple(adapter.prompt_statistics for adapter in adapters if adapter.prompt_statistics)
+        statistics = tuple(one.prompt_statistics for one in adapters if one.prompt_statistics)
         try:
             return WeightQuery(self.probed_prompt(request.prompt, "weights"), self._background, statistics)
         except RefusedError:
             if request.weights == "auto":
                 raise
             return None  # the client has not asked for automatic weights, so a prompt that cannot be probed is no error
+
+    def _weighs(self, request: GenerateRequest, adapters: Sequence[Summary]) -> bool:
+        # A prompt that is scored holds the answers, which would be compared under different weights.
+        can_default = self._weighs_by_default and request.merge.method == "linear" and not request.sampling.echo
+        return can_default and len(adapters) > 1 and all(map(self.can_weigh, adapters))
 
     def _weights(self, request: GenerateRequest, num_adapters: int) -> tuple[float, ...]:
         if request.weights is None:

@@ -278,8 +278,8 @@ def safety(files: Files, ordinary_answers: Path) -> tuple[list[Path], list[Path]
     mix.append(files.answered("keep-everyday-chats", message_chats, max_tokens=24))
     benign_chats = files.as_chats("benign-chats", benign, earlier=[str(ordinary_answers)])
     mix.append(files.answered("keep-benign-chats", benign_chats, max_tokens=48))
+    context: dict[str, Any] = {"earlier": [str(ordinary_answers)], "system_fraction": 0.3, "earlier_fraction": 0.3}
     for frames in ("sum", "mixed"):
-        context: dict[str, Any] = {"earlier": [str(ordinary_answers)], "system_fraction": 0.3, "earlier_fraction": 0.3}
         framed = files.framed(f"safety-{frames}", files.parts(), frames, **context)
         data.append(files.filtered(f"safety-{frames}-harmful", framed, lambda row: row["harmful"]))
         framed_benign = files.filtered(f"safety-{frames}-benign", framed, lambda row: not row["harmful"])
@@ -336,11 +336,16 @@ def safety_statistics(files: Files) -> str:
     forms = [
         *(folder / f"safety-{name}.jsonl" for name in ("answered", "sum-harmful", "mixed-harmful")),
         files.filtered("safety-question-harmful", questions, lambda row: row["harmful"]),
-        files.filtered("harmful_acts-punctuated", acts, lambda row: row["prompt"][0]["content"].endswith((".", "?"))),
-        files.filtered("harmful_acts-unpunctuated", acts, lambda row: not row["prompt"][0]["content"].endswith((".", "?"))),
+        files.filtered("harmful_acts-punctuated", acts, _is_punctuated),
+        files.filtered("harmful_acts-unpunctuated", acts, lambda row: not _is_punctuated(row)),
     ]
-    words = ["python", "-m", "training.calibrate", str(folder / "adapters" / "safety")]
+    words = ["python", "-m", "training.calibrate", str(folder / "adapters" / "safety"), "--num-rows", "200"]
     return shlex.join([*words, *(word for form in forms for word in ("--data", str(form)))])
+
+
+def _is_punctuated(row: Row) -> bool:
+    text: str = row["prompt"][-1]["content"]
+    return text.endswith((".", "?"))
 
 
 def command(config: DemoConfig, task: str, data: Iterable[Path], mix: Iterable[Path]) -> str:
