@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from lori.names import EMBEDDED_NAME, base_aliases
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.projection import Quantization, has_native
-from lori.prompt_statistics import find_background
+from lori.prompt_statistics import Background, find_background
 from lori.resources import BackgroundLoad, use_threads, warn_if_busy
 from lori.store.entry import Entry
 from lori.store.remote_folder import redacted
@@ -161,7 +162,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     return Service(
         settings=settings,
         base_model=base.name,
-        fingerprint=fingerprint(base.model.dtype, base.model.device, settings.quantization),
+        fingerprint=fingerprint(base.model.dtype, base.model.device, settings.quantization, weighing_name(settings, background)),
         base_aliases=base_aliases(settings.model),
         registry=registry,
         admission=admission,
@@ -348,8 +349,11 @@ def _outline(base: BaseModel) -> str:
     return f"{base.name} in {_name(dtype)} on {device_name(device)}{code}"
 
 
-def fingerprint(dtype: torch.dtype, device: torch.device, quantization: Quantization | None) -> str:
-    """Return the name of what computes answers: version, instruction set or GPU, dtype, quantization, torch if it computes."""
+def fingerprint(dtype: torch.dtype, device: torch.device, quantization: Quantization | None, weighing: str = "") -> str:
+    """Return the name of what computes answers: version, instruction set or GPU, dtype, quantization, torch if it computes.
+
+    `weighing` is the name of what computes automatic weights, and comes last.
+    """
     if device.type == "cuda":
         code = "sm{}{}".format(*torch.cuda.get_device_capability(device))
     else:
@@ -357,7 +361,15 @@ def fingerprint(dtype: torch.dtype, device: torch.device, quantization: Quantiza
     parts = [f"lori-{package_version()}", code, _name(dtype), quantization or ""]
     if not has_native(dtype, device):
         parts.append(f"torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability().lower()}")
-    return "-".join(filter(None, parts))
+    return "-".join(filter(None, [*parts, weighing]))
+
+
+def weighing_name(settings: Settings, background: Background | None) -> str:
+    """Return a name of the background and the options that decide automatic weights; empty if there is no background."""
+    if not background:
+        return ""
+    parts = (background.digest, settings.default_merge, settings.auto_max_adapters, settings.auto_threshold)
+    return f"auto-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
 
 
 def _capacity(base: BaseModel, registry: Registry, pool: AdapterPool, settings: Settings) -> str:

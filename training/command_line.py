@@ -80,6 +80,7 @@ def _load(path: Path) -> dict[str, Any]:
 def run_program(program: Callable[[], str], interrupted: str = "interrupted") -> int:
     """Run `program`, print the message it returns, and return the exit code.
 
+    If Ctrl+C ends it, print `interrupted`, or the message of the `KeyboardInterrupt` if it has one.
     Under `torchrun` only the process of rank 0 prints the message. Any other process prints its errors, with its rank, since an
     error may occur in that process alone.
     """
@@ -90,9 +91,9 @@ def run_program(program: Callable[[], str], interrupted: str = "interrupted") ->
     except (LoriError, OSError, SafetensorError) as error:
         print("error:" if is_first else f"error of process {process}:", error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if is_first:
-            print(interrupted, file=sys.stderr)
+            print(str(error) or interrupted, file=sys.stderr)
         return 130
     if is_first:
         print(message)

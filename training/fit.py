@@ -18,6 +18,7 @@ from typing import Any
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.errors import LoriError
+from lori.flags import flag_of
 from lori.format import check_replaceable, write_record
 from lori.identity import BaseIdentity
 from lori.names import EMBEDDED_NAME
@@ -132,7 +133,10 @@ def fit(config: FitConfig, command: str) -> Path:
 def add_statistics(
     config: FitConfig, method: TrainingMethod, adapter: Adapter, rows: Sequence[Row], background: Background | None
 ) -> str:
-    """Write statistics of the adapter's prompts beside it, if they can be made. Return a line that says what was done."""
+    """Write statistics of the adapter's prompts beside it, if they can be made. Return a line that says what was done.
+
+    A `KeyboardInterrupt` says how to make them later.
+    """
     forms = forms_of(rows, config.seed)
     missing = {
         f"there are {len(rows)} rows, expected at least {MIN_ROWS} of one form, plain prompts or messages": not forms,
@@ -147,7 +151,20 @@ def add_statistics(
             return f"measured the prompts, for automatic weights: {write_statistics(config.output, statistics)}"
         except (LoriError, OSError, RuntimeError, ValueError) as error:  # nothing here may fail a run that has ended well
             reasons = [str(error)]
+        except KeyboardInterrupt as error:
+            state = f"interrupted: {config.output} is complete, without statistics for automatic weights"
+            raise KeyboardInterrupt(f"{state}; to make them: {calibrate_command(config)}") from error
     return f"no statistics for automatic weights: {'; '.join(reasons)}"
+
+
+def calibrate_command(config: FitConfig) -> str:
+    """Return the command that measures the prompts of a trained adapter. It cannot read the pairs of DPO."""
+    sources = [source.path if source.model_fields_set == {"path"} else source.model_dump_json() for source in config.data]
+    names = ("model", "background", "dtype", "on_bad")
+    options = {name: getattr(config, name) for name in names if getattr(config, name) != FitConfig.model_fields[name].default}
+    words = ["python", "-m", "training.calibrate", str(config.output)]
+    words += [word for source in (["ROWS"] if config.loss == "dpo" else sources) for word in ("--data", source)]
+    return shlex.join([*words, *(word for name, value in options.items() for word in (flag_of(name), str(value)))])
 
 
 def sample_rows(rows: Rows, examples: Examples) -> list[Row]:

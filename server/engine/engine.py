@@ -47,9 +47,9 @@ class Engine:
         self._by_id: dict[str, list[Sequence]] = {}
 
     def submit(self, request: Request, emit: Emit) -> None:
-        """Queue a request. Its timeout begins now."""
+        """Queue a request. Its timeout began `request.elapsed_s` ago."""
         assert request.auto is None, "its weights are computed first"
-        deadline = None if request.timeout_s is None else self.clock() + request.timeout_s
+        deadline = None if request.timeout_s is None else self.clock() + request.timeout_s - request.elapsed_s
         sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.sampling.num_choices)]
         self._by_id[request.id] = sequences
         self.adapter_cache.add_request(request)

@@ -119,6 +119,8 @@ class Request:
     """Tenant that the request's tokens are charged to."""
     timeout_s: float | None = None
     """Seconds from submission to the end of the request; None is no limit."""
+    elapsed_s: float = 0.0
+    """Seconds of `timeout_s` that had passed when the request was admitted: its prompt may have waited to be weighed."""
 
     def with_shares(self, shares: "Shares") -> "Request":
         """Return this request with the automatic weights of its adapters."""

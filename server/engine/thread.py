@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -66,6 +66,10 @@ def end_process_after(seconds: float) -> None:
 
 
 Command = Callable[[Engine], None] | None
+CheckPresent = Callable[[], Awaitable[None]]
+"""Function that raises an error if a client has disconnected."""
+PRESENCE_S = 0.1
+"""Seconds between two checks whether the client of prompts that wait is present."""
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -132,10 +136,11 @@ class EngineThread:
         finally:
             self._pending_calls.discard(future)
 
-    async def evaluate(self, queries: Sequence[PromptQuery[T]], tenant: str) -> Sequence[T]:
+    async def evaluate(self, queries: Sequence[PromptQuery[T]], tenant: str, check_present: CheckPresent) -> Sequence[T]:
         """Return the results of prompts' queries. They are computed on the engine's thread, tenants in turn.
 
-        Prompts of a cancelled caller are dropped. Raises `EngineDeadError` as `call`, and `WeighingError`.
+        `check_present` is called again and again meanwhile, and once at the end. If it raises, or the caller is cancelled, the
+        prompts are dropped. Raises its errors, `EngineDeadError` as `call`, and `WeighingError`.
         """
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
@@ -144,6 +149,11 @@ class EngineThread:
         for query, future in zip(queries, futures, strict=True):
             self._commands.put(partial(self._submit_query, query, tenant, future))
         try:
+            is_waiting = True
+            while is_waiting:
+                done, pending = await asyncio.wait(futures, timeout=PRESENCE_S, return_when=asyncio.FIRST_EXCEPTION)
+                is_waiting = bool(pending) and not [future for future in done if future.exception()]
+                await check_present()
             return await asyncio.gather(*futures)
         finally:
             self._pending_calls.difference_update(futures)

@@ -98,6 +98,7 @@ class _Writer:
                 text=answer.text,
                 logprobs=_to_logprobs(request, answer.logprobs),
                 finish_reason=finish_reason(answer.done),
+                lori=to_lori(request, answer.done) if len(answers) > 1 else None,
             )
             for index, (request, answer) in enumerate(pairs)
         ]

@@ -73,6 +73,8 @@ class CompletionChoice(Reply):
     text: str
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
+    lori: LoriReply | None = None
+    """As `lori` of the reply, of this answer's own prompt. Only for several prompts, and not in a stream."""
 
 
 class CompletionReply(Reply):
@@ -86,3 +88,4 @@ class CompletionReply(Reply):
     choices: list[CompletionChoice]
     usage: OpenAIUsage | None = None
     lori: LoriReply | None = None
+    """Of the first prompt if there are several, or in a stream of the answer that this part ends."""

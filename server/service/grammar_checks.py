@@ -41,14 +41,15 @@ class GrammarChecks:
             )
         with self._places.place(tenant):
             async with self._quick_lock:
-                await _check_present(has_left)
+                await check_present(has_left)
                 if await run_sync(lambda: self._admission.check_grammar(grammar, is_quick=True)):
                     return
             async with self._slow_lock:
-                await _check_present(has_left)
+                await check_present(has_left)
                 await run_sync(lambda: self._admission.check_grammar(grammar))
 
 
-async def _check_present(has_left: Callable[[], Awaitable[bool]]) -> None:
+async def check_present(has_left: Callable[[], Awaitable[bool]]) -> None:
+    """Raise `ClientDisconnect` if the client has disconnected."""
     if await has_left():
         raise ClientDisconnect

@@ -1,12 +1,15 @@
 """The service behind the routes: admits requests, runs them, and holds the state of the server."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from time import monotonic
+from typing import TypeVar
 
 from anyio import Lock, fail_after
 
+from lori.auto_weights import PromptQuery
 from lori.errors import UnknownAdapterError
 from lori.names import AUTO
 from server.access.caller import Caller
@@ -22,7 +25,7 @@ from server.engine.prompt_weights import WeighingError
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError, EngineError, OutOfTimeError
-from server.service.grammar_checks import GrammarChecks
+from server.service.grammar_checks import GrammarChecks, check_present
 from server.service.text_threads import TenantSemaphores, TextThreads
 from server.settings import MIB, Settings
 from server.telemetry.account import Account
@@ -31,8 +34,27 @@ from server.telemetry.metrics import Metrics
 from server.transport.bodies import Bodies, max_counted_bytes
 
 HasLeft = Callable[[], Awaitable[bool]]
+T = TypeVar("T")
 NUM_SELECTIONS = 3
 """Times that adapters are selected for one request, if they are withdrawn meanwhile."""
+
+
+async def _never_leaves() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    """One body: its tenant, its client, and when its requests were submitted."""
+
+    tenant: str
+    has_left: HasLeft
+    submitted_at: float
+    """Monotonic seconds. `timeout_s` counts from here."""
+
+    @property
+    def elapsed_s(self) -> float:
+        return monotonic() - self.submitted_at
 
 
 @dataclass(slots=True)
@@ -100,8 +122,9 @@ class Service:
 
         Admits all of them or none. `is_whole` says that no answer is streamed. If all places are taken, a tenant that holds none
         gets one more. Long prompts are encoded off the event loop, after the places were taken. `has_left` returns whether the
-        client has disconnected: its grammars are then not checked, and `ClientDisconnect` is raised.
+        client has disconnected: its grammars are then not checked, its prompts not weighed, and `ClientDisconnect` is raised.
         """
+        submission = _Submission(caller.tenant, has_left or _never_leaves, monotonic())
         self.check_alive()
         num_answers = sum(request.sampling.num_choices for request in requests)
         self._check_possible(caller, len(requests), num_answers)
@@ -118,14 +141,15 @@ class Service:
             stack.callback(self._release, len(requests))
             caps = self.caps.lowered(caller.max_request_s, caller.max_request_tokens)
             requests = [_with_caller(caller, request, caps) for request in requests]
-            admitted = await self._admit(requests, caller.tenant)
+            admitted = await self._admit(requests, submission)
             check_num_logprobs(admitted, is_whole=is_whole)
             # Last, because it may take long.
             grammars = (request.sampling.grammar for request in admitted)
             for grammar in dict.fromkeys(grammar for grammar in grammars if grammar):
-                await self.grammar_checks.check(grammar, caller.tenant, has_left or _never_leaves)
-            admitted = await self._with_weights(admitted, caller.tenant)
+                await self.grammar_checks.check(grammar, caller.tenant, submission.has_left)
+            admitted = await self._with_weights(admitted, submission)
             self.check_alive()
+            admitted = [replace(request, elapsed_s=submission.elapsed_s) for request in admitted]
             for request in admitted:
                 check_registered(self.registry, request, caller.may_use)
             for request in admitted:
@@ -134,12 +158,12 @@ class Service:
                 self.metrics.count_admitted([term.name for term in terms])
             yield admitted
 
-    async def _admit(self, requests: Sequence[GenerateRequest], tenant: str) -> list[Request]:
+    async def _admit(self, requests: Sequence[GenerateRequest], submission: _Submission) -> list[Request]:
         """Return the admitted requests, those for `auto` with the adapters that fit their prompts. Raises as `_with_weights`."""
         for attempt in range(NUM_SELECTIONS):
-            resolved = await self._with_adapters(requests, tenant, must_be_current=attempt > 0)
+            resolved = await self._with_adapters(requests, submission, must_be_current=attempt > 0)
             try:
-                return await self.texts.run(partial(_admit_all, self.admission, resolved), tenant, _size(resolved))
+                return await self.texts.run(partial(_admit_all, self.admission, resolved), submission.tenant, _size(resolved))
             except UnknownAdapterError:
                 # An adapter that was selected may have been withdrawn meanwhile: the client named none.
                 if attempt == NUM_SELECTIONS - 1 or not any(map(is_auto, requests)):
@@ -147,7 +171,7 @@ class Service:
         raise AssertionError("the last attempt returns or raises")
 
     async def _with_adapters(
-        self, requests: Sequence[GenerateRequest], tenant: str, *, must_be_current: bool
+        self, requests: Sequence[GenerateRequest], submission: _Submission, *, must_be_current: bool
     ) -> Sequence[GenerateRequest]:
         undecided = [request for request in requests if is_auto(request)]
         if not undecided:
@@ -155,23 +179,35 @@ class Service:
         if not (selector := self.selector):
             raise RefusedError("adapter", f"is {AUTO!r}, and {NO_BACKGROUND}")
         prepare = partial(selector.prepare, must_be_current=must_be_current)
-        pending = await self.texts.run(lambda: [*map(prepare, undecided)], tenant, _size(undecided))
-        with _weighing_deadline(pending[0].timeout_s):  # all are of one body
-            selections = await self.engine.evaluate([one.query for one in pending], tenant)
+        pending = await self.texts.run(lambda: [*map(prepare, undecided)], submission.tenant, _size(undecided))
+        selections = await self._evaluate([one.query for one in pending], submission, pending[0].timeout_s)
         resolved = (selector.resolve(one, selection) for one, selection in zip(pending, selections, strict=True))
         return [next(resolved) if is_auto(request) else request for request in requests]
 
-    async def _with_weights(self, requests: list[Request], tenant: str) -> list[Request]:
-        """Return the requests, those with automatic weights with the weights that their prompts give. Raises `EngineError`."""
-        weighed = [request for request in requests if request.auto]
-        if weighed:
-            with _weighing_deadline(weighed[0].timeout_s):  # all are of one body
-                shares = iter(await self.engine.evaluate([request.auto for request in weighed if request.auto], tenant))
+    async def _with_weights(self, requests: list[Request], submission: _Submission) -> list[Request]:
+        """Return the requests, those with automatic weights with the weights that their prompts give. Raises as `_evaluate`."""
+        queries = [request.auto for request in requests if request.auto]
+        if queries:
+            shares = iter(await self._evaluate(queries, submission, requests[0].timeout_s))
             requests = [request.with_shares(next(shares)) if request.auto else request for request in requests]
         for request in requests:
             if request.base_share is not None:
                 self.metrics.base_share.observe(request.base_share)
         return requests
+
+    async def _evaluate(self, queries: Sequence[PromptQuery[T]], submission: _Submission, timeout_s: float | None) -> Sequence[T]:
+        """Return the results of the queries of one body's prompts, which all have the same timeout.
+
+        Raises `OutOfTimeError`, `EngineError`, and `ClientDisconnect` once the client has left: its prompts are then dropped.
+        """
+        time_left = None if timeout_s is None else timeout_s - submission.elapsed_s
+        try:
+            with fail_after(time_left):
+                return await self.engine.evaluate(queries, submission.tenant, partial(check_present, submission.has_left))
+        except TimeoutError as error:
+            raise OutOfTimeError(f"not done within {timeout_s:g} s") from error
+        except WeighingError as error:
+            raise EngineError(str(error)) from error
 
     def _check_possible(self, caller: Caller, num_requests: int, num_answers: int) -> None:
         # Requests that could never be admitted, however often they are tried.
@@ -214,28 +250,12 @@ class Service:
             account.close()
 
 
-@contextmanager
-def _weighing_deadline(timeout_s: float | None) -> Iterator[None]:
-    """Give the block `timeout_s`, and raise its errors as `OutOfTimeError` and `EngineError`."""
-    try:
-        with fail_after(timeout_s):
-            yield
-    except TimeoutError as error:
-        raise OutOfTimeError(f"not done within {timeout_s:g} s") from error
-    except WeighingError as error:
-        raise EngineError(str(error)) from error
-
-
 def _admit_all(admission: Admission, requests: Sequence[GenerateRequest]) -> list[Request]:
     return [admission.admit(request) for request in requests]
 
 
 def _size(requests: Sequence[GenerateRequest]) -> int:
     return sum(prompt_size(request.prompt) for request in requests)
-
-
-async def _never_leaves() -> bool:
-    return False
 
 
 def _with_caller(caller: Caller, request: GenerateRequest, caps: Caps) -> GenerateRequest:

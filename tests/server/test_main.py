@@ -1,11 +1,12 @@
 """`python -m server` as a process: its exit codes, and its errors if it cannot start."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from lori.format import read_config
 from lori.kernels.native import MODULE, choose
 from lori.projection import Quantization
 from server import loading
-from server.loading import fingerprint, load_service
+from server.loading import fingerprint, load_service, weighing_name
 from server.settings import Settings
+from tests.lori.features import make_background
 from tests.server.forked import run_forked, start_forked
 from tests.server.live import LIMIT_S, RunProgram, events, run_main, start
 from tests.server.rig import rig_of
@@ -250,3 +252,18 @@ def test_a_fingerprint_names_kernels_and_types(quantization: Quantization | None
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
     on_gpu = fingerprint(torch.bfloat16, torch.device("cuda"), quantization)
     assert on_gpu.startswith(f"lori-{package_version()}-sm90-bfloat16{suffix}-torch-")
+
+
+def test_a_fingerprint_names_what_decides_automatic_weights() -> None:
+    """Regression: servers with other backgrounds, or another `--default-merge`, had the same fingerprint."""
+    background, settings = make_background(), Settings()
+    name = weighing_name(settings, background)
+    assert re.fullmatch("auto-[0-9a-f]{8}", name)
+    assert name == weighing_name(Settings(), make_background())
+    changes: list[dict[str, Any]] = [{"default_merge": "linear"}, {"auto_max_adapters": 4}, {"auto_threshold": 0.4}]
+    others = {weighing_name(Settings(**change), background) for change in changes}
+    others.add(weighing_name(settings, replace(background, base_digest="c" * 64)))
+    assert len(others - {name}) == len(changes) + 1
+    assert weighing_name(settings, None) == ""
+    arguments = (torch.float32, torch.device("cpu"), None)
+    assert fingerprint(*arguments, name) == f"{fingerprint(*arguments)}-{name}"

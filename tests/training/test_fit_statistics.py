@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import shlex
 import string
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import training.calibrate
+import training.fit
 from lori.base_model import BaseModel, load_base_model
 from lori.errors import AdapterError
 from lori.format import load_adapter
 from lori.prompt_statistics import MAX_GAUSSIANS, STATISTICS_FILE, Background, fit_background
 from lori.store.entry import Entry
 from lori.template import Message
-from tests.training.runs import config_for
+from tests.training.runs import config_for, flags_for
 from training.data import DataError, Row
-from training.fit import fit
+from training.fit import calibrate_command, fit
 from training.prompt_features import prompt_features
 from training.prompt_statistics import MAX_ALL_ROWS, MAX_ROWS, MIN_ROWS, Form, forms_of, measure, measure_changed
 
@@ -112,6 +115,47 @@ def test_rows_that_the_adapter_hardly_changes_end_no_training(
     assert not (fit(config, "command") / STATISTICS_FILE).exists()
     few = f"no statistics for automatic weights: plain prompts of {rows}: 80 rows count as 0.0, expected at least 40"
     assert few in caplog.text
+
+
+@pytest.mark.slow
+def test_an_interrupted_measurement_names_the_command_that_makes_it_up(
+    tiny_model: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: the last line said to resume a run that had ended, and nothing about statistics."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    rows, folder = tmp_path / "sums of two.jsonl", tmp_path / "sums"
+    write_rows(rows, MIN_ROWS, 0)
+    templates = {"path": str(tmp_path / "copy.jsonl"), "prompt": "{{ prompt }}", "completion": "{{ completion }}"}
+    (tmp_path / "copy.jsonl").write_bytes(rows.read_bytes())
+    flags = flags_for(tiny_model, rows, folder, steps=30, mix=[], background=file, on_bad="skip")
+    monkeypatch.setattr("sys.argv", ["fit", *flags, "--data", json.dumps(templates)])
+    with monkeypatch.context() as patch:
+        patch.setattr("training.fit.measure_changed", interrupt)
+        assert training.fit.main() == 130
+    *_, line = capsys.readouterr().err.splitlines()
+    state, _, command = line.partition("; to make them: ")
+    assert state == f"interrupted: {folder} is complete, without statistics for automatic weights"
+    assert load_adapter(folder)
+    assert not folder.with_name("sums.checkpoint").exists()
+    assert not (folder / STATISTICS_FILE).exists()
+    python, *start = shlex.split(command)
+    assert (python, start[:3]) == ("python", ["-m", "training.calibrate", str(folder)])
+    monkeypatch.setattr("sys.argv", ["calibrate", *start[2:]])
+    assert training.calibrate.main() == 0
+    assert (folder / STATISTICS_FILE).exists()
+
+
+@pytest.mark.parametrize(("changes", "expected"), [({}, "--data {rows}"), ({"loss": "dpo"}, "--data ROWS")])
+def test_the_command_of_a_measurement_has_the_data_unless_they_are_pairs(
+    tiny_model: Path, tmp_path: Path, changes: dict[str, object], expected: str
+) -> None:
+    rows, folder = tmp_path / "a.jsonl", tmp_path / "a"
+    command = calibrate_command(config_for(tiny_model, rows, folder, dtype="auto", mix=[], **changes))
+    data = expected.format(rows=rows)
+    assert command == f"python -m training.calibrate {folder} {data} --model {tiny_model}"
 
 
 @pytest.mark.slow

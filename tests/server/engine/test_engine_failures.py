@@ -4,6 +4,7 @@ import asyncio
 import shutil
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,17 @@ def test_a_request_that_runs_too_long_ends_with_an_error(rig: Rig, clock: Clock)
     assert rig.engine.time_left() is None
     rig.finish()
     assert len(other.text) == 8
+
+
+def test_the_time_before_a_request_was_admitted_counts(rig: Rig, clock: Clock) -> None:
+    request = rig.admission.admit(GenerateRequest(prompt="a", max_tokens=50, timeout_s=2.5))
+    heard = rig.submit(replace(request, elapsed_s=2))
+    assert rig.engine.time_left() == 0.5
+    rig.step()
+    clock.now += 0.5
+    rig.step()
+    assert_failed(heard, "timeout", "not done within 2.5 s")
+    rig.finish()
 
 
 def test_a_request_that_ends_in_time_leaves_no_deadline(rig: Rig, clock: Clock) -> None:

@@ -34,11 +34,22 @@ class WeighingEngine(FakeEngine):
     weigher: FakeWeigher = field(default_factory=FakeWeigher)
 
 
-async def queued(engine: WeighingEngine) -> tuple[EngineThread, asyncio.Task[object]]:
+@dataclass
+class FakeClient:
+    """A client that leaves when a test says so."""
+
+    has_left: bool = False
+
+    async def check_present(self) -> None:
+        if self.has_left:
+            raise ConnectionError("the client has left")
+
+
+async def queued(engine: WeighingEngine, client: FakeClient | None = None) -> tuple[EngineThread, asyncio.Task[object]]:
     """Start the engine's thread and queue two prompts. Return the thread and the task that waits for their shares."""
     thread = EngineThread(cast(Engine, engine))
     thread.start()
-    task: asyncio.Task[object] = asyncio.create_task(thread.evaluate(QUERIES, "tenant"))
+    task: asyncio.Task[object] = asyncio.create_task(thread.evaluate(QUERIES, "tenant", (client or FakeClient()).check_present))
     await until(lambda: len(engine.weigher.queued) == 2)
     assert all(is_wanted() for _, is_wanted, _ in engine.weigher.queued)
     return thread, task
@@ -87,6 +98,24 @@ def test_prompts_of_a_cancelled_caller_are_not_wanted() -> None:
     run(test())
 
 
+@pytest.mark.parametrize("num_settled", range(len(QUERIES) + 1))
+def test_prompts_of_a_client_that_has_left_are_not_wanted(num_settled: int) -> None:
+    """Regression: a departed client's prompts were weighed, and its request then began to run."""
+
+    async def test() -> None:
+        engine, client = WeighingEngine(), FakeClient()
+        thread, task = await queued(engine, client)
+        client.has_left = True
+        for _, _, on_outcome in engine.weigher.queued[:num_settled]:
+            on_outcome(SHARES)
+        with pytest.raises(ConnectionError):
+            await task
+        assert not any(is_wanted() for _, is_wanted, _ in engine.weigher.queued)
+        await thread.stop()
+
+    run(test())
+
+
 def test_when_the_engine_stops_queued_prompts_fail() -> None:
     async def test() -> None:
         engine = WeighingEngine()
@@ -95,7 +124,7 @@ def test_when_the_engine_stops_queued_prompts_fail() -> None:
         with pytest.raises(EngineDeadError, match="the server is stopping"):
             await task
         with pytest.raises(EngineDeadError):
-            await thread.evaluate(QUERIES, "tenant")
+            await thread.evaluate(QUERIES, "tenant", FakeClient().check_present)
 
     run(test())
 

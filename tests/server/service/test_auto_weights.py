@@ -1,6 +1,7 @@
 """Requests whose weights come from the prompt, over a socket, on a tiny model whose adapters have statistics."""
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,6 +72,10 @@ def test_the_operator_may_make_equal_weights_the_default(writer_model: Path, tmp
     assert (request.auto, [term.weight for term in request.terms]) == (None, [0.5, 0.5])
 
 
+def test_the_fingerprint_names_what_decides_the_weights(weighing: httpx.Client) -> None:
+    assert re.search(r"-auto-[0-9a-f]{8}$", ask(weighing, "12")["system_fingerprint"])
+
+
 def test_given_weights_have_no_base_share(weighing: httpx.Client) -> None:
     assert ask(weighing, "12", weights=[1, 0.5])["merge"]["base_share"] is None
 
@@ -86,7 +91,9 @@ def test_a_stream_s_last_event_has_the_weights(weighing: httpx.Client) -> None:
 def test_each_prompt_of_a_completion_has_its_own_weights(weighing: httpx.Client) -> None:
     [sums], [letters] = prompts("math", 1, seed=3), prompts("safety", 1, seed=3)
     body = {"model": "math+safety", "weights": "auto", "prompt": [sums, letters], "max_tokens": 4, "temperature": 0}
-    texts = [choice["text"] for choice in weighing.post("/v1/completions", json=body).raise_for_status().json()["choices"]]
+    reply = weighing.post("/v1/completions", json=body | {"n": 2}).raise_for_status().json()
+    assert [weights(choice["lori"]) for choice in reply["choices"]] == [[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2
+    texts = [choice["text"] for choice in reply["choices"][::2]]
     assert texts == [ask(weighing, sums, max_tokens=4)["text"], ask(weighing, letters, max_tokens=4)["text"]]
 
 
