@@ -21,14 +21,14 @@ from pydantic import ValidationError
 from lori.adapter import Adapter, common_shapes
 from lori.basis import Basis, Explicit
 from lori.config import AdapterConfig, new_config
-from lori.errors import AdapterError, MergeCancelledError
+from lori.errors import AdapterError, MergeCancelledError, TemplateError
 from lori.format import seal
 from lori.identity import BaseIdentity
 from lori.mask import largest
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions, SignMethod
 from lori.names import NUM_VERSION_DIGITS
 from lori.sparse import SparseB, ValueType, rounded
-from lori.template import Template
+from lori.template import Template, common_templates
 
 
 def prune(b: SparseB, options: MergeOptions, drawn_from: str) -> SparseB:
@@ -298,8 +298,7 @@ def _config(
 
 def _common_templates(parents: Sequence[_Parent]) -> Sequence[Template]:
     """Return the templates that all adapters were trained on, in the first adapter's order of preference."""
-    first, *others = (parent.adapter.config.lori.templates for parent in parents)
-    if common := [template for template in first if all(template in other for other in others)]:
-        return common
-    listing = "; ".join(f"{parent.adapter.name}: {', '.join(parent.adapter.config.lori.templates)}" for parent in parents)
-    raise AdapterError(f"these adapters were trained on no common template ({listing}): say which the merge is for")
+    try:
+        return common_templates([(parent.adapter.name, parent.adapter.config.lori.templates) for parent in parents])
+    except TemplateError as error:
+        raise AdapterError(f"{error}: say which the merge is for") from error

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from rapidfuzz import process
@@ -61,6 +62,11 @@ def name_fault(folder: Path) -> str:
     """Return the fault of an adapter's folder whose name no adapter may have."""
     rule = f"{AUTO!r} {RESERVED}" if folder.name.partition("@")[0] == AUTO else f"an adapter's name must match {NAME.pattern}"
     return f"{folder}: {rule}: rename the folder"
+
+
+def weight_text(weight: float) -> str:
+    """Return a weight as a `model`'s name has it, in all its digits and without an exponent."""
+    return f"{Decimal(repr(weight)).normalize():f}"
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -52,6 +52,13 @@ def common_template(trained_on: Sequence[tuple[str, Sequence[Template]]]) -> Tem
     raise TemplateError(f"these adapters were trained on no common template ({listing})")
 
 
+def common_templates(trained_on: Sequence[tuple[str, Sequence[Template]]]) -> list[Template]:
+    """Return the templates that all adapters were trained on, in the first one's order of preference. See `common_template`."""
+    common_template(trained_on)  # raises if there is none
+    first, *others = (templates for _, templates in trained_on)
+    return [template for template in first if all(template in templates for templates in others)]
+
+
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[Message], template: Template) -> str:
     """Return the text that the model continues.
 

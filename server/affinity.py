@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from lori.merge_options import MAX_ADAPTERS
 from lori.names import AUTO, NAME
-from server.schemas.fields import MAX_ADAPTERS
 from server.schemas.model_names import find_parts
 
 ANY = ""

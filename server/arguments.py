@@ -48,6 +48,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "adapter_cache_gib",
         "adapter_timeout_s",
         "delete_grace_s",
+        "merges",
         "background",
         "default_merge",
         "auto_max_adapters",

@@ -5,7 +5,7 @@ import gc
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from math import inf
 
@@ -18,6 +18,7 @@ from lori.device import device_name, resolve_device
 from lori.errors import AdapterError, ModelError
 from lori.flags import package_version
 from lori.kernels.native import MISSING, MODULE, choose, description, max_isa
+from lori.named_merge import NamedMerge, read_named_merges
 from lori.names import EMBEDDED_NAME, base_aliases
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
@@ -53,6 +54,7 @@ from server.engine.scheduling.step_budget import StepLimits
 from server.engine.startup import check_logits, measure_step_cost, reference_logits
 from server.engine.step import StepExecutor
 from server.engine.thread import EngineThread
+from server.service.named_merges import NamedMerges
 from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.gauges import make_metrics
@@ -97,11 +99,13 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     base = load_base_model(settings.model, dtype, "eager", device)
     check_family(base.model)
     background = find_background(base.identity, settings.background)
+    merges = read_named_merges(settings.merges, base.identity.digest) if settings.merges else {}
     if own_store:
         logger.info("reading the adapters in %s …", redacted(str(settings.adapters)))
     inventory = take_inventory(own_store, demo_store, base.identity, is_strict=settings.strict)
     registry = make_registry(inventory.entries, inventory.summaries)
     registry.add_faulty(inventory.faulty)
+    _check_merges(merges, registry, base_aliases(settings.model) | {base.name})
     logger.info("preparing the model for %d adapters, and checking it against transformers …", len(registry.by_name))
     expected = reference_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident, own_store is not None, settings.max_rank)
@@ -123,6 +127,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     others, damaged = files.others(registry.by_name.values(), inventory.faulty)
     registry.add(others)
     registry.add_faulty(damaged)
+    _warn_of_merges(merges, registry)
     if keys:
         keys.add_check(
             lambda new_keys: check_policies(new_keys, partial(_meaning, registry), registry.by_name, partial(_absence, registry))
@@ -172,6 +177,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         num_ingresses=num_ingresses,
         required=lambda: [name for tenant in keys.keys.tenants.values() for name, _ in tenant.policy] if keys else [],
         files=files,
+        merges=NamedMerges(merges, lambda name: name in registry.by_name or name in registry.faulty),
         outline=f"{_outline(base)}, {_capacity(base, registry, pool, settings)}",
         selector=AdapterSelector(registry, admission, background, max_selected, threshold) if background else None,
     )
@@ -347,6 +353,18 @@ def _outline(base: BaseModel) -> str:
     dtype, device = base.model.dtype, base.model.device
     code = "" if device.type != "cpu" else f" with {choose()}" if MODULE else " with torch alone"
     return f"{base.name} in {_name(dtype)} on {device_name(device)}{code}"
+
+
+def _check_merges(merges: Mapping[str, NamedMerge], registry: Registry, base_names: Collection[str]) -> None:
+    """Raise `AdapterError` if a merge has the name of an adapter, sound or damaged, or of the base."""
+    if taken := sorted(merges.keys() & {*registry.by_name, *registry.faulty, *base_names}):
+        raise AdapterError(f"--merges has {', '.join(taken)}, which is also the name of an adapter or the base: rename the file")
+
+
+def _warn_of_merges(merges: Mapping[str, NamedMerge], registry: Registry) -> None:
+    for name, merge in sorted(merges.items()):
+        if absent := [one.reference for one in merge.adapters if not candidates(registry, one.reference)]:
+            logger.warning("requests for the merge %r will fail, since there is no %s", name, ", ".join(absent))
 
 
 def fingerprint(dtype: torch.dtype, device: torch.device, quantization: Quantization | None, weighing: str = "") -> str:

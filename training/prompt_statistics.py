@@ -26,10 +26,9 @@ from lori.prompt_statistics import (
     joined,
 )
 from lori.store.files import replace_file
-from lori.template import Template
 from training.data import DataError, Row
 from training.evaluation.local_adapters import apply_adapter
-from training.evaluation.local_answerer import LocalAnswerer
+from training.evaluation.local_answerer import row_log_likelihoods
 from training.prompt_features import prompt_features
 
 logger = logging.getLogger(__name__)
@@ -134,25 +133,9 @@ def _measure_form(base: BaseModel, adapter: Adapter, background: Background, for
 
 def _changes(base: BaseModel, adapter: Adapter, rows: Sequence[Row]) -> Array:
     """Return how much each row counts (P,), 0 to 1: by the gain in log-likelihood that its answer has from the adapter."""
-    row_templates = [_template(row, adapter.config.lori.templates) for row in rows]
-    gains = np.zeros(len(rows))
-    for template in sorted({*row_templates}):
-        chosen = [i for i, own in enumerate(row_templates) if own == template]
-        texts = [(rows[i].prompt, rows[i].completion or rows[i].chosen or "") for i in chosen]
-        answerer = LocalAnswerer(base.model, base.tokenizer, template)
-        with apply_adapter(base.model, adapter):
-            adapted = answerer.log_likelihoods(texts)
-        plain = answerer.log_likelihoods(texts)
-        gains[chosen] = [own.total - other.total for own, other in zip(adapted, plain, strict=True)]
+    templates = adapter.config.lori.templates
+    with apply_adapter(base.model, adapter):
+        adapted = row_log_likelihoods(base, rows, templates)
+    plain = row_log_likelihoods(base, rows, templates)
+    gains = np.array([own.total - other.total for own, other in zip(adapted, plain, strict=True)])
     return np.clip(gains / FULL_GAIN, 0, 1)
-
-
-def _template(row: Row, templates: Sequence[Template]) -> Template:
-    """Return the template under which a row is measured: its own, else plain prompts as they stand if the adapter knows that.
-
-    Raises `DataError` if the adapter does not know the row's own.
-    """
-    if row.template and row.template not in templates:
-        raise DataError(f"{row.origin} has the template {row.template!r}, expected one of the adapter's: {', '.join(templates)}")
-    preferred: Template = "plain" if isinstance(row.prompt, str) else "chat"
-    return row.template or (preferred if preferred in templates else templates[0])

@@ -35,6 +35,6 @@ def take_samples(method: TrainingMethod, rows: Sequence[Row], template: Template
     after = answerer.complete(prompts, Sampling(MAX_TOKENS))
     with method.adapter_disabled():
         before = answerer.complete(prompts, Sampling(MAX_TOKENS))
-    expected = [row.completion or row.chosen or "" for row in rows]
+    expected = [row.answer_text for row in rows]
     answers = zip(rows, expected, before, after, strict=True)
     return [Sample(row.prompt_text, text, base_answer, answer) for row, text, [base_answer], [answer] in answers]

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from lori.names import AUTO
+from lori.named_merge import NamedMerge
+from lori.names import AUTO, weight_text
 from server.description.responses import refusals
 from server.engine.adapters.registry import MayUse, Registered
+from server.engine.admission import GenerateRequest
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find_model
 from server.schemas.model_names import is_base, parse_model
@@ -21,7 +23,7 @@ STARTED = int(time.time())
 
 @router.get("/v1/models", response_model=ModelList)
 async def models(service: ServiceOf, caller: CallerOf) -> Response:
-    """List the models that `model` can name; sums of adapters, such as `math+safety`, are not listed."""
+    """List the models that `model` can name; sums of adapters, such as `math+safety`, are listed if they have a name."""
     content = await service.admin.write_list(lambda: _encode(service, caller.may_use))
     return Response(content, media_type="application/json")
 
@@ -33,8 +35,17 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
         return _base(service)
     if model == AUTO and service.selector:
         return _auto(service)
-    adapters = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
-    return _card(service, adapters).model_copy(update={"id": model})
+    if merge := service.merges.find(model, caller.may_use):
+        return _merge(service, model, merge)
+    named = parse_model(model, service.base_names)
+    request = GenerateRequest(prompt="", adapters=named.adapters, weights=named.weights, may_use=caller.may_use)
+    resolved = service.merges.resolve(request)
+    adapters = await find_model(service, caller, model, resolved.adapters)
+    card = _card(service, adapters).model_copy(update={"id": model})
+    if resolved is request or not isinstance(resolved.weights, tuple):
+        return card
+    parts = zip(resolved.adapters, resolved.weights, strict=True)
+    return card.model_copy(update={"root": "+".join(f"{reference}:{weight_text(weight)}" for reference, weight in parts)})
 
 
 def _encode(service: Service, may_use: MayUse) -> bytes:
@@ -43,6 +54,7 @@ def _encode(service: Service, may_use: MayUse) -> bytes:
         _base(service),
         *([_auto(service)] if service.selector else []),
         *(_card(service, [adapter]) for adapter in adapters),
+        *(_merge(service, name, merge) for name, merge in service.merges.usable(may_use).items()),
     ]
     return ModelList(data=cards).model_dump_json().encode()
 
@@ -54,6 +66,10 @@ def _base(service: Service) -> ModelCard:
 
 def _auto(service: Service) -> ModelCard:
     return _base(service).model_copy(update={"id": AUTO, "parent": service.base_model})
+
+
+def _merge(service: Service, name: str, merge: NamedMerge) -> ModelCard:
+    return _base(service).model_copy(update={"id": name, "root": merge.model, "parent": service.base_model})
 
 
 def _card(service: Service, adapters: Sequence[Registered]) -> ModelCard:

@@ -6,6 +6,7 @@ from starlette.concurrency import run_in_threadpool
 
 from lori.errors import UnknownAdapterError
 from lori.names import AUTO
+from lori.names import unknown_adapter as unknown_name
 from server.access.caller import Caller
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError, Registered, resolve
 from server.engine.admission import RefusedError
@@ -29,9 +30,12 @@ async def find(service: Service, caller: Caller, references: Sequence[str], fiel
 
 
 async def find_model(service: Service, caller: Caller, model: str, references: Sequence[str]) -> list[Registered]:
-    """Return the adapters of `references`, which `model` names. Raises `UnknownModelError`, or `FieldError` as `find` does."""
+    """Return the adapters of `references`, which `model` names; a named merge gives its adapters.
+
+    Raises `UnknownModelError`, or `FieldError` as `find` does.
+    """
     try:
-        return await find(service, caller, references, "model")
+        return await find(service, caller, service.merges.references(references, caller.may_use), "model")
     except FieldError as error:
         if isinstance(error.error, UnknownAdapterError):
             raise explained_model(service, caller, model, error.error) from error
@@ -40,14 +44,25 @@ async def find_model(service: Service, caller: Caller, model: str, references: S
 
 def explained_model(service: Service, caller: Caller, model: str, error: UnknownAdapterError) -> UnknownModelError:
     """Return the error for a `model` that names an unknown adapter, with a suggestion."""
-    return unknown_model(model, error, service.base_model, _known_to(service, caller))
+    return unknown_model(model, _with_merges(service, caller, error), service.base_model, _known_to(service, caller))
 
 
 def explained_adapter(service: Service, caller: Caller, error: UnknownAdapterError, field: str) -> UnknownAdapterError:
     """Return the error for an unknown adapter in `field`, with a suggestion."""
-    is_of_base = is_base(error.name, service.base_names)
+    is_of_base, error = is_base(error.name, service.base_names), _with_merges(service, caller, error)
     return unknown_adapter(error, field, service.base_model, _known_to(service, caller), is_of_base=is_of_base)
 
 
+def _with_merges(service: Service, caller: Caller, error: UnknownAdapterError) -> UnknownAdapterError:
+    """Return the error with the names of the caller's merges among those that it suggests."""
+    if not (merges := service.merges.usable(caller.may_use)):
+        return error
+    return unknown_name(error.name, [*service.registry.names_for(caller.may_use), *merges])
+
+
 def _known_to(service: Service, caller: Caller) -> IsKnown:
-    return lambda name: name in service.registry.by_name and caller.may_use(name)
+    def is_known(name: str) -> bool:
+        is_adapter = name in service.registry.by_name and caller.may_use(name)
+        return is_adapter or service.merges.find(name, caller.may_use) is not None
+
+    return is_known

@@ -16,12 +16,11 @@ from pydantic import (
     model_validator,
 )
 
+from lori.merge_options import MAX_WEIGHT
 from lori.template import Text
 
 MAX_LOGPROBS = 20
-MAX_WEIGHT = 16.0
 MAX_FIELDS = 64
-MAX_ADAPTERS = 64
 MAX_STOPS = 16
 MAX_CHOICES = 64
 MAX_BIASED = 1024

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 
-from server.schemas.fields import MAX_ADAPTERS, MAX_WEIGHT
+from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
+from lori.names import weight_text
 
 WEIGHT = r"-?([0-9]{1,9}(\.[0-9]{0,17})?|\.[0-9]{1,17})"
 PART = re.compile(rf"\s*(?P<reference>[a-z0-9][a-z0-9._-]{{0,63}}(@[0-9a-f]{{1,12}})?)\s*(:\s*(?P<weight>{WEIGHT})\s*)?")
@@ -41,7 +41,7 @@ def model_of(adapters: Sequence[str], weights: Sequence[float] | None) -> str:
     """
     if weights is None or all(weight == 1 / len(adapters) for weight in weights):
         return "+".join(adapters)
-    return "+".join(f"{name}:{_digits(weight)}" for name, weight in zip(adapters, weights, strict=True))
+    return "+".join(f"{name}:{weight_text(weight)}" for name, weight in zip(adapters, weights, strict=True))
 
 
 def find_parts(model: str) -> list[re.Match[str] | None]:
@@ -76,7 +76,3 @@ def parse_model(model: str, base_names: Collection[str]) -> NamedModel:
     if large := [weight for weight in weights if abs(weight) > MAX_WEIGHT]:
         raise ModelWeightsError(f"{model!r} has the weight {large[0]:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
     return NamedModel(names, weights or None)
-
-
-def _digits(weight: float) -> str:
-    return f"{Decimal(repr(weight)).normalize():f}"

@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import Field, Tag, model_validator
 
-from lori.merge_options import MergeMethod, MergeOptions
+from lori.merge_options import MAX_ADAPTERS, MergeMethod, MergeOptions
 from server.engine.request import RequestedWeights, SamplingParams
 from server.schemas.fields import (
-    MAX_ADAPTERS,
     AdapterName,
     Body,
     Count,

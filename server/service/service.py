@@ -26,6 +26,7 @@ from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError, EngineError, OutOfTimeError
 from server.service.grammar_checks import GrammarChecks, check_present
+from server.service.named_merges import NamedMerges
 from server.service.text_threads import TenantSemaphores, TextThreads
 from server.settings import MIB, Settings
 from server.telemetry.account import Account
@@ -93,6 +94,7 @@ class Service:
     rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
     grammar_checks: GrammarChecks = field(init=False)
+    merges: NamedMerges = field(default_factory=NamedMerges)
     selector: AdapterSelector | None = None
     """What selects the adapters of requests for `auto`; None if the base has no background."""
     base_aliases: frozenset[str] = frozenset()
@@ -141,6 +143,7 @@ class Service:
             stack.callback(self._release, len(requests))
             caps = self.caps.lowered(caller.max_request_s, caller.max_request_tokens)
             requests = [_with_caller(caller, request, caps) for request in requests]
+            requests = self.merges.resolve_all(requests)
             admitted = await self._admit(requests, submission)
             check_num_logprobs(admitted, is_whole=is_whole)
             # Last, because it may take long.

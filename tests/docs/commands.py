@@ -32,6 +32,7 @@ from training.config import FitConfig
 from training.demo.__main__ import DemoConfig
 from training.evaluation.config import EvaluateConfig
 from training.study.config import StudyConfig
+from training.tune import TuneConfig
 
 BREAK = re.compile(r"[();<>|&\n]+")
 """Tokens that end a command of a script."""
@@ -49,6 +50,7 @@ SETTINGS: Mapping[str, Callable[[], object]] = {
     "training.demo": DemoConfig.from_arguments,
     "training.evaluate": EvaluateConfig.from_arguments,
     "training.fit": FitConfig.from_arguments,
+    "training.tune": TuneConfig.from_arguments,
     "training.study": StudyConfig.from_arguments,
 }
 """Functions that read the command line of a module's program."""

@@ -75,6 +75,11 @@ class Row(BaseModel):
         return self
 
     @property
+    def answer_text(self) -> str:
+        """The completion, or the better answer of a pair; empty without either."""
+        return self.completion or self.chosen or ""
+
+    @property
     def prompt_text(self) -> str:
         """The prompt as one string, for sorting and messages."""
         return self.prompt if isinstance(self.prompt, str) else "\n".join(m.content for m in self.prompt)

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lori.base_model import BaseModel
 from lori.template import Template, encode, render_completion, render_prompt
 from training.batches import MicroBatch, group_by_length
-from training.data import Example
+from training.data import DataError, Example, Row
 from training.evaluation.answerer import Answer, AnswerError, LogLikelihood, Prompt, Sampling
 from training.generation import GenerationOptions, cut_at_end, end_ids, generate
 from training.loss import completion_logits
@@ -40,6 +41,8 @@ class LocalAnswerer:
     tokenizer: PreTrainedTokenizerBase
     template: Template = "plain"
     batch_tokens: int = DEFAULT_BATCH_TOKENS
+    shows_progress: bool = True
+    """Whether a bar is drawn on a terminal."""
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[str]]:
         """See `Answerer`. Sampled answers also depend on `batch_tokens` and on the other prompts."""
@@ -118,7 +121,7 @@ class LocalAnswerer:
     ) -> list[OutputT]:
         """Return the result of `compute` for each of `items`, called on batches of about `num_tokens` and similar `lengths`."""
         results: dict[int, OutputT] = {}
-        with tqdm(total=len(items), unit="text", disable=None) as bar:
+        with tqdm(total=len(items), unit="text", disable=None if self.shows_progress else True) as bar:
             for indices in group_by_length(lengths, num_tokens):
                 results |= zip(indices, compute([items[i] for i in indices]), strict=True)
                 bar.update(len(indices))
@@ -151,3 +154,28 @@ class LocalAnswerer:
                 yield
             finally:
                 self.model.train(was_training)
+
+
+def row_template(row: Row, templates: Sequence[Template]) -> Template:
+    """Return the template under which a row is measured: its own, else plain prompts as they stand if `templates` has that.
+
+    `templates` are those that an adapter, or all adapters of a merge, were trained on. Raises `DataError` if the row's own is not
+    among them.
+    """
+    if row.template and row.template not in templates:
+        raise DataError(f"{row.origin} has the template {row.template!r}, expected one of the adapter's: {', '.join(templates)}")
+    preferred: Template = "plain" if isinstance(row.prompt, str) else "chat"
+    return row.template or (preferred if preferred in templates else templates[0])
+
+
+def row_log_likelihoods(
+    base: BaseModel, rows: Sequence[Row], templates: Sequence[Template], *, shows_progress: bool = True
+) -> list[LogLikelihood]:
+    """Return the log-likelihood of each row's answer on `base.model` as it is now. For `templates` see `row_template`."""
+    row_templates = [row_template(row, templates) for row in rows]
+    results: dict[int, LogLikelihood] = {}
+    for template in sorted({*row_templates}):
+        chosen = [i for i, own in enumerate(row_templates) if own == template]
+        answerer = LocalAnswerer(base.model, base.tokenizer, template, shows_progress=shows_progress)
+        results |= zip(chosen, answerer.log_likelihoods([(rows[i].prompt, rows[i].answer_text) for i in chosen]), strict=True)
+    return [results[i] for i in range(len(rows))]

@@ -5,10 +5,10 @@ import tracemalloc
 
 import pytest
 
+from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
 from server.affinity import ANY, key_of
 from server.cluster.destination import MAX_NAMING_BYTES, affinity_key, is_for_all_replicas, num_prompts, read_fields
 from server.schemas.completions import MAX_PROMPTS
-from server.schemas.fields import MAX_ADAPTERS, MAX_WEIGHT
 
 BASE = "SmolLM2-135M-Instruct"
 MEBIBYTE = 1 << 20

@@ -1,0 +1,132 @@
+"""Named merges: a name for several weighted adapters. Requests use it like an adapter's name.
+
+A file `NAME.json` of a few kilobytes, which `python -m training.tune` writes. It names each adapter by its whole version, so that
+a name always means the same sum.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
+
+from lori.config import Digest
+from lori.errors import AdapterError
+from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
+from lori.names import NUM_VERSION_DIGITS, check_name, is_name, weight_text
+from lori.printable import printable
+from lori.store.files import read_regular
+
+MAX_BYTES = 1 << 20
+"""Maximum size of a file."""
+SUFFIX = ".json"
+MAX_DECIMALS = 17
+"""Decimal places of a weight in a `model`'s name."""
+
+
+class MergedAdapter(BaseModel):
+    """One adapter of a named merge."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    reference: str = Field(pattern=rf"^[^@]+@[0-9a-f]{{{NUM_VERSION_DIGITS}}}$")
+    """`name@version` with all digits of the version."""
+    weight: float = Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)
+    """With at most `MAX_DECIMALS` decimal places, so that a `model`'s name can have it."""
+
+    @field_validator("reference")
+    @classmethod
+    def _check_name(cls, reference: str) -> str:
+        if not is_name(name := reference.partition("@")[0]):
+            raise ValueError(f"{name[:80]!r} is no adapter's name")
+        return reference
+
+    @field_validator("weight")
+    @classmethod
+    def _check_decimals(cls, weight: float) -> float:
+        if len(weight_text(weight).partition(".")[2]) > MAX_DECIMALS:
+            raise ValueError(f"{weight!r} has more than {MAX_DECIMALS} decimal places")
+        return weight
+
+    @property
+    def name(self) -> str:
+        """The adapter's name, without its version."""
+        return self.reference.partition("@")[0]
+
+
+class NamedMerge(BaseModel):
+    """A weighted sum of adapters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format_version: Literal[1] = 1
+    base_digest: Digest
+    """Digest of the base model that the adapters belong to."""
+    adapters: list[MergedAdapter] = Field(min_length=1, max_length=MAX_ADAPTERS)
+    about: str = ""
+    """How the weights were chosen."""
+    scores: dict[str, FiniteFloat] = {}
+    """Share of the best single adapter's gain that the merge keeps, by source, on the rows that the weights were chosen on."""
+
+    @field_validator("adapters")
+    @classmethod
+    def _check_references(cls, adapters: list[MergedAdapter]) -> list[MergedAdapter]:
+        if repeated := repeated_references(adapter.reference for adapter in adapters):
+            raise ValueError(f"names {', '.join(repeated)} twice, expected each adapter once")
+        return adapters
+
+    @property
+    def model(self) -> str:
+        """The sum as a name in OpenAI's `model` field."""
+        return "+".join(f"{adapter.reference}:{weight_text(adapter.weight)}" for adapter in self.adapters)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file."""
+        return (json.dumps(self.model_dump(), indent=2) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "NamedMerge":
+        """Return the merge in a file's content. Raises `AdapterError` with every fault."""
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, one['loc'])) or 'JSON'}: {one['msg']}" for one in error.errors()]
+            raise AdapterError(f"it is no sound named merge: {printable('; '.join(faults))}") from error
+
+    def check_base(self, base_digest: str) -> None:
+        """Raise `AdapterError` if the adapters belong to another base than that of `base_digest`."""
+        if self.base_digest != base_digest:
+            raise AdapterError(f"base_digest is {self.base_digest}, expected {base_digest}: it is of another base")
+
+
+def repeated_references(references: Iterable[str]) -> list[str]:
+    """Return the references that occur more than once, sorted."""
+    seen = list(references)
+    return sorted({reference for reference in seen if seen.count(reference) > 1})
+
+
+def read_named_merges(folder: Path, base_digest: str) -> Mapping[str, NamedMerge]:
+    """Return the named merges in a folder by name, from its files `NAME.json`.
+
+    Raises `AdapterError` if the folder cannot be read, and with the faults of all files, a line for each: one that cannot be read
+    or is unsound, has a name that no adapter may have, or is of another base than that of `base_digest`.
+    """
+    merges, faults = dict[str, NamedMerge](), list[str]()
+    try:
+        files = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
+    except OSError as error:
+        raise AdapterError(f"{printable(str(folder))} cannot be read: {error.strerror}") from error
+    for file in files:
+        try:
+            check_name(file.stem)
+            merge = NamedMerge.from_bytes(read_regular(file, MAX_BYTES))
+            merge.check_base(base_digest)
+            merges[file.stem] = merge
+        except OSError as error:
+            faults.append(f"{printable(str(file))} cannot be read: {error.strerror}")
+        except AdapterError as error:
+            faults.append(f"{printable(str(file))}: {error}")
+    if faults:
+        raise AdapterError("\n".join(faults))
+    return merges

@@ -1,0 +1,97 @@
+"""The named merges of a server (`lori.named_merge`): requests that name one get its adapters with its weights."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
+from lori.named_merge import NamedMerge, repeated_references
+from server.engine.adapters.registry import MayUse
+from server.engine.admission import GenerateRequest, RefusedError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedMerges:
+    """The named merges of a server. An adapter of the same name takes precedence.
+
+    A merge is visible only to callers who may use all of its adapters.
+    """
+
+    by_name: Mapping[str, NamedMerge] = field(default_factory=dict)
+    is_adapter: Callable[[str], bool] = lambda _: False
+    """Whether an adapter has this name."""
+    _hidden: set[str] = field(default_factory=set, init=False)
+    """Merges whose names adapters have taken, as the log has said."""
+
+    def usable(self, may_use: MayUse) -> Mapping[str, NamedMerge]:
+        """Return the merges that a caller may use, by name."""
+        return {name: merge for name in sorted(self.by_name) if (merge := self.find(name, may_use))}
+
+    def find(self, name: str, may_use: MayUse) -> NamedMerge | None:
+        """Return the merge that a name means for a caller, or None."""
+        merge = self.by_name.get(name)
+        if merge is None or not all(may_use(adapter.name) for adapter in merge.adapters):
+            return None
+        if not self.is_adapter(name):
+            return merge
+        if name not in self._hidden:
+            logger.warning("the merge %r cannot be requested any more: an adapter was published under its name", name)
+            self._hidden.add(name)
+        return None
+
+    def references(self, names: Sequence[str], may_use: MayUse) -> list[str]:
+        """Return the references of the adapters that `names` mean, each merge replaced by its adapters."""
+        return [reference for name in names for reference, _ in self._terms(name, may_use)]
+
+    def resolve_all(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
+        """Return the requests as `resolve` does. One body's prompts, of which there may be hundreds, have the same adapters."""
+        first = self.resolve(requests[0])
+        same = (requests[0].adapters, requests[0].weights, requests[0].merge)
+        return [
+            replace(request, adapters=first.adapters, weights=first.weights)
+            if (request.adapters, request.weights, request.merge) == same
+            else self.resolve(request)
+            for request in requests
+        ]
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        """Return the request with each merge replaced by its adapters.
+
+        Their weights are the merge's times the request's weight for the merge. Raises `RefusedError` if the request names a merge
+        and has another method than `linear`, automatic weights, no weights beside other adapters, too many adapters in all, or
+        too large a weight.
+        """
+        may_use, names = request.may_use, request.adapters
+        name = next((name for name in names if self.find(name, may_use)), None)
+        if name is None:
+            return request
+        if request.merge.method != "linear":
+            raise RefusedError("merge", f"is {request.merge.method!r} with {name!r}, which is a sum; expected 'linear'")
+        if request.weights == "auto":
+            raise RefusedError("weights", f"is 'auto' with {name!r}, which has weights of its own; expected none, or numbers")
+        if request.weights is None and len(names) > 1:
+            raise RefusedError("weights", f"is absent, and {name!r} is a merge beside other adapters, expected a number for each")
+        if repeated := repeated_references(names):
+            raise RefusedError("adapter", f"names {repeated[0]!r} twice, expected each adapter once")
+        factors = request.weights or (1.0,)
+        if len(factors) != len(names):
+            raise RefusedError("weights", f"has {len(factors)} numbers, expected {len(names)}, one for each name")
+        terms = [
+            (reference, factor * weight)
+            for name, factor in zip(names, factors, strict=True)
+            for reference, weight in self._terms(name, may_use)
+        ]
+        if len(terms) > MAX_ADAPTERS:
+            raise RefusedError("adapter", f"names {len(terms)} adapters with those of merges, expected at most {MAX_ADAPTERS}")
+        if large := [(reference, weight) for reference, weight in terms if abs(weight) > MAX_WEIGHT]:
+            reference, weight = large[0]
+            raise RefusedError("weights", f"give {reference} the weight {weight:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+        adapters, weights = zip(*terms, strict=True)
+        return replace(request, adapters=adapters, weights=weights)
+
+    def _terms(self, name: str, may_use: MayUse) -> Sequence[tuple[str, float]]:
+        """Return the adapters that `name` means, with their weights: itself at 1 if it is no merge."""
+        merge = self.find(name, may_use)
+        return [(adapter.reference, adapter.weight) for adapter in merge.adapters] if merge else [(name, 1.0)]

@@ -1,0 +1,94 @@
+"""Named merges: their files, and what is wrong with some."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lori.errors import AdapterError
+from lori.named_merge import MAX_BYTES, MergedAdapter, NamedMerge, read_named_merges
+
+BASE, OTHER = "b" * 64, "c" * 64
+MERGE = NamedMerge(
+    base_digest=BASE,
+    adapters=[
+        MergedAdapter(reference="math@0123456789ab", weight=0.7),
+        MergedAdapter(reference="safety@abcdefabcdef", weight=-0.25),
+    ],
+    about="by hand",
+    scores={"math.jsonl": 0.9},
+)
+
+
+def test_a_file_reads_back(tmp_path: Path) -> None:
+    (tmp_path / "both.json").write_bytes(MERGE.to_bytes())
+    (tmp_path / "both.png").write_bytes(b"a plot")
+    assert read_named_merges(tmp_path, BASE) == {"both": MERGE}
+    assert MERGE.model == "math@0123456789ab:0.7+safety@abcdefabcdef:-0.25"
+    assert [adapter.name for adapter in MERGE.adapters] == ["math", "safety"]
+
+
+def test_weights_keep_all_their_digits() -> None:
+    references = (f"math@{digit * 12}" for digit in "abc")
+    adapters = [MergedAdapter(reference=one, weight=w) for one, w in zip(references, (1 / 3, 1e-5, 2.0), strict=True)]
+    merge = NamedMerge(base_digest=BASE, adapters=adapters)
+    assert merge.model == "math@aaaaaaaaaaaa:0.3333333333333333+math@bbbbbbbbbbbb:0.00001+math@cccccccccccc:2"
+
+
+def test_every_fault_of_a_file_is_reported() -> None:
+    content = {"adapters": [{"reference": "math", "weight": "1"}], "colour": "red"}
+    with pytest.raises(AdapterError) as caught:
+        NamedMerge.from_bytes(json.dumps(content).encode())
+    faults = str(caught.value)
+    expected = ("base_digest: Field required", "adapters.0.reference: String should match", "adapters.0.weight: Input should be")
+    assert all(part in faults for part in (*expected, "colour: Extra"))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"base_digest": "b"}, "base_digest: String should match"),
+        ({"adapters": []}, "adapters: List should have at least 1 item"),
+        ({"adapters": [{"reference": "math@12", "weight": 1.0}]}, "adapters.0.reference: String should match"),
+        ({"adapters": [{"reference": "auto@0123456789ab", "weight": 1.0}]}, "'auto' is no adapter's name"),
+        ({"adapters": [{"reference": "Math@0123456789ab", "weight": 1.0}]}, "'Math' is no adapter's name"),
+        ({"adapters": [{"reference": "math@0123456789ab", "weight": 1.0}] * 2}, "twice, expected each adapter once"),
+        ({"adapters": [{"reference": "math@0123456789ab", "weight": 16.5}]}, "less than or equal to 16"),
+        ({"adapters": [{"reference": "math@0123456789ab", "weight": float("nan")}]}, "finite"),
+        ({"adapters": [{"reference": "math@0123456789ab", "weight": 0.012345678901234568}]}, "more than 17 decimal places"),
+        ({"scores": {"math.jsonl": float("inf")}}, "finite"),
+        ({"format_version": 2}, "format_version: Input should be 1"),
+    ],
+)
+def test_unsound_content_is_refused(change: dict[str, object], fault: str) -> None:
+    with pytest.raises(AdapterError, match=f"it is no sound named merge: .*{fault}"):
+        NamedMerge.from_bytes(json.dumps(MERGE.model_dump() | change).encode())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 10_000])
+def test_what_is_no_merge_is_refused(content: bytes) -> None:
+    with pytest.raises(AdapterError, match="it is no sound named merge"):
+        NamedMerge.from_bytes(content)
+
+
+def test_all_files_of_a_folder_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "Both.json").write_bytes(MERGE.to_bytes())
+    (tmp_path / "auto.json").write_bytes(MERGE.to_bytes())
+    (tmp_path / "other.json").write_bytes(MERGE.model_copy(update={"base_digest": OTHER}).to_bytes())
+    (tmp_path / "broken.json").write_bytes(b"{")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "large.json").write_bytes(b" " * (MAX_BYTES + 1))
+    with pytest.raises(AdapterError) as caught:
+        read_named_merges(tmp_path, BASE)
+    faults = str(caught.value).splitlines()
+    assert len(faults) == 6
+    assert any("Both.json: 'Both' is no adapter's name" in fault for fault in faults)
+    assert any("auto.json: 'auto' is reserved" in fault for fault in faults)
+    assert any(f"other.json: base_digest is {OTHER}, expected {BASE}" in fault for fault in faults)
+    assert any("large.json cannot be read: it has" in fault for fault in faults)
+    assert any("folder.json cannot be read: it is not a regular file" in fault for fault in faults)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="cannot be read: No such file or directory"):
+        read_named_merges(tmp_path / "none", BASE)

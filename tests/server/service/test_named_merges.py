@@ -1,0 +1,220 @@
+"""Named merges: a name for adapters with weights, in requests over a socket."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from lori.base_model import load_base_model
+from lori.errors import AdapterError
+from lori.named_merge import MergedAdapter, NamedMerge
+from lori.store.entry import Entry
+from lori.store.store import AdapterStore
+from server.engine.admission import GenerateRequest, RefusedError
+from server.loading import load_service
+from server.service.named_merges import NamedMerges
+from server.service.service import Service
+from server.settings import Settings
+from tests.server.keyed import ACME, ADMIN, OTHER, bearer, served, write_keys
+from tests.server.replies import refusal
+from tests.server.rig import write_adapter, write_adapters
+
+pytestmark = pytest.mark.slow
+WEIGHTS = [0.75, -0.25]
+
+
+def write_merge(folder: Path, name: str, base_digest: str, references: list[str]) -> None:
+    adapters = [MergedAdapter(reference=one, weight=weight) for one, weight in zip(references, WEIGHTS, strict=True)]
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_bytes(NamedMerge(base_digest=base_digest, adapters=adapters).to_bytes())
+
+
+def make_service(
+    model: Path, place: Path, name: str = "both", references: tuple[str, ...] = ("math", "safety"), acme: str = ""
+) -> Service:
+    """Return a service with the merge `name`. The tenant `acme` may use all adapters, `other` all but `safety`."""
+    base = load_base_model(str(model), torch.float32, "eager")
+    store = write_adapters(place / "adapters", base)
+    named = [one if "@" in one else f"{one}@{Entry(one, store / one).version}" for one in references]
+    write_merge(place / "merges", name, base.identity.digest, named)
+    return load_service(
+        Settings(
+            model=str(model),
+            adapters=str(store),
+            merges=place / "merges",
+            keys=write_keys(place, acme, other='adapters = ["math", "intent", "both"]'),
+            demo_adapters=False,
+            dtype="float32",
+            kv_cache_gib=0.05,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def client(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with served(make_service(writer_model, tmp_path_factory.mktemp("merges")), ACME) as client:
+        yield client
+
+
+def ask(client: httpx.Client, **fields: Any) -> dict[str, Any]:
+    body = {"prompt": "12 + 3 =", "max_tokens": 8, "temperature": 0} | fields
+    reply: dict[str, Any] = client.post("/generate", json=body).raise_for_status().json()
+    return reply
+
+
+def terms(reply: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(adapter["name"], adapter["weight"]) for adapter in reply["adapter"]]
+
+
+def test_a_name_answers_as_its_adapters_with_their_weights(client: httpx.Client) -> None:
+    reply, expected = ask(client, adapter="both"), ask(client, adapter=["math", "safety"], weights=WEIGHTS)
+    assert terms(reply) == [("math", 0.75), ("safety", -0.25)]
+    assert reply["text"] == expected["text"] != ask(client)["text"]
+
+
+def test_weights_multiply_those_of_the_merge(client: httpx.Client) -> None:
+    assert terms(ask(client, adapter="both", weights=[2])) == [("math", 1.5), ("safety", -0.5)]
+    reply = ask(client, adapter=["intent", "both"], weights=[1, 0.5])
+    assert terms(reply) == [("intent", 1.0), ("math", 0.375), ("safety", -0.125)]
+
+
+def test_other_forms_of_names_mean_the_merge_too(client: httpx.Client) -> None:
+    expected = [("math", 1.5), ("safety", -0.5)]
+    assert terms(ask(client, adapter=[{"name": "both", "weight": 2}])) == expected
+    for model, more in (("both:2", []), ("both:2+intent:1", [("intent", 1.0)])):
+        body = {"model": model, "prompt": ["1", "2"], "max_tokens": 1}
+        reply = client.post("/v1/completions", json=body).raise_for_status().json()
+        assert all(terms(choice["lori"]) == [*expected, *more] for choice in reply["choices"])
+
+
+def test_openai_s_routes_take_the_name_as_a_model(client: httpx.Client) -> None:
+    body = {"model": "both", "messages": [{"role": "user", "content": "12 + 3 ="}], "max_tokens": 4}
+    reply = client.post("/v1/chat/completions", json=body).raise_for_status().json()
+    assert reply["model"] == "both"
+    assert terms(reply["lori"]) == [("math", 0.75), ("safety", -0.25)]
+    body = {"model": "both", "messages": body["messages"]}
+    assert client.post("/tokenize", json=body).raise_for_status().json()["template"] == "chat"
+
+
+def test_models_lists_the_merge(client: httpx.Client) -> None:
+    cards = {card["id"]: card for card in client.get("/v1/models").json()["data"]}
+    assert cards["both"] == client.get("/v1/models/both").json()
+    root = cards["both"]["root"]
+    assert root == f"{cards['math']['root']}:0.75+{cards['safety']['root']}:-0.25"
+    reply = client.post("/v1/completions", json={"model": root, "prompt": "1", "max_tokens": 1}).raise_for_status().json()
+    assert terms(reply["lori"]) == [("math", 0.75), ("safety", -0.25)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"adapter": "both", "weights": "auto"}, "weights", "is 'auto' with 'both', which has weights of its own"),
+        ({"adapter": "both", "merge": "ties"}, "merge", "is 'ties' with 'both', which is a sum; expected 'linear'"),
+        ({"adapter": ["both", "intent"]}, "weights", "is absent, and 'both' is a merge beside other adapters"),
+        ({"adapter": ["both", "intent"], "weights": [1]}, "weights", "has 1 numbers, expected 2, one for each name"),
+        ({"adapter": ["both", "math"], "weights": [1, 1]}, "adapter", "names 'math' twice, expected each adapter once"),
+        ({"adapter": ["both", "both"], "weights": [1, 1]}, "adapter", "names 'both' twice, expected each adapter once"),
+    ],
+)
+def test_what_does_not_fit_a_merge_is_refused(client: httpx.Client, fields: dict[str, Any], param: str, message: str) -> None:
+    error = refusal(client.post("/generate", json={"prompt": "1"} | fields), 400)
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+def test_the_limits_of_a_request_hold_for_what_its_merges_mean() -> None:
+    adapters = [MergedAdapter(reference=f"many-{number}@0123456789ab", weight=2.0) for number in range(40)]
+    merge = NamedMerge(base_digest="b" * 64, adapters=adapters)
+    merges = NamedMerges({"many": merge, "more": merge})
+    for names, weights, message in (
+        (("many", "more"), (1.0, 1.0), "names 80 adapters with those of merges, expected at most 64"),
+        (("many",), (16.0,), "give many-0@0123456789ab the weight 32, expected -16 to 16"),
+    ):
+        with pytest.raises(RefusedError, match=message):
+            merges.resolve(GenerateRequest(prompt="1", adapters=names, weights=weights))
+
+
+def test_models_says_what_a_sum_with_a_merge_means(client: httpx.Client) -> None:
+    cards = {card["id"]: card["root"] for card in client.get("/v1/models").json()["data"]}
+    root = client.get("/v1/models/both:2+intent:1").raise_for_status().json()["root"]
+    assert root.startswith(f"{cards['math']}:1.5+{cards['safety']}:-0.5+intent")
+    assert root.endswith(":1")
+    assert refusal(client.get("/v1/models/both+both"), 400)["param"] == "weights"
+
+
+def test_an_unknown_name_is_answered_with_the_merge_that_was_meant(client: httpx.Client) -> None:
+    error = refusal(client.post("/generate", json={"prompt": "1", "adapter": "bothe"}), 404)
+    assert "did you mean 'both'" in error["message"]
+    body = {"model": "bothe", "prompt": "1"}
+    assert "Did you mean 'both'?" in refusal(client.post("/v1/completions", json=body), 404)["message"]
+
+
+def test_a_caller_who_may_not_use_all_of_it_does_not_know_it(client: httpx.Client) -> None:
+    for reply in (
+        client.post("/generate", json={"prompt": "1", "adapter": "both"}, headers=bearer(OTHER)),
+        client.get("/v1/models/both", headers=bearer(OTHER)),
+    ):
+        assert "safety" not in refusal(reply, 404)["message"]
+    models = client.get("/v1/models", headers=bearer(OTHER)).json()["data"]
+    assert {"math", "intent"} <= {card["id"] for card in models}
+    assert not {"both", "safety"} & {card["id"] for card in models}
+
+
+def test_a_merge_of_an_adapter_that_is_not_there_fails_by_its_name(
+    writer_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = make_service(writer_model, tmp_path, references=("math", "absent@0123456789ab"))
+    assert "requests for the merge 'both' will fail, since there is no absent@0123456789ab" in caplog.text
+    with served(service, ACME) as client:
+        error = refusal(client.post("/generate", json={"prompt": "1", "adapter": "both"}), 404)
+        assert "absent@0123456789ab" in error["message"]
+        assert client.post("/generate", json={"prompt": "1", "adapter": "math", "max_tokens": 1}).status_code == 200
+
+
+def test_a_merge_may_name_a_version_that_is_not_the_current_one(
+    writer_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_base_model(str(writer_model), torch.float32, "eager")
+    store = AdapterStore(write_adapters(tmp_path / "adapters", base))
+    old = store.publish(store.root / "math").version
+    store.add(write_adapter(tmp_path / "math", base, seed=9))
+    write_merge(tmp_path / "merges", "old", base.identity.digest, [f"math@{old}", f"safety@{store.find('safety').version}"])
+    settings = {"model": str(writer_model), "adapters": str(store.root), "merges": tmp_path / "merges", "demo_adapters": False}
+    with served(load_service(Settings.model_validate(settings | {"dtype": "float32", "kv_cache_gib": 0.05}))) as client:
+        assert ask(client, adapter="old")["adapter"][0]["version"] == old
+    assert "will fail" not in caplog.text
+
+
+def test_a_merge_may_not_have_a_damaged_adapter_s_name(writer_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "both").mkdir(parents=True)
+    (tmp_path / "adapters" / "both" / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterError, match="--merges has both, which is also the name of an adapter or the base"):
+        make_service(writer_model, tmp_path)
+
+
+def test_an_adapter_of_a_merge_s_name_takes_precedence(
+    writer_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = make_service(writer_model, tmp_path)
+    base = load_base_model(str(writer_model), torch.float32, "eager")
+    write_adapter(tmp_path / "adapters" / "both", base, seed=7)
+    with served(service, ADMIN) as client:
+        client.post("/adapters/both/load").raise_for_status()
+        client.headers.update(bearer(ACME))
+        assert terms(ask(client, adapter="both")) == [("both", 1.0)]
+        assert terms(ask(client, adapter="both")) == [("both", 1.0)]
+    assert caplog.text.count("the merge 'both' cannot be requested any more") == 1
+
+
+def test_an_adapter_of_the_policy_may_not_be_in_a_merge(writer_model: Path, tmp_path: Path) -> None:
+    with served(make_service(writer_model, tmp_path, acme="policy = { safety = 1.0 }"), ACME) as client:
+        error = refusal(client.post("/generate", json={"prompt": "1", "adapter": "both"}), 400)
+        assert "which the operator adds to every request" in error["message"]
+
+
+def test_a_merge_may_not_have_an_adapter_s_name(writer_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="--merges has math, which is also the name of an adapter or the base"):
+        make_service(writer_model, tmp_path, name="math")

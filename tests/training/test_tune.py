@@ -1,0 +1,190 @@
+"""`training.tune`: weights of a merge that are searched on rows, and what is written."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from lori.base_model import BaseModel, load_base_model
+from lori.errors import AdapterError, LoriError, TemplateError
+from lori.named_merge import NamedMerge
+from lori.store.entry import Entry
+from lori.store.store import AdapterStore
+from lori.template import Message
+from tests.server.rig import write_adapter
+from tests.training.evaluations import Rows, config, write
+from training.data import DataError
+from training.evaluate import evaluate
+from training.evaluation.answerer import Sampling
+from training.evaluation.local_adapters import apply_adapter
+from training.evaluation.local_answerer import LocalAnswerer
+from training.tune import TuneConfig, tune
+
+NAMES = ("math", "safety")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> BaseModel:
+    return load_base_model(str(tiny_model), torch.float32, "eager")
+
+
+def prompt_for(name: str, text: str) -> str | list[Message]:
+    """Return a prompt: `math` is asked by plain prompts, `safety` by messages."""
+    return text if name == "math" else [Message(role="user", content=text)]
+
+
+@pytest.fixture(scope="module")
+def place(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with two adapters, and rows that each of them answered itself: those of `safety` as messages."""
+    place = tmp_path_factory.mktemp("tune")
+    for seed, name in enumerate(NAMES):
+        adapter = write_adapter(place / name, base, seed=seed, templates=("chat", "plain"))
+        prompts = [prompt_for(name, f"{name} {i}:") for i in range(12)]
+        with apply_adapter(base.model, adapter):
+            answers = LocalAnswerer(base.model, base.tokenizer, "plain" if name == "math" else "chat").complete(
+                prompts, Sampling(6)
+            )
+        rows: Rows = [
+            {"prompt": prompt if isinstance(prompt, str) else [one.model_dump() for one in prompt], "completion": answer}
+            for prompt, [answer] in zip(prompts, answers, strict=True)
+            if answer.strip()
+        ]
+        assert len(rows) >= 8
+        write(place / f"{name}.jsonl", rows)
+    return place
+
+
+def settings(place: Path, output: Path, **fields: object) -> TuneConfig:
+    defaults = {
+        "adapter": list(NAMES),
+        "adapters": place,
+        "data": [str(place / f"{name}.jsonl") for name in NAMES],
+        "output": output,
+        "dtype": "float32",
+        "num_trials": 12,
+        "max_weight": 1.1,
+    }
+    return TuneConfig.model_validate(defaults | fields)
+
+
+@pytest.fixture(scope="module")
+def output(place: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of a merge that was searched."""
+    output = tmp_path_factory.mktemp("merges") / "both.json"
+    message = tune(settings(place, output, model=str(tiny_model)))
+    assert message.startswith("best of 12 trials: math@")
+    assert message.endswith(f"wrote {output}: to serve it, python -m server --merges {output.parent}; its name is 'both'")
+    return output
+
+
+def test_the_best_trial_is_written(output: Path) -> None:
+    merge = NamedMerge.from_bytes(output.read_bytes())
+    with output.with_suffix(".csv").open() as file:
+        trials = list(csv.DictReader(file))
+    best = max(trials, key=lambda trial: float(trial["score"]))
+    assert [float(best[f"weight of {name}"]) for name in NAMES] == [adapter.weight for adapter in merge.adapters]
+    assert float(best["score"]) == pytest.approx(sum(merge.scores.values()) / 2, abs=1e-3)
+    first = [tuple(float(trial[f"weight of {name}"]) for name in NAMES) for trial in trials[:4]]
+    assert first == [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 1.0)]
+    assert float(best["score"]) > max(float(trial["score"]) for trial in trials[:4])
+    assert all(float(trial[f"weight of {name}"]) <= 1.1 for trial in trials for name in NAMES)
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_are_those_of_an_evaluation(output: Path, place: Path, tiny_model: Path) -> None:
+    merge = NamedMerge.from_bytes(output.read_bytes())
+    file, options = place / "math.jsonl", {"local": True, "model": str(tiny_model), "adapters": place, "dtype": "float32"}
+
+    def loss(**fields: object) -> float:
+        return evaluate(config("loss", file, **options, **fields)).figures["loss"]
+
+    merged = loss(adapter=list(NAMES), weights=[adapter.weight for adapter in merge.adapters])
+    gain = loss() - min(loss(adapter=[name]) for name in NAMES)
+    assert merge.scores[str(file)] == pytest.approx((loss() - merged) / gain, abs=1e-3)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".png", ".csv"])
+def test_nothing_is_replaced(place: Path, tiny_model: Path, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"both{suffix}"
+    file.write_text("mine")
+    with pytest.raises(LoriError, match=rf"both\{suffix} is there already: remove it, or give another name"):
+        tune(settings(place, tmp_path / "both.json", model=str(tiny_model)))
+    assert file.read_text() == "mine"
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_a_source_that_no_adapter_improves_is_refused(place: Path, base: BaseModel, tiny_model: Path, tmp_path: Path) -> None:
+    prompts = [f"base {i}:" for i in range(12)]
+    answers = LocalAnswerer(base.model, base.tokenizer).complete(prompts, Sampling(6))
+    file = write(tmp_path / "base.jsonl", [{"prompt": p, "completion": a} for p, [a] in zip(prompts, answers, strict=True)])
+    with pytest.raises(DataError, match=r"base\.jsonl: no adapter alone raises the likelihood of its answers: the best gains -"):
+        tune(settings(place, tmp_path / "both.json", model=str(tiny_model), data=[str(file)], on_bad="skip"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.jsonl"]
+
+
+def test_one_adapter_by_two_names_is_refused(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    version = Entry("math", place / "math").version
+    with pytest.raises(AdapterError, match=f"--adapter names math@{version} twice, expected each adapter once"):
+        tune(settings(place, tmp_path / "both.json", model=str(tiny_model), adapter=["math", f"math@{version}"]))
+
+
+def test_an_alias_is_written_as_its_adapter(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store")
+    for name in NAMES:
+        store.publish(place / name)
+    store.alias("calc", "math")
+    output = tmp_path / "both.json"
+    fields = {"model": str(tiny_model), "adapters": store.root, "num_rows": 8, "num_trials": 4}
+    tune(settings(place, output, **{"adapter": ["calc", "safety"]} | fields))
+    assert [adapter.name for adapter in NamedMerge.from_bytes(output.read_bytes()).adapters] == [*NAMES]
+    with pytest.raises(AdapterError, match="twice, expected each adapter once"):
+        tune(settings(place, tmp_path / "same.json", **{"adapter": ["calc", "math"]} | fields))
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(place: Path) -> None:
+    with pytest.raises(OSError, match="/proc/"):
+        tune(settings(place, Path("/proc/both.json"), model="absent"))
+
+
+def test_folders_are_adapters_too(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    folders = [str(place / name) for name in NAMES]
+    output = tmp_path / "both.json"
+    tune(settings(place, output, model=str(tiny_model), adapters=None, adapter=folders, num_rows=8, num_trials=4))
+    merge = NamedMerge.from_bytes(output.read_bytes())
+    assert [adapter.name for adapter in merge.adapters] == [*NAMES]
+    assert "4 trials on 16 rows" in merge.about
+
+
+def test_adapters_without_a_common_template_are_refused(place: Path, base: BaseModel, tiny_model: Path, tmp_path: Path) -> None:
+    for name, template in (("one", "chat"), ("two", "plain")):
+        write_adapter(tmp_path / name, base, seed=5, templates=(template,))
+    with pytest.raises(TemplateError, match="these adapters were trained on no common template"):
+        tune(settings(place, tmp_path / "both.json", model=str(tiny_model), adapters=tmp_path, adapter=["one", "two"]))
+
+
+@pytest.mark.parametrize("package", ["scipy", "lori.compare.plots"])
+def test_a_missing_extra_is_said_first(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.delitem(sys.modules, "training.trial_plot", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(LoriError, match=r"training\.tune needs: pip install '\.\[train\]'"):
+        tune(settings(place, tmp_path / "both.json", model="absent"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"output": Path("both.txt")}, "expected NAME.json with a NAME that matches"),
+        ({"output": Path("Both.json")}, "expected NAME.json with a NAME that matches"),
+        ({"output": Path("auto.json")}, "expected NAME.json with a NAME that matches"),
+        ({"data": ["math.jsonl", "math.jsonl"]}, "--data has one path twice, expected each once"),
+        ({"num_trials": 3}, "--num-trials is 3, expected 4 at least"),
+        ({"max_weight": 0.5}, "greater than or equal to 1"),
+        ({"adapter": []}, "at least 1 item"),
+    ],
+)
+def test_wrong_flags_are_refused(place: Path, tmp_path: Path, fields: dict[str, object], fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        settings(place, **{"output": tmp_path / "both.json"} | fields)

@@ -1,0 +1,156 @@
+"""`python -m training.tune`: the weights of a merge, searched on a few rows, saved as a named merge.
+
+A request may use the merge's name like an adapter's, on a server that was started with `--merges FOLDER`.
+"""
+
+import csv
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from pydantic import Field, model_validator
+from tqdm import tqdm
+
+from lori.adapter import Adapter
+from lori.errors import AdapterError, LoriError
+from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
+from lori.named_merge import SUFFIX, MergedAdapter, NamedMerge, repeated_references
+from lori.names import NAME, check_name, is_name
+from lori.store.files import replace_file
+from lori.store.store import AdapterStore
+from training.base import load_base
+from training.command_line import run_program
+from training.data import Faults, Source, read_rows
+from training.evaluation.local_adapters import find_adapter
+from training.merge_score import MergeScorer
+from training.prompt_features import PromptsConfig
+from training.weight_search import Trial, best_of, even_weights, search, starting_points
+
+Plot = Callable[[Sequence[str], Sequence[Trial], Path], None]
+
+
+class TuneConfig(PromptsConfig):
+    """Search the weights of a merge on a few rows, without gradients, and save them as a named merge."""
+
+    adapter: list[str] = Field(min_length=1, max_length=MAX_ADAPTERS)
+    """The adapters: folders, or with --adapters names."""
+    adapters: Path | None = None
+    """The folder of the adapters that --adapter names."""
+    data: list[Source] = Field(min_length=1)
+    """Rows with completions, one source for each thing that the merge has to do. All sources count the same."""
+    output: Path
+    """The file to write, NAME.json; beside it come NAME.png, a plot of the trials, and NAME.csv, their figures."""
+    num_rows: int = Field(default=64, ge=8)
+    """Maximum number of rows of each source, drawn at random."""
+    num_trials: int = Field(default=40, ge=1)
+    """Maximum number of weights that are tried, the first ones too. The search may end earlier, once its steps are below 0.02."""
+    max_weight: float = Field(default=1.5, ge=1, le=MAX_WEIGHT, multiple_of=0.01)
+    """The largest weight of an adapter; the smallest is 0."""
+
+    @model_validator(mode="after")
+    def _check_flags(self) -> "TuneConfig":
+        faults, paths = list[str](), [source.path for source in self.data]
+        if self.output.suffix != SUFFIX or not is_name(self.output.stem):
+            faults.append(f"--output is {str(self.output)!r}, expected NAME{SUFFIX} with a NAME that matches {NAME.pattern}")
+        if len({*paths}) < len(paths):
+            faults.append("--data has one path twice, expected each once")
+        if self.num_trials < (min_trials := len(starting_points(len(self.adapter)))):
+            faults.append(f"--num-trials is {self.num_trials}, expected {min_trials} at least: so many weights are tried first")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """The files to write: the merge, the plot, and the table."""
+        return self.output, self.output.with_suffix(".png"), self.output.with_suffix(".csv")
+
+
+def tune(config: TuneConfig) -> str:
+    """Search, and write the named merge with its plot and table. Return what is best. Raises `LoriError` and `OSError`."""
+    plot = trial_plotter()
+    if existing := [str(file) for file in config.files if os.path.lexists(file)]:
+        raise LoriError(f"--output: {', '.join(existing)} is there already: remove it, or give another name")
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=config.output.parent):  # raises before the search, not after, if the folder cannot be written
+        pass
+    faults = Faults(config.on_bad)
+    rows = {source.path: config.draw(read_rows(source, faults=faults), config.num_rows) for source in config.data}
+    faults.raise_or_warn()
+    base = load_base(config.model, config.dtype, config.threads)
+    adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
+    names = [_own_name(config.adapters, *pair) for pair in zip(config.adapter, adapters, strict=True)]
+    references = [f"{name}@{adapter.version}" for name, adapter in zip(names, adapters, strict=True)]
+    if repeated := repeated_references(references):
+        raise AdapterError(f"--adapter names {', '.join(repeated)} twice, expected each adapter once")
+    scorer = MergeScorer(base, adapters, rows)
+    with tqdm(total=config.num_trials, unit="trial", desc="weights", disable=None) as bar:
+        trials = search(scorer.score, starting_points(len(adapters)), config.max_weight, config.num_trials, bar.update)
+    best = best_of(trials)
+    merge = NamedMerge(
+        base_digest=base.identity.digest,
+        adapters=[
+            MergedAdapter(reference=reference, weight=weight) for reference, weight in zip(references, best.weights, strict=True)
+        ],
+        about=f"python -m training.tune, {len(trials)} trials on {sum(map(len, rows.values()))} rows",
+        scores={source: round(share, 4) for source, share in scorer.shares(best.weights).items()},
+    )
+    output, plot_file, table_file = config.files
+    replace_file(table_file, _table(names, scorer, trials).encode())
+    plot(names, trials, plot_file)
+    replace_file(output, merge.to_bytes())
+    return "\n".join(_report(merge, scorer, trials, output))
+
+
+def trial_plotter() -> Plot:
+    """Return `plot_trials`. Raises `LoriError` if scipy or matplotlib is not installed; call it before the search, not after."""
+    try:
+        from training.trial_plot import plot_trials  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise LoriError(f"training.tune needs: pip install '.[train]' ({error})") from error
+    if find_spec("scipy") is None:
+        raise LoriError("training.tune needs: pip install '.[train]' (No module named 'scipy')")
+    return plot_trials
+
+
+def _own_name(store: Path | None, reference: str, adapter: Adapter) -> str:
+    """Return the adapter's own name, since an alias may come to mean another adapter. Raises `AdapterError` if it has none."""
+    name = AdapterStore(store).find(reference).folder.name.partition("@")[0] if store else adapter.name
+    check_name(name)
+    return name
+
+
+def _report(merge: NamedMerge, scorer: MergeScorer, trials: Sequence[Trial], output: Path) -> list[str]:
+    even = even_weights(len(scorer.adapters))
+    even_shares = scorer.shares(even)
+    lines = [f"best of {len(trials)} trials: {merge.model}"]
+    lines += [
+        f"{source}: {share:.2f} of the best single adapter's gain, {even_shares[source]:.2f} at {even[0]:g} each"
+        for source, share in scorer.shares(best_of(trials).weights).items()
+    ]
+    return [*lines, f"wrote {output}: to serve it, python -m server --merges {output.parent}; its name is {output.stem!r}"]
+
+
+def _table(names: Sequence[str], scorer: MergeScorer, trials: Sequence[Trial]) -> str:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*(f"weight of {name}" for name in names), "score", *(f"share of {source}" for source in scorer.rows)])
+    for trial in trials:
+        table.writerow([*trial.weights, round(trial.score, 4), *(round(s, 4) for s in scorer.shares(trial.weights).values())])
+    return text.getvalue()
+
+
+def main() -> int:
+    """Run the program and return its exit code."""
+    config = TuneConfig.from_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return run_program(lambda: tune(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
