@@ -5,6 +5,7 @@ a name always means the same sum.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -89,15 +90,30 @@ class NamedMerge(BaseModel):
     def from_bytes(cls, content: bytes) -> "NamedMerge":
         """Return the merge in a file's content. Raises `AdapterError` with every fault."""
         try:
-            return cls.model_validate_json(content)
+            merge = cls.model_validate_json(content)
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, one['loc'])) or 'JSON'}: {one['msg']}" for one in error.errors()]
             raise AdapterError(f"it is no sound named merge: {printable('; '.join(faults))}") from error
+        if repeated := _repeated_keys(content):
+            raise AdapterError(f"it is no sound named merge: JSON: has {', '.join(repeated)} twice in one object")
+        return merge
 
     def check_base(self, base_digest: str) -> None:
         """Raise `AdapterError` if the adapters belong to another base than that of `base_digest`."""
         if self.base_digest != base_digest:
             raise AdapterError(f"base_digest is {self.base_digest}, expected {base_digest}: it is of another base")
+
+
+def _repeated_keys(content: bytes) -> list[str]:
+    """Return the keys that occur more than once in an object of JSON, of which a parser takes the last."""
+    repeated: set[str] = set()
+
+    def note(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        repeated.update(printable(repr(key)) for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return dict(pairs)
+
+    json.loads(content, object_pairs_hook=note)
+    return sorted(repeated)
 
 
 def repeated_references(references: Iterable[str]) -> list[str]:

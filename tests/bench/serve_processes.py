@@ -49,6 +49,10 @@ class Program:
                 text=True,
             )
 
+    def log_tail(self) -> str:
+        """Return the end of the log."""
+        return self.log.read_text(errors="replace")[-3000:]
+
     def pause(self) -> None:
         """Stop the program with SIGSTOP, since an idle vLLM polls in a loop on the measured cores."""
         os.killpg(self.process.pid, signal.SIGSTOP)
@@ -73,8 +77,7 @@ class Program:
         end = time.monotonic() + most_s
         while not is_ready():
             if self.process.poll() is not None or time.monotonic() > end:
-                log_tail = self.log.read_text(errors="replace")[-3000:]
-                raise FailedError(f"{' '.join(map(str, self.process.args))} did not start: {log_tail}")
+                raise FailedError(f"{' '.join(map(str, self.process.args))} did not start: {self.log_tail()}")
             time.sleep(0.1)
 
 

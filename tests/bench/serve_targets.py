@@ -44,7 +44,10 @@ class Server:
 
     def measure(self, asks: Sequence[Ask], concurrency: int) -> Load:
         """See `Target`."""
-        return asyncio.run(closed_loop(self.send, asks, concurrency))
+        try:
+            return asyncio.run(closed_loop(self.send, asks, concurrency))
+        except FailedError as error:
+            raise FailedError(f"{error}\n{self.program.log_tail()}") from error
 
     async def send(self, request: Ask, reply: Reply | None = None) -> Reply:
         """Send a request and return the answer. `reply`, if given, is filled as the answer arrives. Raises `FailedError`."""
@@ -74,7 +77,7 @@ class Batches:
         pipe.stdin.write(json.dumps(document | {"num_tokens": asks[0].num_tokens}) + "\n")
         pipe.stdin.flush()
         if not (line := pipe.stdout.readline()):
-            raise FailedError(f"{self.program.log}: {self.program.log.read_text()[-3000:]}")
+            raise FailedError(f"{self.program.log}: {self.program.log_tail()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -55,7 +55,10 @@ async def ask(port: int, path: str, document: Mapping[str, Any], reply: Reply) -
 
 
 async def _events(port: int, path: str, document: Mapping[str, Any]) -> AsyncIterator[tuple[float, dict[str, Any]]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=MAX_LINE_BYTES)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=MAX_LINE_BYTES)
+    except OSError as error:
+        raise FailedError(f"POST {path}: {error}") from error
     try:
         body = json.dumps(document).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nConnection: close\r\n"

@@ -71,6 +71,12 @@ def test_what_is_no_merge_is_refused(content: bytes) -> None:
         NamedMerge.from_bytes(content)
 
 
+def test_a_key_that_is_there_twice_is_refused() -> None:
+    content = MERGE.to_bytes().replace(b'"about":', b'"about": "", "about":')
+    with pytest.raises(AdapterError, match="has 'about' twice in one object"):
+        NamedMerge.from_bytes(content)
+
+
 def test_all_files_of_a_folder_are_checked(tmp_path: Path) -> None:
     (tmp_path / "Both.json").write_bytes(MERGE.to_bytes())
     (tmp_path / "auto.json").write_bytes(MERGE.to_bytes())

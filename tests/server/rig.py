@@ -98,13 +98,14 @@ def write_adapters(place: Path, base: BaseModel) -> Path:
 
 
 def fold(model: PreTrainedModel, terms: Iterable[tuple[Adapter, float]]) -> PreTrainedModel:
-    """Add weight * alpha / r * B A of each adapter to the weights of `model`, in fp32, and return the model."""
+    """Add weight * alpha / r * B A of each adapter to the weights of `model`, in their dtype, and return the model."""
     with torch.no_grad():
         for adapter, weight in terms:
             for name, b in adapter.modules.items():
                 w = model.get_submodule(name).weight
                 assert isinstance(w, torch.Tensor)
-                w += weight * adapter.config.scale * b.dense() @ adapter.basis.draw(name, adapter.config.r, w.shape[1])
+                a = adapter.basis.draw(name, adapter.config.r, w.shape[1]).to(w.dtype)
+                w += weight * adapter.config.scale * b.dense().to(w.dtype) @ a
     return model
 
 
