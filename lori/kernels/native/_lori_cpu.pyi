@@ -217,4 +217,6 @@ class Stack:
         route: Route | None,
         operands: Sequence[Operands],
         num_threads: int,
+        rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)] | None = ...,
+        last_route: Route | None = ...,
     ) -> None: ...

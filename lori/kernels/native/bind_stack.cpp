@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <cstring>
 #include <mutex>
 #include <utility>
 
@@ -18,6 +19,7 @@ namespace lori {
 namespace {
 
 using MaybeNorm = std::optional<Array<float, 1> >;
+using MaybeRows = std::optional<Array<int32_t, 1> >;
 
 // A decoder's layer: attention, then the MLP, each on a norm of the stream, to which what it gives is added.
 class Layer {
@@ -140,11 +142,13 @@ class Stack {
   }
 
   // Adds to `stream` (T, D) what all layers give but the last MLP, which goes to `added` (T, D). `operands` are those of all
-  // products in their order, where there is a route.
+  // products in their order, where there is a route. Where there are `rows` (P,), ascending, the last layer computes only these
+  // after its attention, with the route `last_route` of P tokens: they are then the first P rows of `stream` and `added`.
   void forward(uintptr_t stream, uintptr_t added, const BoundSpans& spans,
                const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes, const BoundRoute* route,
-               const std::vector<const BoundOperands*>& operands, int num_threads) {
+               const std::vector<const BoundOperands*>& operands, int num_threads, MaybeRows rows, const BoundRoute* last_route) {
     check(spans, ropes, route, operands);
+    if (rows) check_rows(*rows, spans.num_tokens(), last_route, operands);
     const nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     const int64_t num_tokens = spans.num_tokens();
@@ -164,6 +168,12 @@ class Stack {
       pass.norm(x, i == 0 ? nullptr : out, first, layer->attention_norm, layer->epsilon);
       pass.project(layer->qkv, &layer->output, first, second);
       pass.attend(*layer, second, first);
+      if (rows && i + 1 == layers_.size()) {
+        keep_rows(*rows, x, layer->output.num_outputs());
+        keep_rows(*rows, first, layer->output.num_inputs());
+        pass.num_tokens = static_cast<int>(rows->shape(0));
+        pass.route = last_route;
+      }
       pass.project(layer->output, &layer->gate_up, first, out);
       if (layer->attention_output_norm) pass.norm(out, nullptr, out, *layer->attention_output_norm, layer->epsilon);
       pass.norm(x, out, first, layer->mlp_norm, layer->epsilon);
@@ -175,6 +185,30 @@ class Stack {
   }
 
  private:
+  // Moves rows of a matrix to its beginning.
+  static void keep_rows(const Array<int32_t, 1>& rows, uint16_t* of, int64_t size) {
+    for (size_t i = 0; i < rows.shape(0); i++) std::memmove(of + i * size, of + rows.data()[i] * size, sizeof(*of) * size);
+  }
+
+  void check_rows(const Array<int32_t, 1>& rows, int num_tokens, const BoundRoute* route,
+                  const std::vector<const BoundOperands*>& operands) const {
+    int32_t least = 0;
+    for (size_t i = 0; i < rows.shape(0); i++) {
+      if (rows.data()[i] < least || rows.data()[i] >= num_tokens)
+        throw nb::value_error("ascending rows of the step's tokens expected");
+      least = rows.data()[i] + 1;
+    }
+    if (!route) return;
+    if (operands.empty()) throw nb::value_error("a route of the last layer's rows, and none of the step, were given");
+    size_t first = operands.size();
+    for (const Projection* product : layers_.back()->products()) first -= product->num_layers();
+    for (const Projection* product : layers_.back()->products()) {
+      if (product != &layers_.back()->qkv)
+        product->check(operands.data() + first, product->num_layers(), *route, static_cast<int>(rows.shape(0)));
+      first += product->num_layers();
+    }
+  }
+
   void check(const BoundSpans& spans, const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes, const BoundRoute* route,
              const std::vector<const BoundOperands*>& operands) const {
     if (operands.size() != (route ? num_operands_ : 0))
@@ -214,7 +248,8 @@ void bind_stack(nb::module_& m) {
       .def(nb::init<const BoundLayers*, const std::vector<const Layer*>&, int64_t>(), nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::arg("functions"), nb::arg("layers"), nb::arg("num_blocks"))
       .def("forward", &Stack::forward, nb::arg("stream"), nb::arg("added"), nb::arg("spans"), nb::arg("ropes"),
-           nb::arg("route").none(), nb::arg("operands"), nb::arg("num_threads"));
+           nb::arg("route").none(), nb::arg("operands"), nb::arg("num_threads"), nb::arg("rows").none() = nb::none(),
+           nb::arg("last_route").none() = nb::none());
 }
 
 }  // namespace lori

@@ -77,6 +77,16 @@ class Layer:
     mlp_output_norm: Norm | None
 
 
+@dataclass(frozen=True, slots=True)
+class NeededRows:
+    """The rows of a step whose logits are needed. After its attention the last layer computes no others."""
+
+    rows: torch.Tensor
+    """(P,) int64, ascending"""
+    route: Route | None
+    """The step's route for these rows alone."""
+
+
 class Ops(Protocol):
     """Operations of a layer other than its products, and the memory of keys and values."""
 
@@ -95,22 +105,37 @@ class Ops(Protocol):
         """Write the step's keys and values, and return the attention output (T, H E). Overwrites qkv (T, (H + 2 G) E)."""
 
     def run(
-        self, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
-    ) -> torch.Tensor:
-        """Add the outputs of all layers but the last MLP to `stream` (T, D), and return the last MLP's output (T, D).
+        self,
+        layers: Sequence[Layer],
+        stream: torch.Tensor,
+        rotary: Mapping[str, Rotary],
+        step: object,
+        route: Route | None,
+        needed: NeededRows | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `stream` (T, D) plus the outputs of all layers but the last MLP, and the last MLP's output (T, D).
 
-        Gives the result of `run_layers`.
+        With `needed` both have these rows alone, (P, D). Overwrites `stream`. Gives the result of `run_layers`.
         """
 
 
 def run_layers(
-    ops: Ops, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
-) -> torch.Tensor:
+    ops: Ops,
+    layers: Sequence[Layer],
+    stream: torch.Tensor,
+    rotary: Mapping[str, Rotary],
+    step: object,
+    route: Route | None,
+    needed: NeededRows | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the layers with the operations of `ops`, as specified by `Ops.run`."""
     added: torch.Tensor | None = None
     for number, layer in enumerate(layers):
         qkv = layer.qkv(ops.norm(stream, added, layer.attention_norm), route)
-        added = layer.output(ops.attend(qkv, number, layer.heads, rotary[layer.rope], step), route)
+        attended = ops.attend(qkv, number, layer.heads, rotary[layer.rope], step)
+        if needed is not None and number + 1 == len(layers):
+            stream, attended, route = stream[needed.rows], attended[needed.rows], needed.route
+        added = layer.output(attended, route)
         if layer.attention_output_norm is not None:
             added = ops.norm(added, None, layer.attention_output_norm)
         hidden = layer.gate_up(ops.norm(stream, added, layer.mlp_norm), route)
@@ -118,7 +143,7 @@ def run_layers(
         if layer.mlp_output_norm is not None:
             added = ops.norm(added, None, layer.mlp_output_norm)
     assert added is not None
-    return added
+    return stream, added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +159,20 @@ class Decoder:
     logit_softcap: float = 0.0
 
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, ops: Ops, step: object, route: Route | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        ops: Ops,
+        step: object,
+        route: Route | None,
+        needed: NeededRows | None = None,
     ) -> torch.Tensor:
-        """Return the logits (P, V) fp32 at `rows` (P,) of the tokens `ids` (T,), which stand at `positions` (T,)."""
-        stream = self.embed(ids)
-        added = ops.run(self.layers, stream, self.rotary(positions), step, route)
+        """Return the logits (P, V) fp32 at `rows` (P,) of the tokens `ids` (T,), which stand at `positions` (T,).
+
+        With `needed`, `rows` counts among those.
+        """
+        stream, added = ops.run(self.layers, self.embed(ids), self.rotary(positions), step, route, needed)
         logits = self.head(ops.norm(stream[rows], added[rows], self.norm), None).float()
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)

@@ -15,7 +15,7 @@ from lori.kernels.cpu import bound_operands, bound_route
 from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import zeros
 from lori.projection import NativeProjection
-from server.engine.model.decoder import Heads, Layer, Norm, Rotary, Span, run_layers
+from server.engine.model.decoder import Heads, Layer, NeededRows, Norm, Rotary, Span, run_layers
 
 if TYPE_CHECKING:
     import _lori_cpu
@@ -96,10 +96,16 @@ class NativeOps:
         return out
 
     def run(
-        self, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
-    ) -> torch.Tensor:
+        self,
+        layers: Sequence[Layer],
+        stream: torch.Tensor,
+        rotary: Mapping[str, Rotary],
+        step: object,
+        route: Route | None,
+        needed: NeededRows | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Ops`."""
-        return run_layers(self, layers, stream, rotary, step, route)
+        return run_layers(self, layers, stream, rotary, step, route, needed)
 
 
 def _bind_heads(heads: Heads) -> "_lori_cpu.Heads":
@@ -126,8 +132,14 @@ class NativeStack(NativeOps):
         self._operands = [operands for layer in layers for product in products(layer) for operands in product.operands]
 
     def run(
-        self, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
-    ) -> torch.Tensor:
+        self,
+        layers: Sequence[Layer],
+        stream: torch.Tensor,
+        rotary: Mapping[str, Rotary],
+        step: object,
+        route: Route | None,
+        needed: NeededRows | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Ops`."""
         assert len(layers) == self._num_layers
         assert isinstance(step, MODULE.Spans)
@@ -136,11 +148,12 @@ class NativeStack(NativeOps):
         added = torch.empty_like(stream)
         operands = [] if route is None else [bound_operands(o) for o in self._operands]
         pointers = [(cosine.data_ptr(), sine.data_ptr()) for cosine, sine in (rotary[name] for name in self._rope_names)]
+        rows, last_route = (None, None) if needed is None else (needed.rows.int().numpy(), needed.route)
         self._stack.forward(
-            stream.data_ptr(), added.data_ptr(), step, pointers, None if route is None else bound_route(route), operands,
-            torch.get_num_threads(),
+            stream.data_ptr(), added.data_ptr(), step, pointers, _bound(route), operands, torch.get_num_threads(), rows,
+            _bound(last_route),
         )  # fmt: skip
-        return added
+        return (stream, added) if rows is None else (stream[: len(rows)], added[: len(rows)])
 
     def _bind_layer(self, layer: Layer, number: int) -> "_lori_cpu.Layer":
         qkv, output, gate_up, down = (product.bound for product in products(layer))
@@ -158,6 +171,10 @@ def products(layer: Layer) -> list[NativeProjection]:
         for projection in (layer.qkv, layer.output, layer.gate_up, layer.down)
         if isinstance(projection, NativeProjection)
     ]
+
+
+def _bound(route: Route | None) -> "_lori_cpu.Route | None":
+    return None if route is None else bound_route(route)
 
 
 def _weight(norm: Norm | None) -> npt.NDArray[np.float32] | None:

@@ -60,7 +60,7 @@ class PromptProbe:
         with on_device(self._device):
             stream = self._decoder.embed(self._upload(ids))
             rotary = self._decoder.rotary(self._upload(positions))
-            added = self._ops.run(self._decoder.layers, stream, rotary, self._ops.plan(spans), None)
+            stream, added = self._ops.run(self._decoder.layers, stream, rotary, self._ops.plan(spans), None)
             x = self._ops.norm(stream, added, self._norm)  # (T, D)
         rows = x.double().cpu().numpy()
         # Each prompt is projected by itself, so that the shapes, and so the rounding, are the same in any pass.

@@ -5,11 +5,13 @@ Shapes: T tokens of a step, V vocabulary, P positions whose logits are needed.
 
 import logging
 import operator
+from bisect import bisect_left
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import accumulate, pairwise
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +23,7 @@ from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
 from lori.projection import Quantization
 from server.engine.model.cuda_graphs import CudaGraphs, DecodingInputs, ReplayableOps, Replays
-from server.engine.model.decoder import Decoder, Ops, Span
+from server.engine.model.decoder import Decoder, NeededRows, Ops, Span
 from server.engine.model.families import head_size, read_decoder
 from server.engine.model.native_ops import BLOCK_TOKENS, LANES, MAX_HEAD, NUM_PRODUCTS, NativeOps, NativeStack, products
 from server.engine.model.torch_ops import TorchOps
@@ -125,13 +127,19 @@ class Runner:
             replayed = self._replay(chunks, ids, spans)
             if replayed is not None:
                 return replayed[self._upload(positions)]
+            route, needed = self._route(chunks), None
+            if len(positions) < row:
+                rows = sorted({*positions})
+                needed = NeededRows(self._upload(rows), self._route_of_rows(chunks, rows) if route else None)
+                positions = [bisect_left(rows, position) for position in positions]
             return self._decoder.forward(
                 self._upload(ids),
                 self._upload(token_positions),
                 self._upload(positions),
                 self._ops,
                 self._ops.plan(spans),
-                self._route(chunks, row),
+                route,
+                needed,
             )
 
     def _upload(self, numbers: Items[int]) -> torch.Tensor:
@@ -148,20 +156,27 @@ class Runner:
             self._replays = None
             return None
 
-    def _route(self, chunks: Items[Chunk], num_tokens: int) -> Route | None:
+    def _route(self, chunks: Items[Chunk]) -> Route | None:
         # The route of the last step is reused while the same sequences decode.
         counts = [chunk.stop - chunk.start for chunk in chunks]
         chunk_terms = [chunk.sequence.terms for chunk in chunks]
         cached = self._cached_route
         if cached.counts != counts or any(map(operator.is_not, cached.terms, chunk_terms)):
-            terms, row = [], 0
-            for count, pairs in zip(counts, chunk_terms, strict=True):
-                assert pairs is not None, "what runs is pinned"
-                terms += [Term(row, row + count, slot, weight) for slot, weight in pairs]
-                row += count
-            route = Route.from_terms(terms, num_tokens, self._device) if terms else None
-            self._cached_route = cached = _CachedRoute(counts, chunk_terms, route)
+            self._cached_route = cached = _CachedRoute(counts, chunk_terms, self._make_route(counts, chunk_terms))
         return cached.route
+
+    def _route_of_rows(self, chunks: Items[Chunk], rows: Items[int]) -> Route | None:
+        ends = accumulate(chunk.stop - chunk.start for chunk in chunks)
+        counts = [after - before for before, after in pairwise([0, *(bisect_left(rows, end) for end in ends)])]
+        return self._make_route(counts, [chunk.sequence.terms for chunk in chunks])
+
+    def _make_route(self, counts: Items[int], chunk_terms: Items[list[tuple[int, float]] | None]) -> Route | None:
+        terms, row = [], 0
+        for count, pairs in zip(counts, chunk_terms, strict=True):
+            assert pairs is not None, "what runs is pinned"
+            terms += [Term(row, row + count, slot, weight) for slot, weight in pairs if count]
+            row += count
+        return Route.from_terms(terms, row, self._device) if terms else None
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lori.kernels import Route
-from server.engine.model.decoder import Heads, Layer, Norm, Rotary, Span, run_layers
+from server.engine.model.decoder import Heads, Layer, NeededRows, Norm, Rotary, Span, run_layers
 
 PAD_TO = 64
 ACTIVATIONS = {
@@ -110,10 +110,16 @@ class TorchOps:
         return out.flatten(1)
 
     def run(
-        self, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
-    ) -> torch.Tensor:
+        self,
+        layers: Sequence[Layer],
+        stream: torch.Tensor,
+        rotary: Mapping[str, Rotary],
+        step: object,
+        route: Route | None,
+        needed: NeededRows | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Ops`."""
-        return run_layers(self, layers, stream, rotary, step, route)
+        return run_layers(self, layers, stream, rotary, step, route, needed)
 
     def _decode(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decode_keys: object, heads: Heads

@@ -1,10 +1,11 @@
 """A decoder's layers in one call of the compiled module: equal bit for bit to the layers one by one, and refusals."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +97,20 @@ def test_all_layers_in_one_call_equal_the_layers_one_by_one(
     assert expected[0].isfinite().all()
 
 
+@pytest.mark.parametrize("run", [NativeStack.run, NativeOps.run])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_whose_logits_are_needed_do_not_depend_on_the_others(
+    run: Callable[..., object], threads: int, tmp_path: Path, num_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_threads(threads)
+    monkeypatch.setattr(NativeStack, "run", run)
+    runner = runner_of(tmp_path, "llama")
+    for all_logits, chunks in zip(logits(runner), steps(sequences()), strict=True):
+        ends = [*accumulate(chunk.stop - chunk.start for chunk in chunks)]
+        for rows in ([end - 1 for end in ends], [ends[-1] - 1, 0, 0], [ends[0]], []):
+            assert torch.equal(runner.forward(chunks, rows), all_logits[rows])
+
+
 def test_adapters_change_the_logits(tmp_path: Path) -> None:
     (first, *_) = logits(runner_of(tmp_path, "llama"))
     base, one, merged, other = (first[row * CUTS[1] : (row + 1) * CUTS[1]] for row in range(4))
@@ -119,6 +134,15 @@ def test_arguments_that_belong_to_other_layers_are_refused(tmp_path: Path) -> No
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, route, operands, 1)
     with pytest.raises(ValueError, match="not of this layer"):
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, route, operands[::-1], 1)
+    for rows in ([1], [-1], [0, 0]):
+        with pytest.raises(ValueError, match="ascending rows"):
+            stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, None, [], 1, np.array(rows, np.int32))
+    row, good = np.array([0], np.int32), bound_route(Route.from_terms([Term(0, 1, 0, 1.0)], 1))
+    with pytest.raises(ValueError, match="none of the step"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, None, [], 1, row, good)
+    longer = bound_route(Route.from_terms([Term(0, 2, 0, 1.0)], 2))
+    with pytest.raises(ValueError, match="a route of these tokens"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, good, operands, 1, row, longer)
 
 
 def stack_of(runner: Runner) -> Any:
