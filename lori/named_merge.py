@@ -88,7 +88,7 @@ class NamedMerge(BaseModel):
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "NamedMerge":
-        """Return the merge in a file's content. Raises `AdapterError` with every fault."""
+        """Return the merge in a file's content. Raises `AdapterError` with every fault; keys given twice only if no other."""
         try:
             merge = cls.model_validate_json(content)
         except ValidationError as error:
@@ -108,9 +108,8 @@ def _repeated_keys(content: bytes) -> list[str]:
     """Return the keys that occur more than once in an object of JSON, of which a parser takes the last."""
     repeated: set[str] = set()
 
-    def note(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    def note(pairs: list[tuple[str, object]]) -> None:
         repeated.update(printable(repr(key)) for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return dict(pairs)
 
     json.loads(content, object_pairs_hook=note)
     return sorted(repeated)

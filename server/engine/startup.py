@@ -122,12 +122,15 @@ def reference_logits(model: PreTrainedModel) -> torch.Tensor:
 def check_logits(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, max_context: int, block_size: int) -> None:
     """Raise `ModelError` unless the runner computes the `expected` logits for the probe, or for as much as the context holds.
 
-    The probe is computed in three steps: a prompt, a later chunk of it, and a decoding step.
+    The probe is computed in three steps: a prompt, a later chunk of it, and a decoding step. Then the prompt is computed again as
+    one is served, with the logits of its last token alone.
     """
     count = min(NUM_TOKENS, max_context)
-    sequence, expected = _sequence(_ids(model, count), block_size), expected[:count]
+    sequence = _sequence(_ids(model, count), block_size)
     cuts = (0, count * 2 // 3, count - 1, count)
     parts = [runner.forward([Chunk(sequence, start, stop)], range(stop - start)) for start, stop in pairwise(cuts)]
+    parts.append(runner.forward([Chunk(sequence, 0, cuts[1])], [cuts[1] - 1]))
+    expected = torch.cat([expected[:count], expected[cuts[1] - 1 : cuts[1]]])
     difference = ((torch.cat(parts) - expected).norm() / expected.norm()).item()
     if not difference <= MAX_ERROR:
         raise ModelError(

@@ -71,9 +71,10 @@ def test_what_is_no_merge_is_refused(content: bytes) -> None:
         NamedMerge.from_bytes(content)
 
 
-def test_a_key_that_is_there_twice_is_refused() -> None:
-    content = MERGE.to_bytes().replace(b'"about":', b'"about": "", "about":')
-    with pytest.raises(AdapterError, match="has 'about' twice in one object"):
+@pytest.mark.parametrize(("key", "value"), [("about", '""'), ("weight", "0.5")])
+def test_a_key_that_is_there_twice_is_refused(key: str, value: str) -> None:
+    content = MERGE.to_bytes().replace(f'"{key}":'.encode(), f'"{key}": {value}, "{key}":'.encode())
+    with pytest.raises(AdapterError, match=f"has '{key}' twice in one object"):
         NamedMerge.from_bytes(content)
 
 

@@ -1,6 +1,6 @@
 // All layers of a decoder in one call, in bfloat16: what Python would take between its calls adds up to a tenth of a small step.
 //
-// Shapes: T tokens of a step, D width.
+// Shapes: T tokens of a step, P of them that the last layer computes after its attention, D width.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
@@ -148,6 +148,7 @@ class Stack {
                const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes, const BoundRoute* route,
                const std::vector<const BoundOperands*>& operands, int num_threads, MaybeRows rows, const BoundRoute* last_route) {
     check(spans, ropes, route, operands);
+    if (last_route && !rows) throw nb::value_error("a route of the last layer's rows, and no rows, were given");
     if (rows) check_rows(*rows, spans.num_tokens(), last_route, operands);
     const nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -186,8 +187,9 @@ class Stack {
 
  private:
   // Moves rows of a matrix to its beginning.
-  static void keep_rows(const Array<int32_t, 1>& rows, uint16_t* of, int64_t size) {
-    for (size_t i = 0; i < rows.shape(0); i++) std::memmove(of + i * size, of + rows.data()[i] * size, sizeof(*of) * size);
+  static void keep_rows(const Array<int32_t, 1>& rows, uint16_t* matrix, int64_t size) {
+    for (size_t i = 0; i < rows.shape(0); i++)
+      std::memmove(matrix + i * size, matrix + rows.data()[i] * size, sizeof(*matrix) * size);
   }
 
   void check_rows(const Array<int32_t, 1>& rows, int num_tokens, const BoundRoute* route,

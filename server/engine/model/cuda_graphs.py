@@ -79,7 +79,7 @@ class DecodingInputs:
         num_values = self._table_start + max_size * _table_stride(max_blocks)
         self._host = np.zeros(num_values, dtype=np.int32)
         self._device = torch.zeros(num_values, dtype=torch.int32, device=device)
-        self.rows = torch.arange(max_size, device=device)
+        self.device = device
         self._stride = 0
         self._table_rows: dict[int, list[int]] = {}  # the blocks of each row, as they are in the table
 
@@ -223,7 +223,7 @@ class Replays:
         self._decoder, self._ops, self._pool, self._inputs = decoder, ops, pool, inputs
         self._make_recorder, self._record = make_recorder, make_recorder()
         # All sizes share the logits.
-        self._logits = torch.empty(inputs.sizes[-1], num_tokens, dtype=torch.float32, device=inputs.rows.device)
+        self._logits = torch.empty(inputs.sizes[-1], num_tokens, dtype=torch.float32, device=inputs.device)
         self._recorded: dict[tuple[int, bool], Replay] = {}
         self._num_moves = pool.num_moves
 
@@ -265,4 +265,4 @@ class Replays:
         ids, positions = inputs.tokens(size)
         step = self._ops.decode_step(inputs.decode_keys(size))
         route = inputs.route(size) if has_terms else None
-        self._logits[:size] = self._decoder.forward(ids, positions, inputs.rows[:size], self._ops, step, route)
+        self._logits[:size] = self._decoder.forward(ids, positions, self._ops, step, route)

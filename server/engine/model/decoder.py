@@ -162,18 +162,14 @@ class Decoder:
         self,
         ids: torch.Tensor,
         positions: torch.Tensor,
-        rows: torch.Tensor,
         ops: Ops,
         step: object,
         route: Route | None,
         needed: NeededRows | None = None,
     ) -> torch.Tensor:
-        """Return the logits (P, V) fp32 at `rows` (P,) of the tokens `ids` (T,), which stand at `positions` (T,).
-
-        With `needed`, `rows` counts among those.
-        """
+        """Return the logits (T, V) fp32 of the tokens `ids` (T,), which stand at `positions` (T,); (P, V) with `needed`."""
         stream, added = ops.run(self.layers, self.embed(ids), self.rotary(positions), step, route, needed)
-        logits = self.head(ops.norm(stream[rows], added[rows], self.norm), None).float()
+        logits = self.head(ops.norm(stream, added, self.norm), None).float()
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits

@@ -127,20 +127,15 @@ class Runner:
             replayed = self._replay(chunks, ids, spans)
             if replayed is not None:
                 return replayed[self._upload(positions)]
-            route, needed = self._route(chunks), None
-            if len(positions) < row:
-                rows = sorted({*positions})
+            route, needed, rows = self._route(chunks), None, sorted({*positions})
+            if len(rows) < row:
                 needed = NeededRows(self._upload(rows), self._route_of_rows(chunks, rows) if route else None)
-                positions = [bisect_left(rows, position) for position in positions]
-            return self._decoder.forward(
-                self._upload(ids),
-                self._upload(token_positions),
-                self._upload(positions),
-                self._ops,
-                self._ops.plan(spans),
-                route,
-                needed,
+            logits = self._decoder.forward(
+                self._upload(ids), self._upload(token_positions), self._ops, self._ops.plan(spans), route, needed
             )
+            if rows == [*positions]:
+                return logits
+            return logits[self._upload([bisect_left(rows, position) for position in positions])]
 
     def _upload(self, numbers: Items[int]) -> torch.Tensor:
         return to_device(torch.tensor(numbers, dtype=torch.int64), self._device)

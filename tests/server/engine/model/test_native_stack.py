@@ -16,8 +16,9 @@ from lori.kernels import Route, Term
 from lori.kernels.cpu import bound_operands, bound_route
 from lori.packed_adapter import pack_adapter
 from lori.pool import AdapterPool
+from lori.projection import NativeProjection
 from server.engine.model.decoder import Span
-from server.engine.model.native_ops import NativeOps, NativeStack
+from server.engine.model.native_ops import NativeOps, NativeStack, products
 from server.engine.model.runner import Runner
 from server.engine.request import Chunk, Request
 from server.engine.request import Sequence as EngineSequence
@@ -99,16 +100,39 @@ def test_all_layers_in_one_call_equal_the_layers_one_by_one(
 
 @pytest.mark.parametrize("run", [NativeStack.run, NativeOps.run])
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", KNOWN)
 def test_rows_whose_logits_are_needed_do_not_depend_on_the_others(
-    run: Callable[..., object], threads: int, tmp_path: Path, num_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., object],
+    name: str,
+    threads: int,
+    tmp_path: Path,
+    num_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     num_threads(threads)
     monkeypatch.setattr(NativeStack, "run", run)
-    runner = runner_of(tmp_path, "llama")
+    runner = runner_of(tmp_path, name)
     for all_logits, chunks in zip(logits(runner), steps(sequences()), strict=True):
         ends = [*accumulate(chunk.stop - chunk.start for chunk in chunks)]
         for rows in ([end - 1 for end in ends], [ends[-1] - 1, 0, 0], [ends[0]], []):
             assert torch.equal(runner.forward(chunks, rows), all_logits[rows])
+
+
+def test_the_last_layer_computes_only_the_rows_whose_logits_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NativeStack, "run", NativeOps.run)
+    runner, counts, call = runner_of(tmp_path, "llama"), dict[int, int](), NativeProjection.__call__
+
+    def count(product: NativeProjection, x: torch.Tensor, route: Route | None) -> torch.Tensor:
+        counts[id(product)] = len(x)
+        return call(product, x, route)
+
+    monkeypatch.setattr(NativeProjection, "__call__", count)
+    chunks = next(steps(sequences()))
+    runner.forward(chunks, [0, 4])
+    num_tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+    first, *_, last = ([counts[id(product)] for product in products(layer)] for layer in runner.decoder.layers)
+    assert first == [num_tokens] * 4
+    assert last == [num_tokens, 2, 2, 2]
 
 
 def test_adapters_change_the_logits(tmp_path: Path) -> None:
@@ -138,6 +162,8 @@ def test_arguments_that_belong_to_other_layers_are_refused(tmp_path: Path) -> No
         with pytest.raises(ValueError, match="ascending rows"):
             stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, None, [], 1, np.array(rows, np.int32))
     row, good = np.array([0], np.int32), bound_route(Route.from_terms([Term(0, 1, 0, 1.0)], 1))
+    with pytest.raises(ValueError, match="and no rows"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, good, operands, 1, None, good)
     with pytest.raises(ValueError, match="none of the step"):
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, None, [], 1, row, good)
     longer = bound_route(Route.from_terms([Term(0, 2, 0, 1.0)], 2))
