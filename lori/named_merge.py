@@ -88,7 +88,10 @@ class NamedMerge(BaseModel):
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "NamedMerge":
-        """Return the merge in a file's content. Raises `AdapterError` with every fault; keys given twice only if no other."""
+        """Return the merge in a file's content.
+
+        Raises `AdapterError` with every fault. Repeated keys are reported only if there is no other fault.
+        """
         try:
             merge = cls.model_validate_json(content)
         except ValidationError as error:
@@ -105,7 +108,7 @@ class NamedMerge(BaseModel):
 
 
 def _repeated_keys(content: bytes) -> list[str]:
-    """Return the keys that occur more than once in an object of JSON, of which a parser takes the last."""
+    """Return the keys that an object of the JSON has more than once. The parser keeps only the last value of each."""
     repeated: set[str] = set()
 
     def note(pairs: list[tuple[str, object]]) -> None:

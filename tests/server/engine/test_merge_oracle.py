@@ -81,7 +81,7 @@ def assert_like_the_oracle(name: str, heard: Heard) -> None:
 
 
 def largest(values: Iterable[float]) -> list[float]:
-    """Return the `NUM_TOP` largest values, descending; a token that is no alternative may be one more."""
+    """Return the `NUM_TOP` largest values, descending. The token itself is listed too if it is not among the likeliest."""
     return sorted(values, reverse=True)[:NUM_TOP]
 
 
