@@ -87,6 +87,20 @@ class NeededRows:
     """The step's route for these rows alone."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardContext:
+    """What the layers of a forward pass share beside the tokens."""
+
+    rotary: Mapping[str, Rotary]
+    """RoPE tables by `Layer.rope`."""
+    step: object
+    """The step, of `Ops.plan`."""
+    route: Route | None = None
+    """The adapters of the tokens; None if no token has one."""
+    needed: NeededRows | None = None
+    """None: the logits of all tokens are needed."""
+
+
 class Ops(Protocol):
     """Operations of a layer other than its products, and the memory of keys and values."""
 
@@ -104,35 +118,22 @@ class Ops(Protocol):
     def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, step: object) -> torch.Tensor:
         """Write the step's keys and values, and return the attention output (T, H E). Overwrites qkv (T, (H + 2 G) E)."""
 
-    def run(
-        self,
-        layers: Sequence[Layer],
-        stream: torch.Tensor,
-        rotary: Mapping[str, Rotary],
-        step: object,
-        route: Route | None,
-        needed: NeededRows | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, layers: Sequence[Layer], stream: torch.Tensor, context: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `stream` (T, D) plus the outputs of all layers but the last MLP, and the last MLP's output (T, D).
 
-        With `needed` both have these rows alone, (P, D). Overwrites `stream`. Gives the result of `run_layers`.
+        If the context has needed rows, both have these alone, (P, D). Overwrites `stream`. Gives the result of `run_layers`.
         """
 
 
 def run_layers(
-    ops: Ops,
-    layers: Sequence[Layer],
-    stream: torch.Tensor,
-    rotary: Mapping[str, Rotary],
-    step: object,
-    route: Route | None,
-    needed: NeededRows | None = None,
+    ops: Ops, layers: Sequence[Layer], stream: torch.Tensor, context: ForwardContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the layers with the operations of `ops`, as specified by `Ops.run`."""
+    route, needed = context.route, context.needed
     added: torch.Tensor | None = None
     for number, layer in enumerate(layers):
         qkv = layer.qkv(ops.norm(stream, added, layer.attention_norm), route)
-        attended = ops.attend(qkv, number, layer.heads, rotary[layer.rope], step)
+        attended = ops.attend(qkv, number, layer.heads, context.rotary[layer.rope], context.step)
         if needed is not None and number + 1 == len(layers):
             stream, attended, route = stream[needed.rows], attended[needed.rows], needed.route
         added = layer.output(attended, route)
@@ -168,7 +169,8 @@ class Decoder:
         needed: NeededRows | None = None,
     ) -> torch.Tensor:
         """Return the logits (T, V) fp32 of the tokens `ids` (T,), which stand at `positions` (T,); (P, V) with `needed`."""
-        stream, added = ops.run(self.layers, self.embed(ids), self.rotary(positions), step, route, needed)
+        context = ForwardContext(rotary=self.rotary(positions), step=step, route=route, needed=needed)
+        stream, added = ops.run(self.layers, self.embed(ids), context)
         logits = self.head(ops.norm(stream, added, self.norm), None).float()
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)

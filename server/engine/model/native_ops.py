@@ -3,7 +3,7 @@
 Shapes: T tokens, H heads, G key-value heads, E head size, S spans.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ from lori.kernels.cpu import bound_operands, bound_route
 from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import zeros
 from lori.projection import NativeProjection
-from server.engine.model.decoder import Heads, Layer, NeededRows, Norm, Rotary, Span, run_layers
+from server.engine.model.decoder import ForwardContext, Heads, Layer, Norm, Rotary, Span, run_layers
 
 if TYPE_CHECKING:
     import _lori_cpu
@@ -95,17 +95,9 @@ class NativeOps:
         )  # fmt: skip
         return out
 
-    def run(
-        self,
-        layers: Sequence[Layer],
-        stream: torch.Tensor,
-        rotary: Mapping[str, Rotary],
-        step: object,
-        route: Route | None,
-        needed: NeededRows | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, layers: Sequence[Layer], stream: torch.Tensor, context: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Ops`."""
-        return run_layers(self, layers, stream, rotary, step, route, needed)
+        return run_layers(self, layers, stream, context)
 
 
 def _bind_heads(heads: Heads) -> "_lori_cpu.Heads":
@@ -131,27 +123,21 @@ class NativeStack(NativeOps):
         self._stack, self._num_layers = MODULE.Stack(self._layers, bound, self._num_blocks), len(layers)
         self._operands = [operands for layer in layers for product in products(layer) for operands in product.operands]
 
-    def run(
-        self,
-        layers: Sequence[Layer],
-        stream: torch.Tensor,
-        rotary: Mapping[str, Rotary],
-        step: object,
-        route: Route | None,
-        needed: NeededRows | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, layers: Sequence[Layer], stream: torch.Tensor, context: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Ops`."""
         assert len(layers) == self._num_layers
-        assert isinstance(step, MODULE.Spans)
+        assert isinstance(context.step, MODULE.Spans)
         assert stream.dtype is torch.bfloat16
         assert stream.is_contiguous()
         added = torch.empty_like(stream)
-        operands = [] if route is None else [bound_operands(o) for o in self._operands]
-        pointers = [(cosine.data_ptr(), sine.data_ptr()) for cosine, sine in (rotary[name] for name in self._rope_names)]
+        operands = [] if context.route is None else [bound_operands(o) for o in self._operands]
+        tables = [context.rotary[name] for name in self._rope_names]
+        pointers = [(cosine.data_ptr(), sine.data_ptr()) for cosine, sine in tables]
+        needed = context.needed
         rows, last_route = (None, None) if needed is None else (needed.rows.int().numpy(), needed.route)
         self._stack.forward(
-            stream.data_ptr(), added.data_ptr(), step, pointers, _bound(route), operands, torch.get_num_threads(), rows,
-            _bound(last_route),
+            stream.data_ptr(), added.data_ptr(), context.step, pointers, _bound(context.route), operands,
+            torch.get_num_threads(), rows, _bound(last_route),
         )  # fmt: skip
         return (stream, added) if rows is None else (stream[: len(rows)], added[: len(rows)])
 

@@ -18,7 +18,7 @@ from lori.prompt_statistics import (
     project,
     projection_matrix,
 )
-from server.engine.model.decoder import Decoder, Span
+from server.engine.model.decoder import Decoder, ForwardContext, Span
 from server.engine.model.runner import make_ops, on_device
 
 MAX_TOKENS, MAX_PROMPTS = MAX_PROBED_TOKENS, 64
@@ -59,8 +59,8 @@ class PromptProbe:
         positions = [position for prompt in prompts for position in range(len(prompt.ids))]
         with on_device(self._device):
             stream = self._decoder.embed(self._upload(ids))
-            rotary = self._decoder.rotary(self._upload(positions))
-            stream, added = self._ops.run(self._decoder.layers, stream, rotary, self._ops.plan(spans), None)
+            context = ForwardContext(rotary=self._decoder.rotary(self._upload(positions)), step=self._ops.plan(spans))
+            stream, added = self._ops.run(self._decoder.layers, stream, context)
             x = self._ops.norm(stream, added, self._norm)  # (T, D)
         rows = x.double().cpu().numpy()
         # Each prompt is projected by itself, so that the shapes, and so the rounding, are the same in any pass.

@@ -4,14 +4,13 @@ Keys and values are stored token by token. Spans of one token are computed toget
 of a step, S spans, B spans of one token, L keys, C tokens of a span, H heads, G key-value heads, E head size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from lori.kernels import Route
-from server.engine.model.decoder import Heads, Layer, NeededRows, Norm, Rotary, Span, run_layers
+from server.engine.model.decoder import ForwardContext, Heads, Layer, Norm, Rotary, Span, run_layers
 
 PAD_TO = 64
 ACTIVATIONS = {
@@ -109,17 +108,9 @@ class TorchOps:
             out[span] = _prefill(query[span], keys[chunk.keys], values[chunk.keys], heads)
         return out.flatten(1)
 
-    def run(
-        self,
-        layers: Sequence[Layer],
-        stream: torch.Tensor,
-        rotary: Mapping[str, Rotary],
-        step: object,
-        route: Route | None,
-        needed: NeededRows | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, layers: Sequence[Layer], stream: torch.Tensor, context: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Ops`."""
-        return run_layers(self, layers, stream, rotary, step, route, needed)
+        return run_layers(self, layers, stream, context)
 
     def _decode(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decode_keys: object, heads: Heads
