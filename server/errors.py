@@ -6,7 +6,7 @@ from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError, PolicyError
-from server.engine.admission import RefusedError
+from server.engine.generate_request import RefusedError
 from server.engine.grammar import CrowdedError
 from server.engine.request import ErrorEvent, ErrorKind
 from server.engine.thread import EngineDeadError

@@ -217,9 +217,9 @@ def _make_weigher(base: BaseModel, runner: Runner) -> PromptWeigher:
 
 
 def _warn_of_statistics(admission: Admission, registry: Registry) -> None:
-    adapters = [adapter.summary for adapter in registry.by_name.values()]
+    adapters, can_weigh = [adapter.summary for adapter in registry.by_name.values()], admission.automatic.can_weigh
     # An adapter may have several names.
-    if names := sorted({adapter.name for adapter in adapters if adapter.prompt_statistics and not admission.can_weigh(adapter)}):
+    if names := sorted({adapter.name for adapter in adapters if adapter.prompt_statistics and not can_weigh(adapter)}):
         logger.warning(
             "automatic weights: %d adapters have statistics of another background than the server's (--background): %s%s",
             len(names),

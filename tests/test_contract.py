@@ -8,7 +8,7 @@ import torch
 
 from lori.base_model import load_base_model
 from lori.format import load_adapter
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import Chunk
 from server.loading import load_service
 from server.settings import Settings

@@ -31,7 +31,7 @@ from lori.summary import SummaryReader
 from server.catalog.fit import Fit
 from server.engine.adapters.loader import REMEDY
 from server.engine.adapters.registry import Faulty, Registered
-from server.engine.admission import RefusedError
+from server.engine.generate_request import RefusedError
 from server.errors import ConflictError, StoreError
 
 logger = logging.getLogger(__name__)

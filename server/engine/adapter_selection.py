@@ -14,7 +14,8 @@ from lori.names import AUTO
 from lori.prompt_statistics import Background
 from lori.summary import Summary
 from server.engine.adapters.registry import MAX_CALLERS, MayUse, Registered, Registry, candidates
-from server.engine.admission import Admission, GenerateRequest, RefusedError, TokenPrompt, checked_timeout_s
+from server.engine.admission import Admission
+from server.engine.generate_request import GenerateRequest, RefusedError, TokenPrompt, checked_timeout_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class AdapterSelector:
         self._registry, self._admission, self._background = registry, admission, background
         self._max_adapters, self._threshold = max_adapters, threshold
         self._lock = Lock()
-        self._snapshot = _snapshot({}, background, admission.can_weigh)
+        self._snapshot = _snapshot({}, background, admission.automatic.can_weigh)
 
     def prepare(self, request: GenerateRequest, *, must_be_current: bool = False) -> PendingSelection:
         """Return the query of a request for `auto`. After a change of the adapters their index is built again first.
@@ -114,7 +115,7 @@ class AdapterSelector:
         if not allowed.any():
             condition = "statistics of its prompts on this server's background"
             raise RefusedError("adapter", f"is {AUTO!r}, and none of your adapters that could be selected has {condition}")
-        prompt = self._admission.probed_prompt(request.prompt, "adapter")
+        prompt = self._admission.automatic.probed_prompt(request.prompt, "adapter")
         query = SelectionQuery(prompt, snapshot.index, self._max_adapters, allowed)
         return PendingSelection(request, query, view.adapters, [(one.summary, weight) for one, weight in policy], timeout_s)
 
@@ -154,7 +155,7 @@ class AdapterSelector:
             try:
                 by_name = self._registry.by_name
                 if self._snapshot.by_name is not by_name:
-                    self._snapshot = _snapshot(by_name, self._background, self._admission.can_weigh)
+                    self._snapshot = _snapshot(by_name, self._background, self._admission.automatic.can_weigh)
             finally:
                 self._lock.release()
         return self._snapshot

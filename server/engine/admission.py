@@ -3,45 +3,30 @@
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import inf
-from typing import TypeVar
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from lori.auto_weights import WeightQuery
 from lori.errors import TemplateError
-from lori.merge_options import DEFAULTS as LINEAR
-from lori.merge_options import MergeOptions
-from lori.prompt_statistics import Background, ProbedPrompt, probed_prompt
+from lori.prompt_statistics import Background
 from lori.summary import Summary
-from lori.template import Message, Template, common_template, encode, render_prompt
-from server.engine.adapters.registry import MayUse, PolicyError, Registered, Registry, candidates, resolve
+from lori.template import Template, common_template, encode, render_prompt
+from server.engine.adapters.registry import PolicyError, Registered, Registry, candidates, resolve
+from server.engine.automatic_weights import AutomaticWeights
+from server.engine.generate_request import (
+    GenerateRequest,
+    RefusedError,
+    TokenPrompt,
+    check_caps,
+    checked_timeout_s,
+)
 from server.engine.grammar import Grammar, GrammarError
-from server.engine.request import AdapterTerm, Request, RequestedWeights, SamplingParams
+from server.engine.request import AdapterTerm, Request, SamplingParams
 from server.engine.sampling.grammars import Grammars
 from server.engine.text import TextBound, TextStream
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPrompt:
-    """A prompt given as token ids."""
-
-    ids: tuple[int, ...]
-
-
-Prompt = str | Sequence[Message] | TokenPrompt
-"""A text, a conversation, or token ids."""
-
-
-def prompt_size(prompt: Prompt) -> int:
-    """Return the size of a prompt, in characters or tokens."""
-    if isinstance(prompt, str | TokenPrompt):
-        return len(prompt if isinstance(prompt, str) else prompt.ids)
-    return sum(len(message.content) for message in prompt)
 
 
 def decode_with_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
@@ -56,66 +41,11 @@ def decode_with_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, 
     return complete + text[len(complete) :] if text.startswith(complete) else complete, tuple(offsets)
 
 
-T = TypeVar("T", int, float)
-DEFAULT_MAX_TOKENS = 128
 MAX_COUNTED = 2**17
 """Maximum number of tokens of a text that is only tokenized. Listing and freeing more takes over 0.1 s, during which nothing else
 runs."""
-NO_BACKGROUND = (
-    "the base has no background: make one with python -m training.background, and start the server with --background FILE"
-)
-CAPPED_TOKENS = "the operator's cap for all answers to one request"
 MAX_LOGPROBS = 1 << 20
 """Maximum number of log-probabilities in one reply: about 30 MB, which take 0.3 s to write, and 1 s in chats."""
-
-
-class RefusedError(Exception):
-    """A request that cannot be served. Names the field, the value found and the value expected."""
-
-    def __init__(self, field: str, message: str) -> None:
-        self.field, self.message = field, message
-        super().__init__(f"{field}: {message}")
-
-
-@dataclass(frozen=True, slots=True)
-class Caps:
-    """The operator's limits on one request; None is no limit."""
-
-    max_s: float | None = None
-    """Maximum `timeout_s`, in seconds from submission to end. Also the timeout of requests that set none."""
-    max_tokens: int | None = None
-    """Maximum number of tokens of all answers together."""
-
-    def lowered(self, max_s: float | None, max_tokens: int | None) -> "Caps":
-        """Return these caps, each lowered to the given value if that is less."""
-        return Caps(_smaller(self.max_s, max_s), _smaller(self.max_tokens, max_tokens))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateRequest:
-    """A request as the client sent it, by any route. Admission resolves it to a `Request`."""
-
-    prompt: Prompt
-    template: Template | None = None
-    adapters: tuple[str, ...] = ()
-    """References: `name` or `name@version`."""
-    weights: RequestedWeights = None
-    merge: MergeOptions = LINEAR
-    may_use: MayUse = lambda _: True
-    """Whether the caller may use the adapters of a name."""
-    base_share: float | None = None
-    """The share of the base, if the server has chosen the adapters by the prompt."""
-    policy: tuple[tuple[str, float], ...] = ()
-    """Adapters that the operator adds to every request of this caller: `name` or `name@version`, and weight."""
-    max_tokens: int | None = None
-    default_max_tokens: int | None = DEFAULT_MAX_TOKENS
-    """Limit if `max_tokens` is None and the context has room for it; None allows all the room."""
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    priority: int | None = None
-    """Priority; None is 0."""
-    tenant: str = ""
-    timeout_s: float | None = None
-    caps: Caps = Caps()
 
 
 class Admission:
@@ -148,9 +78,7 @@ class Admission:
         """Maximum nonzero entries of B that can be resident. An estimate: exact sizes are known only once adapters are read."""
         self._max_merge_nnz = max_merge_nnz
         """Maximum nonzero entries of B of adapters that are read to be merged into one."""
-        self._background = background
-        """The base's background; None if the base has none, so that no weights are automatic."""
-        self._weighs_by_default = weighs_by_default
+        self.automatic = AutomaticWeights(tokenizer, background, is_default=weighs_by_default)
         self._grammars = grammars
         """The compiled grammars; None if the base model supports none."""
 
@@ -177,7 +105,7 @@ class Admission:
 
         Raises `RefusedError`, `TemplateError`, `PolicyError`, and the errors of `resolve`.
         """
-        _check_caps(request)
+        check_caps(request)
         timeout_s = checked_timeout_s(request)
         policy_adapters = self._policy_adapters(request)
         adapters = [adapter.summary for adapter in self._requested_adapters(request, [adapter for adapter, _ in policy_adapters])]
@@ -186,7 +114,7 @@ class Admission:
         if not isinstance(request.prompt, str | TokenPrompt):
             template = request.template or self.template_of(adapters)
         text, ids, offsets, max_tokens = self._encode(request, template)
-        auto = self._weight_query(request, adapters)
+        auto = self.automatic.query(request, adapters)
         weights = (0.0,) * len(adapters) if auto else self._weights(request, len(adapters))
         self.check_merge(request, adapters, [1.0] * len(adapters) if auto else weights, policy)
         self._check_bias(request.sampling)
@@ -308,26 +236,6 @@ class Admission:
             raise PolicyError
         return [(matching[0], weight) for matching, weight in matches]
 
-    def _weight_query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery | None:
-        """Return what automatic weights are computed from; None if the request's weights are not automatic."""
-        if request.weights == "auto":
-            self._check_automatic(request, adapters)
-        elif request.weights is not None or not self._weighs(request, adapters):
-            return None
-        assert self._background is not None
-        statistics = tuple(one.prompt_statistics for one in adapters if one.prompt_statistics)
-        try:
-            return WeightQuery(self.probed_prompt(request.prompt, "weights"), self._background, statistics)
-        except RefusedError:
-            if request.weights == "auto":
-                raise
-            return None  # the client has not asked for automatic weights, so a prompt that cannot be probed is no error
-
-    def _weighs(self, request: GenerateRequest, adapters: Sequence[Summary]) -> bool:
-        # A prompt that is scored holds the answers, which would be compared under different weights.
-        can_default = self._weighs_by_default and request.merge.method == "linear" and not request.sampling.echo
-        return can_default and len(adapters) > 1 and all(map(self.can_weigh, adapters))
-
     def _weights(self, request: GenerateRequest, num_adapters: int) -> tuple[float, ...]:
         if request.weights is None:
             return (1 / num_adapters,) * num_adapters if num_adapters else ()
@@ -335,36 +243,6 @@ class Admission:
         if len(request.weights) != num_adapters:
             raise RefusedError("weights", f"has {len(request.weights)} numbers, expected {num_adapters}, one for each adapter")
         return request.weights
-
-    def can_weigh(self, adapter: Summary) -> bool:
-        """Return whether the adapter's weight can be automatic: its statistics are of this server's background."""
-        statistics, background = adapter.prompt_statistics, self._background
-        return statistics is not None and background is not None and statistics.background_digest == background.digest
-
-    def _check_automatic(self, request: GenerateRequest, adapters: Sequence[Summary]) -> None:
-        if not adapters:
-            raise RefusedError("weights", "is 'auto' without adapters, among which it would choose")
-        if request.merge.method != "linear":
-            raise RefusedError("weights", f"is 'auto' with merge {request.merge.method!r}, expected 'linear'")
-        if self._background is None:
-            raise RefusedError("weights", f"is 'auto', and {NO_BACKGROUND}")
-        for adapter in adapters:
-            if not self.can_weigh(adapter):
-                state = "statistics of another background" if adapter.prompt_statistics else "no statistics"
-                remedy = "python -m training.calibrate FOLDER --data ROWS makes them"
-                raise RefusedError("weights", f"is 'auto', and {adapter.name!r} has {state} of its prompts: {remedy}")
-
-    def probed_prompt(self, prompt: Prompt, field: str) -> ProbedPrompt:
-        """Return the tokens of `prompt` that the probe reads. Raises `RefusedError` about `field`, which asked for 'auto'."""
-        read: str | Sequence[Message] = (
-            self.tokenizer.backend_tokenizer.decode(list(prompt.ids), skip_special_tokens=True)
-            if isinstance(prompt, TokenPrompt)
-            else prompt
-        )
-        try:
-            return probed_prompt(self.tokenizer, read)
-        except TemplateError as error:
-            raise RefusedError(field, f"is 'auto', and {error}") from error
 
     def template_of(self, adapters: Sequence[Summary]) -> Template:
         """Return the chat template for these adapters, or the base model's if there are none. Raises `RefusedError`."""
@@ -411,31 +289,6 @@ def check_num_logprobs(requests: Sequence[Request], *, is_whole: bool) -> None:
         counts = f"these prompts, with echo, and answers, with n and max_tokens, have up to {num_prompt + num_answer} of them"
         hint = "; a stream holds more" if num_prompt <= MAX_LOGPROBS else ""
         raise RefusedError("logprobs", f"{counts}, expected at most {MAX_LOGPROBS} in one reply{hint}")
-
-
-def _check_caps(request: GenerateRequest) -> None:
-    cap = request.caps.max_tokens
-    if cap is None:
-        return
-    num_choices = request.sampling.num_choices
-    if num_choices > cap:
-        raise RefusedError("n", f"is {num_choices}, expected {cap} at most: {CAPPED_TOKENS}")
-    if (request.max_tokens or 0) * num_choices > cap:
-        choices_note = f" with n {num_choices}" if num_choices > 1 else ""
-        max_each = cap // num_choices
-        raise RefusedError("max_tokens", f"is {request.max_tokens}{choices_note}, expected {max_each} at most: {CAPPED_TOKENS}")
-
-
-def checked_timeout_s(request: GenerateRequest) -> float | None:
-    """Return the request's timeout in seconds, or the operator's cap. Raises `RefusedError` if it exceeds the cap."""
-    cap = request.caps.max_s
-    if cap is not None and request.timeout_s is not None and request.timeout_s > cap:
-        raise RefusedError("timeout_s", f"is {request.timeout_s:g}, expected {cap:g} at most: the operator's cap for one request")
-    return cap if request.timeout_s is None else request.timeout_s
-
-
-def _smaller(first: T | None, second: T | None) -> T | None:
-    return min((value for value in (first, second) if value is not None), default=None)
 
 
 def _check_nnz(adapters: Sequence[tuple[Summary, float]], max_nnz: float, purpose: str = "") -> None:

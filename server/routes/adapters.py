@@ -14,7 +14,7 @@ from lori.store.hub import SCHEME, name_in
 from server.catalog.admin import Withdrawal
 from server.description.responses import refusals
 from server.engine.adapters.registry import Registered
-from server.engine.admission import RefusedError
+from server.engine.generate_request import RefusedError
 from server.routes.adapter_rows import describe_details, describe_one, encode_list
 from server.routes.dependencies import CallerOf, ServiceOf, require_admin
 from server.routes.json_route import JsonRoute

@@ -12,7 +12,7 @@ from lori.errors import AdapterError
 from server.access.limits import TenantPlaces
 from server.catalog.comparison import Comparer
 from server.engine.adapters.registry import Registered
-from server.engine.admission import RefusedError
+from server.engine.generate_request import RefusedError
 from server.errors import AdapterFailedError, BusyError
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 
 from server.description.responses import streams
-from server.engine.admission import GenerateRequest, Prompt, TokenPrompt
+from server.engine.generate_request import GenerateRequest, Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf

@@ -18,7 +18,7 @@ from lori.template import Message
 from server.access.limits import RateLimitedError
 from server.description.openapi import Api, allowed_methods
 from server.engine.adapters.registry import FaultyAdapterError
-from server.engine.admission import RefusedError
+from server.engine.generate_request import RefusedError
 from server.errors import FIELDS, TABLE, BodyError, FieldError, StoppedError, StoreError
 from server.migration.suggestions import fields_at, unknown_field, unknown_route, value_hint
 from server.schemas.errors import error_reply, kind_of

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from lori.errors import UnknownAdapterError
 from lori.template import Template
 from server.description.responses import streams
-from server.engine.admission import GenerateRequest, Prompt, TokenPrompt
+from server.engine.generate_request import GenerateRequest, Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, RequestedWeights, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import failure_reply

@@ -10,7 +10,7 @@ from lori.named_merge import NamedMerge
 from lori.names import AUTO, weight_text
 from server.description.responses import refusals
 from server.engine.adapters.registry import MayUse, Registered
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find_model
 from server.schemas.model_names import is_base, parse_model

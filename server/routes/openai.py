@@ -8,7 +8,7 @@ from fastapi.sse import format_sse_event
 from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError
-from server.engine.admission import GenerateRequest, Prompt, RefusedError
+from server.engine.generate_request import GenerateRequest, Prompt, RefusedError
 from server.engine.request import DoneEvent, Request
 from server.errors import FieldError
 from server.routes.generate import shared_request, to_adapters, to_merge, to_timings

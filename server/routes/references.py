@@ -9,7 +9,7 @@ from lori.names import AUTO
 from lori.names import unknown_adapter as unknown_name
 from server.access.caller import Caller
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError, Registered, resolve
-from server.engine.admission import RefusedError
+from server.engine.generate_request import RefusedError
 from server.errors import FieldError
 from server.migration.names import IsKnown, unknown_adapter, unknown_model
 from server.schemas.model_names import UnknownModelError, is_base

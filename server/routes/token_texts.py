@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from lori.template import Message, Template, render_prompt
-from server.engine.admission import RefusedError
+from server.engine.generate_request import RefusedError
 from server.engine.text import TextBound
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from lori.summary import Summary
 from lori.template import Message
 from server.access.caller import Caller
-from server.engine.admission import prompt_size
+from server.engine.generate_request import prompt_size
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.json_route import JsonRoute
 from server.routes.references import find_model

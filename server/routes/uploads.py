@@ -10,7 +10,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from server.engine.admission import RefusedError
+from server.engine.generate_request import RefusedError
 
 if TYPE_CHECKING:  # only type checkers have it
     from python_multipart.multipart import MultipartCallbacks

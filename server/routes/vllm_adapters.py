@@ -9,7 +9,7 @@ from lori.errors import AdapterError, UnknownAdapterError
 from lori.names import split_reference
 from lori.store.hub import SCHEME
 from server.catalog.admin import AlreadyLoadedError
-from server.engine.admission import RefusedError
+from server.engine.generate_request import RefusedError
 from server.routes.dependencies import ServiceOf, require_admin
 from server.routes.json_route import JsonRoute
 from server.routes.uploads import checked_name

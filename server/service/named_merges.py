@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
 from lori.named_merge import NamedMerge, repeated_references
 from server.engine.adapters.registry import MayUse
-from server.engine.admission import GenerateRequest, RefusedError
+from server.engine.generate_request import GenerateRequest, RefusedError
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,9 @@ from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
 from server.engine.adapter_selection import AdapterSelector, is_auto
 from server.engine.adapters.registry import Registry, check_registered
-from server.engine.admission import NO_BACKGROUND, Admission, Caps, GenerateRequest, RefusedError, check_num_logprobs, prompt_size
+from server.engine.admission import Admission, check_num_logprobs
+from server.engine.automatic_weights import NO_BACKGROUND
+from server.engine.generate_request import Caps, GenerateRequest, RefusedError, prompt_size
 from server.engine.prompt_weights import WeighingError
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread

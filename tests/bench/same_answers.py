@@ -25,7 +25,7 @@ from lori.embedded import embedded_model
 from lori.kernels.native import description
 from lori.merge_options import MergeOptions
 from lori.template import Message
-from server.engine.admission import GenerateRequest, Prompt, RefusedError
+from server.engine.generate_request import GenerateRequest, Prompt, RefusedError
 from server.engine.request import SamplingParams
 from tests.server.rig import Rig, build
 

@@ -28,8 +28,9 @@ from server.engine.adapters.cache import AdapterCache
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents, TierUsage
-from server.engine.admission import Admission, GenerateRequest
+from server.engine.admission import Admission
 from server.engine.engine import Engine
+from server.engine.generate_request import GenerateRequest
 from server.engine.model.runner import Runner
 from server.engine.request import Chunk, DoneEvent, ErrorEvent, Event, Request, SamplingParams, TextEvent, TokenLogprob
 from server.engine.request import Sequence as EngineSequence

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from lori.merge_options import MergeOptions
 from server.access.keys import KeyFileError
 from server.engine.adapters.registry import Registry
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import Request
 from server.engine.step import Emit
 from server.loading import load_service

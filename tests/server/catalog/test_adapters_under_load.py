@@ -18,7 +18,8 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.format import load_adapter
 from lori.template import encode
-from server.engine.admission import Admission, GenerateRequest
+from server.engine.admission import Admission
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import Request
 from tests.server.live import LIMIT_S, events, wait_until
 from tests.server.office import ADMIN, Office, open_office

@@ -13,7 +13,8 @@ from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, Array, Background, Ga
 from lori.template import Message
 from server.engine.adapter_selection import AdapterSelector, PendingSelection
 from server.engine.adapters.registry import Registered, Registry
-from server.engine.admission import Admission, Caps, GenerateRequest, RefusedError, TokenPrompt
+from server.engine.admission import Admission
+from server.engine.generate_request import Caps, GenerateRequest, RefusedError, TokenPrompt
 from tests.server.registered import registered
 from tests.tiny import tiny_tokenizer
 

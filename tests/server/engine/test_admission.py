@@ -10,7 +10,8 @@ from lori.errors import TemplateError, UnknownAdapterError
 from lori.merge_options import MergeOptions
 from lori.template import Message, Template
 from server.engine.adapters.registry import AmbiguousVersionError, Registry
-from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, GenerateRequest, RefusedError, TokenPrompt
+from server.engine.admission import Admission
+from server.engine.generate_request import DEFAULT_MAX_TOKENS, GenerateRequest, RefusedError, TokenPrompt
 from server.engine.request import SamplingParams
 from tests.server.registered import registered
 from tests.server.rig import EOS, build

@@ -9,7 +9,8 @@ from lori.errors import UnknownAdapterError
 from lori.merge import MergeOptions
 from lori.template import Message
 from server.engine.adapters.registry import PolicyError, Registry
-from server.engine.admission import Admission, GenerateRequest, RefusedError
+from server.engine.admission import Admission
+from server.engine.generate_request import GenerateRequest, RefusedError
 from server.routes.generate import to_adapters, to_merge
 from tests.server.registered import registered
 

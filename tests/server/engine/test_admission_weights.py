@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from lori.merge_options import MergeOptions
 from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, Background, Gaussians, PromptStatistics, probed_prompt
 from server.engine.adapters.registry import Registered, Registry
-from server.engine.admission import Admission, GenerateRequest, RefusedError, TokenPrompt
+from server.engine.admission import Admission
+from server.engine.generate_request import GenerateRequest, RefusedError, TokenPrompt
 from server.engine.request import SamplingParams
 from tests.server.registered import registered
 from tests.tiny import tiny_tokenizer
@@ -72,9 +73,9 @@ def test_what_cannot_be_weighed_is_refused(admission: Admission, request_: Gener
 
 def test_an_adapter_can_be_weighed_by_the_background_of_its_statistics() -> None:
     math, code = (REGISTRY.by_name[name].summary for name in ("math", "code"))
-    assert admission().can_weigh(math)
-    assert not any(admission(background).can_weigh(math) for background in (OTHER, None))
-    assert not admission().can_weigh(code)
+    assert admission().automatic.can_weigh(math)
+    assert not any(admission(background).automatic.can_weigh(math) for background in (OTHER, None))
+    assert not admission().automatic.can_weigh(code)
 
 
 BY_DEFAULT = admission(weighs_by_default=True)

@@ -7,7 +7,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.adapters.registry import Registry
-from server.engine.admission import Admission, Caps, GenerateRequest, RefusedError
+from server.engine.admission import Admission
+from server.engine.generate_request import Caps, GenerateRequest, RefusedError
 from server.engine.request import Request, SamplingParams
 from server.engine.step import Emit
 from tests.server.fake_service import served

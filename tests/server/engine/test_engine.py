@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lori.base_model import BaseModel
 from lori.template import encode
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import ErrorEvent, SamplingParams, TextEvent, TokenLogprob
 from tests.server.rig import EOS, Rig, build, fold, scripted, write_adapter
 from tests.tiny import save_tiny_model, tiny_llama_config

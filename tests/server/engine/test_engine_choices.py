@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import DoneEvent, ErrorEvent, SamplingParams, TextEvent
 from server.engine.text import token_text
 from tests.server.rig import EOS, Heard, Rig, WatchedRunner, build, scripted

@@ -11,7 +11,7 @@ import pytest
 
 from lori.format import WEIGHTS_FILE
 from lori.merge_options import MergeOptions
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import Chunk, ErrorEvent, ErrorKind, Event, SamplingParams
 from server.engine.thread import EngineThread
 from tests.server.live import LIMIT_S

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lori.template import encode
 from server.engine.adapters.registry import Registry
-from server.engine.admission import Admission, GenerateRequest, RefusedError
+from server.engine.admission import Admission
+from server.engine.generate_request import GenerateRequest, RefusedError
 from server.engine.grammar import Grammar
 from server.engine.request import ErrorEvent, SamplingParams
 from server.engine.sampling import grammars

@@ -10,7 +10,7 @@ from lori.base_model import BaseModel
 from lori.format import save_adapter
 from lori.merge import merge
 from lori.merge_options import MergeOptions
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import SamplingParams
 from tests.server.rig import Heard, Rig, build, write_adapter
 

@@ -11,7 +11,7 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.merge import MergeOptions, merge
 from lori.template import encode
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import SamplingParams
 from tests.server.rig import Heard, Rig, build, fold, greedy
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lori.base_model import BaseModel
 from lori.template import encode
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import ErrorEvent, SamplingParams
 from tests.server.rig import EOS, Rig, build, scripted
 

@@ -9,7 +9,7 @@ import pytest
 from lori.base_model import BaseModel
 from lori.merge_options import MergeOptions
 from lori.store.store import AdapterStore
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import SamplingParams
 from tests.server.rig import Heard, Rig, WatchedRunner, build, write_adapter
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from server.engine import step as step_module
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.model.cuda_graphs import Replays
 from server.engine.request import SamplingParams
 from server.engine.step import read_back

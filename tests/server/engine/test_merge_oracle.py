@@ -12,7 +12,7 @@ from lori.embedded import embedded_model
 from lori.format import load_adapter
 from lori.merge import merge
 from lori.merge_options import MergeOptions
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import SamplingParams
 from tests.server.rig import Heard, Rig, build, fold
 

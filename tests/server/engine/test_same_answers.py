@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import SamplingParams
 from tests.server.rig import Rig, build
 

@@ -10,8 +10,8 @@ from typing import cast
 
 import pytest
 
-from server.engine.admission import GenerateRequest
 from server.engine.engine import Engine
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
 from server.engine.thread import EngineDeadError, EngineThread
 from tests.server.live import LIMIT_S

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from lori.embedded import embedded_model
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.grammar import Grammar
 from server.engine.request import SamplingParams
 from server.loading import load_service

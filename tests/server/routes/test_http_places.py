@@ -15,8 +15,9 @@ from starlette.types import Message
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.adapters.registry import Registry
-from server.engine.admission import Admission, GenerateRequest
+from server.engine.admission import Admission
 from server.engine.engine import Engine
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import Request, TextEvent
 from server.engine.step import Emit
 from server.engine.thread import EngineThread

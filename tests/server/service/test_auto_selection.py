@@ -9,7 +9,7 @@ import pytest
 
 from lori.auto_weights import Selection
 from server.engine.adapter_selection import AdapterSelector, PendingSelection
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.service.service import NUM_SELECTIONS
 from tests.server.keyed import OTHER, bearer
 from tests.server.live import events

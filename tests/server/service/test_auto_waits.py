@@ -14,7 +14,7 @@ import pytest
 from lori.auto_weights import Selection
 from lori.prompt_statistics import NUM_FEATURES, Array, ProbedPrompt
 from server.engine.adapter_selection import AdapterSelector, PendingSelection
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.model.prompt_probe import PromptProbe
 from server.service.service import Service
 from tests.server.keyed import ACME, bearer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lori.prompt_statistics import NUM_FEATURES, Array, ProbedPrompt
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.model.prompt_probe import PromptProbe
 from server.engine.prompt_weights import OVERFLOW
 from server.loading import _warn_of_statistics

@@ -16,7 +16,8 @@ import httpx
 import pytest
 from starlette.requests import ClientDisconnect
 
-from server.engine.admission import Admission, RefusedError
+from server.engine.admission import Admission
+from server.engine.generate_request import RefusedError
 from server.engine.grammar import CrowdedError, Grammar
 from server.service.grammar_checks import MAX_PER_TENANT, GrammarChecks
 from tests.server.forked import start_forked

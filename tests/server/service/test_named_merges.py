@@ -13,7 +13,7 @@ from lori.errors import AdapterError
 from lori.named_merge import MergedAdapter, NamedMerge
 from lori.store.entry import Entry
 from lori.store.store import AdapterStore
-from server.engine.admission import GenerateRequest, RefusedError
+from server.engine.generate_request import GenerateRequest, RefusedError
 from server.loading import load_service
 from server.service.named_merges import NamedMerges
 from server.service.service import Service

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
 from server.engine.adapters.registry import PolicyError, Registry
-from server.engine.admission import MAX_LOGPROBS, Admission, GenerateRequest, RefusedError, TokenPrompt
+from server.engine.admission import MAX_LOGPROBS, Admission
 from server.engine.engine import Engine
+from server.engine.generate_request import GenerateRequest, RefusedError, TokenPrompt
 from server.engine.request import DoneEvent, Request, SamplingParams
 from server.engine.thread import EngineThread
 from server.errors import BusyError

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.request import Request
 from server.telemetry.logs import TextFormatter
 from tests.server.fake_service import served

@@ -10,7 +10,7 @@ import torch
 import lori.projection
 from lori.base_model import BaseModel
 from lori.kernels import Route, gpu
-from server.engine.admission import GenerateRequest
+from server.engine.generate_request import GenerateRequest
 from server.engine.model.cuda_graphs import TERMS, Replays
 from server.engine.model.runner import Runner
 from server.engine.model.triton_ops import GpuOps
