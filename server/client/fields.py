@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 from lori.template import Template
+from server.engine.request import RequestedWeight
 from server.schemas.sampling import MergeArguments, SamplingArguments
 
 
@@ -21,7 +22,7 @@ class WeightedAdapterFields(TypedDict):
     """An adapter with its weight."""
 
     name: str
-    weight: float
+    weight: RequestedWeight
 
 
 class GenerateFields(SamplingArguments, MergeArguments, total=False):

@@ -114,9 +114,8 @@ class Admission:
         if not isinstance(request.prompt, str | TokenPrompt):
             template = request.template or self.template_of(adapters)
         text, ids, offsets, max_tokens = self._encode(request, template)
-        auto = self.automatic.query(request, adapters)
-        weights = (0.0,) * len(adapters) if auto else self._weights(request, len(adapters))
-        self.check_merge(request, adapters, [1.0] * len(adapters) if auto else weights, policy)
+        weights, auto = self.automatic.weights_of(request, adapters)
+        self.check_merge(request, adapters, [1.0 if weight == "auto" else weight for weight in weights], policy)
         self._check_bias(request.sampling)
         self._check_grammar(request.sampling)
         return Request(
@@ -125,7 +124,12 @@ class Admission:
             prompt_ids=ids,
             prompt_offsets=offsets,
             template=template,
-            terms=tuple(AdapterTerm(one.name, one.digest, weight) for one, weight in zip(adapters, weights, strict=True)),
+            terms=tuple(
+                AdapterTerm(one.name, one.digest, 0.0, is_automatic=True)
+                if weight == "auto"
+                else AdapterTerm(one.name, one.digest, weight, is_automatic=request.base_share is not None)
+                for one, weight in zip(adapters, weights, strict=True)
+            ),
             merge=request.merge,
             auto=auto,
             base_share=request.base_share,
@@ -235,14 +239,6 @@ class Admission:
             )
             raise PolicyError
         return [(matching[0], weight) for matching, weight in matches]
-
-    def _weights(self, request: GenerateRequest, num_adapters: int) -> tuple[float, ...]:
-        if request.weights is None:
-            return (1 / num_adapters,) * num_adapters if num_adapters else ()
-        assert request.weights != "auto"
-        if len(request.weights) != num_adapters:
-            raise RefusedError("weights", f"has {len(request.weights)} numbers, expected {num_adapters}, one for each adapter")
-        return request.weights
 
     def template_of(self, adapters: Sequence[Summary]) -> Template:
         """Return the chat template for these adapters, or the base model's if there are none. Raises `RefusedError`."""

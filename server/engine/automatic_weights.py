@@ -10,6 +10,7 @@ from lori.prompt_statistics import Background, ProbedPrompt, probed_prompt
 from lori.summary import Summary
 from lori.template import Message
 from server.engine.generate_request import GenerateRequest, Prompt, RefusedError, TokenPrompt
+from server.engine.request import RequestedWeight
 
 NO_BACKGROUND = (
     "the base has no background: make one with python -m training.background, and start the server with --background FILE"
@@ -40,38 +41,47 @@ class AutomaticWeights:
         except TemplateError as error:
             raise RefusedError(field, f"is 'auto', and {error}") from error
 
-    def query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery | None:
-        """Return what the automatic weights of a request are computed from; None if none of its weights is automatic.
+    def weights_of(
+        self, request: GenerateRequest, adapters: Sequence[Summary]
+    ) -> tuple[tuple[RequestedWeight, ...], WeightQuery | None]:
+        """Return the weight of each of a request's adapters, and what the automatic ones are computed from, if there are any.
 
-        Raises `RefusedError` if the client asks for automatic weights that are not possible.
+        Raises `RefusedError` if the weights do not fit the adapters, or if automatic ones are asked for and are not possible.
         """
-        if request.weights == "auto":
-            self._check(request, adapters)
-        elif request.weights is not None or not self._is_default_of(request, adapters):
-            return None
-        assert self._background is not None
-        statistics = tuple(one.prompt_statistics for one in adapters if one.prompt_statistics)
-        try:
-            return WeightQuery(self.probed_prompt(request.prompt, "weights"), self._background, statistics)
-        except RefusedError:
-            if request.weights == "auto":
-                raise
-            return None  # the client has not asked for automatic weights, so a prompt that cannot be probed is no error
-
-    def _is_default_of(self, request: GenerateRequest, adapters: Sequence[Summary]) -> bool:
-        # A prompt that is scored holds the answers, which would be compared under different weights.
-        can_default = self._is_default and request.merge.method == "linear" and not request.sampling.echo
-        return can_default and len(adapters) > 1 and all(map(self.can_weigh, adapters))
-
-    def _check(self, request: GenerateRequest, adapters: Sequence[Summary]) -> None:
-        if not adapters:
+        if request.weights is None:
+            query = self._default_query(request, adapters)
+            return tuple("auto" if query else 1 / len(adapters) for _ in adapters), query
+        if request.weights == "auto" and not adapters:
             raise RefusedError("weights", "is 'auto' without adapters, among which it would choose")
+        asked = request.weights
+        weights: tuple[RequestedWeight, ...] = tuple("auto" for _ in adapters) if asked == "auto" else asked
+        if len(weights) != len(adapters):
+            raise RefusedError("weights", f"has {len(weights)} numbers, expected {len(adapters)}, one for each adapter")
+        automatic = [adapter for adapter, weight in zip(adapters, weights, strict=True) if weight == "auto"]
+        if not automatic:
+            return weights, None
         if request.merge.method != "linear":
             raise RefusedError("weights", f"is 'auto' with merge {request.merge.method!r}, expected 'linear'")
         if self._background is None:
             raise RefusedError("weights", f"is 'auto', and {NO_BACKGROUND}")
-        for adapter in adapters:
+        for adapter in automatic:
             if not self.can_weigh(adapter):
                 state = "statistics of another background" if adapter.prompt_statistics else "no statistics"
                 remedy = "python -m training.calibrate FOLDER --data ROWS makes them"
                 raise RefusedError("weights", f"is 'auto', and {adapter.name!r} has {state} of its prompts: {remedy}")
+        return weights, self._query(request, automatic)
+
+    def _default_query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery | None:
+        # A prompt that is scored holds the answers, which would be compared under different weights.
+        can_default = self._is_default and request.merge.method == "linear" and not request.sampling.echo
+        if not can_default or len(adapters) < 2 or not all(map(self.can_weigh, adapters)):
+            return None
+        try:
+            return self._query(request, adapters)
+        except RefusedError:
+            return None  # the client has not asked for automatic weights, so a prompt that cannot be probed is no error
+
+    def _query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery:
+        assert self._background is not None
+        statistics = tuple(one.prompt_statistics for one in adapters if one.prompt_statistics)
+        return WeightQuery(self.probed_prompt(request.prompt, "weights"), self._background, statistics)

@@ -19,21 +19,24 @@ if TYPE_CHECKING:  # a cluster's ingress need not import numpy
     from lori.auto_weights import Shares, WeightQuery
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
-RequestedWeights = tuple[float, ...] | Literal["auto"] | None
-"""Weights as a client gives them: a number for each adapter, `auto` for those that the prompt gives, or None, the server's
-default."""
+RequestedWeight = float | Literal["auto"]
+RequestedWeights = tuple[RequestedWeight, ...] | Literal["auto"] | None
+"""Weights as a client gives them: one for each adapter, `auto` for what the prompt gives; `auto` for all of them; or None, the
+server's default."""
 ErrorKind = Literal["engine", "adapter", "grammar", "timeout", "stop"]
 """The cause of a failure: the engine, an adapter, the request's grammar, the timeout, or the server's shutdown."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTerm:
-    """One resolved adapter of a request, with the `weight` that the client asked for."""
+    """One resolved adapter of a request, with its `weight`."""
 
     name: str
     digest: str
     """Digest of the adapter's content. It identifies the adapter, whatever its name is."""
     weight: float
+    is_automatic: bool = False
+    """Whether the weight comes from the prompt."""
 
     @property
     def version(self) -> str:
@@ -107,7 +110,7 @@ class Request:
     merge: MergeOptions = LINEAR
     """Method that combines the adapters of `terms`. Any method but `linear` is built once and cached as a resident adapter."""
     auto: "WeightQuery | None" = None
-    """Set while the weights of `terms` are still to be computed from the prompt. Until then they are 0."""
+    """Set while the automatic weights of `terms` are still to be computed from the prompt. Until then they are 0."""
     base_share: float | None = None
     """The share of automatic weights that went to the base."""
     policy: tuple[AdapterTerm, ...] = ()
@@ -124,7 +127,8 @@ class Request:
 
     def with_shares(self, shares: "Shares") -> "Request":
         """Return this request with the automatic weights of its adapters."""
-        terms = tuple(replace(term, weight=weight) for term, weight in zip(self.terms, shares.weights, strict=True))
+        weights = iter(shares.weights)
+        terms = tuple(replace(term, weight=next(weights)) if term.is_automatic else term for term in self.terms)
         return replace(self, terms=terms, auto=None, base_share=shares.base)
 
     @property

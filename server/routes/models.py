@@ -7,13 +7,13 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from lori.named_merge import NamedMerge
-from lori.names import AUTO, weight_text
+from lori.names import AUTO
 from server.description.responses import refusals
 from server.engine.adapters.registry import MayUse, Registered
 from server.engine.generate_request import GenerateRequest
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find_model
-from server.schemas.model_names import is_base, parse_model
+from server.schemas.model_names import is_base, parse_model, weighted_model_of
 from server.schemas.openai import ModelCard, ModelList
 from server.service.service import Service
 
@@ -44,8 +44,7 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     card = _card(service, adapters).model_copy(update={"id": model})
     if resolved is request or not isinstance(resolved.weights, tuple):
         return card
-    parts = zip(resolved.adapters, resolved.weights, strict=True)
-    return card.model_copy(update={"root": "+".join(f"{reference}:{weight_text(weight)}" for reference, weight in parts)})
+    return card.model_copy(update={"root": weighted_model_of(resolved.adapters, resolved.weights)})
 
 
 def _encode(service: Service, may_use: MayUse) -> bytes:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
 from lori.names import weight_text
+from server.engine.request import RequestedWeight
 
-WEIGHT = r"-?([0-9]{1,9}(\.[0-9]{0,17})?|\.[0-9]{1,17})"
+WEIGHT = r"auto|-?([0-9]{1,9}(\.[0-9]{0,17})?|\.[0-9]{1,17})"
 PART = re.compile(rf"\s*(?P<reference>[a-z0-9][a-z0-9._-]{{0,63}}(@[0-9a-f]{{1,12}})?)\s*(:\s*(?P<weight>{WEIGHT})\s*)?")
 
 
@@ -31,17 +32,23 @@ class NamedModel:
     """References of adapters, and their weights. None is the server's default."""
 
     adapters: tuple[str, ...] = ()
-    weights: tuple[float, ...] | None = None
+    weights: tuple[RequestedWeight, ...] | None = None
 
 
-def model_of(adapters: Sequence[str], weights: Sequence[float] | None) -> str:
+def model_of(adapters: Sequence[str], weights: Sequence[RequestedWeight]) -> str:
     """Return the model name for these adapters and weights.
 
-    It has no weights if they are automatic (None) or 1/n each, as a request without weights has none.
+    It has no weights if all are automatic, or 1/n each, as a request without weights has none.
     """
-    if weights is None or all(weight == 1 / len(adapters) for weight in weights):
+    if all(weight == "auto" for weight in weights) or all(weight == 1 / len(adapters) for weight in weights):
         return "+".join(adapters)
-    return "+".join(f"{name}:{weight_text(weight)}" for name, weight in zip(adapters, weights, strict=True))
+    return weighted_model_of(adapters, weights)
+
+
+def weighted_model_of(adapters: Sequence[str], weights: Sequence[RequestedWeight]) -> str:
+    """Return the model name for these adapters that has all their weights."""
+    texts = (weight if isinstance(weight, str) else weight_text(weight) for weight in weights)
+    return "+".join(f"{name}:{text}" for name, text in zip(adapters, texts, strict=True))
 
 
 def find_parts(model: str) -> list[re.Match[str] | None]:
@@ -70,9 +77,13 @@ def parse_model(model: str, base_names: Collection[str]) -> NamedModel:
         return NamedModel((model.split("+", MAX_ADAPTERS)[parts.index(None)].strip(),))
     matches = [part for part in parts if part]
     names = tuple(part["reference"] for part in matches)
-    weights = tuple(float(part["weight"]) for part in matches if part["weight"])
+    weights = tuple(_parse_weight(part["weight"]) for part in matches if part["weight"])
     if len(weights) not in (0, len(names)):
         raise ModelWeightsError(f"{model!r} has {len(weights)} weights for {len(names)} adapters, expected one for each, or none")
-    if large := [weight for weight in weights if abs(weight) > MAX_WEIGHT]:
+    if large := [weight for weight in weights if weight != "auto" and abs(weight) > MAX_WEIGHT]:
         raise ModelWeightsError(f"{model!r} has the weight {large[0]:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
     return NamedModel(names, weights or None)
+
+
+def _parse_weight(text: str) -> RequestedWeight:
+    return "auto" if text == "auto" else float(text)

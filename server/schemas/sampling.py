@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 from pydantic import Field, Tag, model_validator
 
 from lori.merge_options import MAX_ADAPTERS, MergeMethod, MergeOptions
-from server.engine.request import RequestedWeights, SamplingParams
+from server.engine.request import RequestedWeight, RequestedWeights, SamplingParams
 from server.schemas.fields import (
     AdapterName,
     Body,
@@ -30,13 +30,24 @@ from server.schemas.fields import (
 from server.schemas.grammars import AnyGrammar, GrammarArguments, to_grammar
 
 
+def _weight_form(value: Any) -> str | None:
+    return "auto" if value == "auto" else "number" if isinstance(value, int | float) else None
+
+
+AnyWeight = Annotated[
+    Annotated[Literal["auto"], Tag("auto")] | Annotated[Weight, Tag("number")],
+    forms(_weight_form, "a number, or 'auto'"),
+]
+"""A weight, or `auto`."""
+
+
 class WeightedAdapter(Body):
     """An adapter with its weight."""
 
     name: AdapterName
     """The adapter's name, or `name@version`."""
-    weight: Weight
-    """The factor of the adapter's delta."""
+    weight: AnyWeight
+    """The factor of the adapter's delta, or `auto`: from the prompt."""
 
 
 def _form(value: Any) -> str | None:
@@ -135,7 +146,8 @@ class SamplingArguments(TypedDict, total=False):
 
 
 Weights = Annotated[
-    Annotated[Literal["auto"], Tag("one")] | Annotated[list[Weight], Field(max_length=MAX_ADAPTERS, fail_fast=True), Tag("many")],
+    Annotated[Literal["auto"], Tag("one")]
+    | Annotated[list[AnyWeight], Field(max_length=MAX_ADAPTERS, fail_fast=True), Tag("many")],
     forms(one_or_many, "a list of numbers, or 'auto'"),
 ]
 
@@ -144,8 +156,9 @@ class MergeFields(Body):
     """Parameters of the merge of adapters."""
 
     weights: Weights | None = None
-    """One weight for each adapter. `auto`: from the prompt; what fits none of them is left to the base. If absent, several
-    adapters get automatic weights, or 1/n each where these are not possible or under `--default-merge linear`."""
+    """One weight for each adapter. `auto`: from the prompt; what fits none of them is left to the base. It can stand for all
+    weights, or for some of them beside numbers. If absent, several adapters get automatic weights, or 1/n each where these are
+    not possible or under `--default-merge linear`."""
     merge: MergeMethod = "linear"
     """The method that merges several adapters: the exact sum, or one that is built once and kept (TIES, DARE, the largest
     entries)."""
@@ -193,7 +206,7 @@ class MergeFields(Body):
 class MergeArguments(TypedDict, total=False):
     """`MergeFields` as keyword arguments of the Python client."""
 
-    weights: Sequence[float] | Literal["auto"]
+    weights: Sequence[RequestedWeight] | Literal["auto"]
     merge: MergeMethod
     density: float
     merge_seed: int

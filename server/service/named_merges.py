@@ -8,6 +8,7 @@ from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
 from lori.named_merge import NamedMerge, repeated_references
 from server.engine.adapters.registry import MayUse
 from server.engine.generate_request import GenerateRequest, RefusedError
+from server.engine.request import RequestedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class NamedMerges:
         """Return the request with each merge replaced by its adapters.
 
         Their weights are the merge's times the request's weight for the merge. Raises `RefusedError` if the request names a merge
-        and has another method than `linear`, automatic weights, no weights beside other adapters, too many adapters in all, or
-        too large a weight.
+        and has another method than `linear`, an automatic weight for a merge, no weights beside other adapters, too many adapters
+        in all, or too large a weight.
         """
         may_use, names = request.may_use, request.adapters
         name = next((name for name in names if self.find(name, may_use)), None)
@@ -78,14 +79,17 @@ class NamedMerges:
         factors = request.weights or (1.0,)
         if len(factors) != len(names):
             raise RefusedError("weights", f"has {len(factors)} numbers, expected {len(names)}, one for each name")
-        terms = [
-            (reference, factor * weight)
-            for name, factor in zip(names, factors, strict=True)
-            for reference, weight in self._terms(name, may_use)
-        ]
+        terms: list[tuple[str, RequestedWeight]] = []
+        for name, factor in zip(names, factors, strict=True):
+            if factor != "auto":
+                terms += [(reference, factor * weight) for reference, weight in self._terms(name, may_use)]
+            elif self.find(name, may_use):
+                raise RefusedError("weights", f"is 'auto' for {name!r}, which has weights of its own; expected a number")
+            else:
+                terms.append((name, factor))
         if len(terms) > MAX_ADAPTERS:
             raise RefusedError("adapter", f"names {len(terms)} adapters with those of merges, expected at most {MAX_ADAPTERS}")
-        if large := [(reference, weight) for reference, weight in terms if abs(weight) > MAX_WEIGHT]:
+        if large := [(reference, weight) for reference, weight in terms if weight != "auto" and abs(weight) > MAX_WEIGHT]:
             reference, weight = large[0]
             raise RefusedError("weights", f"give {reference} the weight {weight:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
         adapters, weights = zip(*terms, strict=True)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 
 from server.engine.adapters.cache import AdapterCache
 from server.engine.adapters.registry import Registry
-from server.engine.request import Request, Sequence
+from server.engine.request import Request, RequestedWeight, Sequence
 from server.engine.scheduling.scheduler import Scheduler
 from server.schemas.model_names import model_of
 from server.telemetry.metrics import Metrics
@@ -51,7 +51,7 @@ def _model_names(sequences: Iterable[Sequence]) -> Collection[str]:
 def _request_models(request: Request) -> Iterable[str]:
     yield from (term.name for term in (*request.terms, *request.policy) if term.weight)
     if request.terms:
-        weights = [term.weight for term in request.terms] if request.base_share is None else None
+        weights: list[RequestedWeight] = ["auto" if term.is_automatic else term.weight for term in request.terms]
         yield model_of([term.name for term in request.terms], weights)
 
 

@@ -6,7 +6,8 @@
 A line for each task and form (see `tests.bench.demo`): the figures of the base, of the task's adapter alone, of equal weights, of
 automatic ones (`auto`) and of the adapters that the server selects (`selected`), the fraction of the adapter's own gain that each
 keeps, the task's mean automatic weight, and the fraction of rows whose weight goes to another adapter by more than a half. For
-`safety` the figures are the harmful rows that are refused, and `benign` the benign ones.
+`safety` the figures are the harmful rows that are refused, and `benign` the benign ones. With `--fixed safety=1` the
+request gives that weight, and only the others are automatic; `misrouted` counts only these.
 
 A line for each file of `--nobody`, JSONL with prompts that are no adapter's: the fraction of prompts of which any adapter gets
 more than a half, as messages.
@@ -27,15 +28,18 @@ from training.evaluation.metrics import read_metric_rows
 from training.evaluation.server_answerer import Ask, Server
 
 NAMES = tuple(TASKS)
+NONE: Mapping[str, float] = {}
 Weights = tuple[float, ...]
 
 
-def weigh(url: str, template: Template, prompts: Sequence[Prompt], *, is_selected: bool = False) -> list[Weights]:
-    """Return the automatic weights of `NAMES` for each prompt. A text in the template `chat` is sent as a message.
+def weigh(
+    url: str, template: Template, prompts: Sequence[Prompt], fixed: Mapping[str, float] = NONE, *, is_selected: bool = False
+) -> list[Weights]:
+    """Return the weights of `NAMES` for each prompt: those in `fixed`, and else automatic ones.
 
-    All are named, or the server selects among them.
+    All are named, or the server selects among them. A text in the template `chat` is sent as a message.
     """
-    adapter = {"adapter": "auto"} if is_selected else {"adapter": NAMES, "weights": "auto"}
+    adapter = {"adapter": "auto"} if is_selected else {"adapter": NAMES, "weights": [fixed.get(name, "auto") for name in NAMES]}
 
     async def ask_one(ask: Ask, prompt: Prompt) -> Weights:
         fields: Mapping[str, Any]
@@ -72,7 +76,7 @@ def scores(url: str, task: str, template: Template, rows: Sequence[Any], weights
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a line for each task and form."""
-    equal = (1 / len(NAMES),) * len(NAMES)
+    equal, fixed = (1 / len(NAMES),) * len(NAMES), dict(arguments.fixed)
     for place, task in enumerate(NAMES):
         if task not in arguments.tasks:
             continue
@@ -82,7 +86,7 @@ def compare(arguments: argparse.Namespace) -> None:
             benign = [row for row in rows if task == "safety" and not row.harmful]
             rows = [row for row in rows if task != "safety" or row.harmful]
             prompts = [row.prompt for row in rows]
-            auto = weigh(arguments.url, template, prompts)
+            auto = weigh(arguments.url, template, prompts, fixed)
             selected = weigh(arguments.url, template, prompts, is_selected=True)
             choices = {"base": [(0.0,) * len(NAMES)], "alone": [alone], "equal": [equal]}
             figures = {
@@ -98,10 +102,11 @@ def compare(arguments: argparse.Namespace) -> None:
                 line |= {f"{name}_kept": (figures[name] - figures["base"]) / gain for name in ("equal", "auto", "selected")}
             line["own_weight"] = statistics.fmean(weights[place] for weights in auto)
             line["misrouted"] = statistics.fmean(
-                max(weight for i, weight in enumerate(weights) if i != place) > 0.5 for weights in auto
+                any(weight > 0.5 for name, weight in zip(NAMES, weights, strict=True) if name not in {task, *fixed})
+                for weights in auto
             )
             if benign:
-                weights = weigh(arguments.url, template, [row.prompt for row in benign])
+                weights = weigh(arguments.url, template, [row.prompt for row in benign], fixed)
                 line["benign"] = scores(arguments.url, task, template, benign, weights).mean
             show(line)
 
@@ -123,6 +128,13 @@ def _nobody_line(name: str, weights: Sequence[Weights]) -> dict[str, Any]:
     return line | {task: statistics.fmean(each[i] > 0.5 for each in weights) for i, task in enumerate(NAMES)}
 
 
+def _parse_weight(text: str) -> tuple[str, float]:
+    name, _, weight = text.partition("=")
+    if name not in NAMES:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(NAMES)}")
+    return name, float(weight)
+
+
 def main() -> int:
     """Run the program and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,6 +144,7 @@ def main() -> int:
     parser.add_argument("--num-rows", type=int, default=0, help="rows of each file, drawn at random; 0 is all")
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--nobody", type=Path, nargs="+", default=[], metavar="FILE")
+    parser.add_argument("--fixed", type=_parse_weight, nargs="+", default=[], metavar="NAME=WEIGHT")
     arguments = parser.parse_args()
     nobody(arguments.url, arguments.nobody)
     compare(arguments)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lori.auto_weights import Shares
 from lori.merge_options import MergeOptions
 from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, Background, Gaussians, PromptStatistics, probed_prompt
 from server.engine.adapters.registry import Registered, Registry
@@ -50,6 +51,24 @@ def test_the_request_has_what_its_weights_are_computed_from() -> None:
     assert [term.weight for term in request.terms] == [0.0, 0.0]
 
 
+def test_some_weights_are_automatic_beside_given_ones() -> None:
+    request = admission().admit(replace(ask("2+3", "code", "law"), weights=(-0.5, "auto")))
+    assert request.auto is not None
+    assert [statistics.adapter_digest for statistics in request.auto.statistics] == ["2" * 64]
+    weighed = request.with_shares(Shares((0.75,), 0.25))
+    assert [(term.weight, term.is_automatic) for term in weighed.terms] == [(-0.5, False), (0.75, True)]
+    assert (weighed.auto, weighed.base_share) == (None, 0.25)
+
+
+def test_given_weights_count_for_the_memory_of_a_request_with_automatic_ones() -> None:
+    request = replace(ask("2+3", "math", "law"), weights=("auto", 0.0))
+    room = registered("math", "1" * 64).summary.nnz
+    tight = Admission(tiny_tokenizer(), REGISTRY, 200, max_terms=3, max_nnz=room, background=BACKGROUND)
+    tight.admit(request)
+    with pytest.raises(RefusedError, match="entries of B"):
+        tight.admit(replace(request, weights=("auto", 1.0)))
+
+
 @pytest.mark.parametrize(
     ("admission", "request_", "message"),
     [
@@ -59,6 +78,9 @@ def test_the_request_has_what_its_weights_are_computed_from() -> None:
             "no background: make one with python -m training.background, and start the server with --background FILE",
         ),
         (admission(), ask("x", "math", "code"), "'code' has no statistics of its prompts"),
+        (admission(), replace(ask("x", "math", "code"), weights=(1.0, "auto")), "'code' has no statistics of its prompts"),
+        (admission(), replace(ask(), weights=("auto",)), "has 1 numbers, expected 2, one for each adapter"),
+        (admission(), replace(ask(), weights=("auto", 1.0), merge=MergeOptions("ties")), "is 'auto' with merge 'ties'"),
         (admission(OTHER), ask(), "'math' has statistics of another background of its prompts"),
         (admission(template="{{ raise_exception('no user') }}"), ask(), "the chat template refuses these messages: no user"),
         (admission(), ask(TokenPrompt((256,))), "the message has no token"),  # the end of text, which is no text

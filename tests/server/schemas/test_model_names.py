@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.engine.request import RequestedWeight
 from server.schemas.model_names import NamedModel, model_of, parse_model
 
 BASE = "base"
@@ -18,18 +19,19 @@ BASE = "base"
         (["math", "safety"], [1.0, 0.8], "math:1+safety:0.8"),
         (["a", "b", "c"], [1 / 3] * 3, "a+b+c"),
         (["math"], [-0.0000001], "math:-0.0000001"),
-        (["math", "safety"], None, "math+safety"),
+        (["math", "safety"], ["auto", "auto"], "math+safety"),
+        (["math", "safety"], ["auto", 0.5], "math:auto+safety:0.5"),
     ],
 )
-def test_a_model_is_named_as_it_is_asked_for(adapters: list[str], weights: list[float] | None, model: str) -> None:
+def test_a_model_is_named_as_it_is_asked_for(adapters: list[str], weights: list[RequestedWeight], model: str) -> None:
     assert model_of(adapters, weights) == model
 
 
-@given(st.lists(st.decimals(-16, 16, places=3).map(float), min_size=1, max_size=4))
-def test_parsing_a_name_gives_its_adapters_and_weights_back(weights: list[float]) -> None:
+@given(st.lists(st.decimals(-16, 16, places=3).map(float) | st.just("auto"), min_size=1, max_size=4))
+def test_parsing_a_name_gives_its_adapters_and_weights_back(weights: list[RequestedWeight]) -> None:
     adapters = [f"adapter-{number}" for number in range(len(weights))]
     named = parse_model(model_of(adapters, weights), BASE)
     assert named.adapters == tuple(adapters)
     assert named in (NamedModel(tuple(adapters)), NamedModel(tuple(adapters), tuple(weights)))
     if named.weights is None:
-        assert weights == [1 / len(weights)] * len(weights)
+        assert weights in ([1 / len(weights)] * len(weights), ["auto"] * len(weights))

@@ -54,6 +54,20 @@ def test_a_model_s_name_without_weights_has_automatic_ones(weighing: httpx.Clien
     assert weights(weighing.post("/v1/chat/completions", json=body).raise_for_status().json()["lori"]) == [0.0, 1.0]
 
 
+def test_an_adapter_keeps_its_given_weight_beside_automatic_ones(weighing: httpx.Client) -> None:
+    # `intent` has no statistics of its prompts, and needs none.
+    for name, weight, base_share in (("math", 1.0, 0.0), (None, 0.0, 1.0)):
+        [prompt] = prompts(name, 1, seed=2)
+        reply = ask(weighing, prompt, adapter=["intent", "math"], weights=[0.5, "auto"])
+        assert (weights(reply), reply["merge"]["base_share"]) == ([0.5, weight], base_share)
+        assert reply["text"] == ask(weighing, prompt, adapter=["intent", "math"], weights=[0.5, weight])["text"]
+        objects = [{"name": "intent", "weight": 0.5}, {"name": "math", "weight": "auto"}]
+        assert weights(ask(weighing, prompt, adapter=objects, weights=None)) == [0.5, weight]
+        body = {"model": "intent:0.5+math:auto", "prompt": prompt, "max_tokens": 2}
+        completion = weighing.post("/v1/completions", json=body).raise_for_status().json()
+        assert weights(completion["lori"]) == [0.5, weight]
+
+
 def test_a_prompt_that_is_scored_has_automatic_weights_only_if_it_asks_for_them(weighing: httpx.Client) -> None:
     body = {"model": "math+safety", "prompt": prompts("math", 1)[0], "max_tokens": 0, "echo": True, "logprobs": 1}
     reply = weighing.post("/v1/completions", json=body).raise_for_status().json()
@@ -155,7 +169,9 @@ def test_the_operator_s_adapters_keep_their_weights(weighing: httpx.Client) -> N
         ({"adapter": [{"name": "math", "weight": 1}]}, "'weights' is for names"),
         ({"weights": "Auto"}, "weights: Input should be 'auto'"),
         ({"weights": 1}, "weights: expected a list of numbers, or 'auto'"),
-        ({"weights": ["1"]}, "weights.0: Input should be a valid number"),
+        ({"weights": ["1", 1]}, "weights.0: expected a number, or 'auto', found '1'"),
+        ({"weights": [1, None]}, "weights.1: expected a number, or 'auto', found None"),
+        ({"adapter": ["math", "intent"], "weights": [1, "auto"]}, "weights: is 'auto', and 'intent' has no statistics"),
     ],
 )
 def test_what_cannot_be_weighed_is_refused(weighing: httpx.Client, fields: Mapping[str, Any], message: str) -> None:

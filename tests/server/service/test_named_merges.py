@@ -112,6 +112,11 @@ def test_models_lists_the_merge(client: httpx.Client) -> None:
     ("fields", "param", "message"),
     [
         ({"adapter": "both", "weights": "auto"}, "weights", "is 'auto' with 'both', which has weights of its own"),
+        (
+            {"adapter": ["intent", "both"], "weights": [1, "auto"]},
+            "weights",
+            "is 'auto' for 'both', which has weights of its own",
+        ),
         ({"adapter": "both", "merge": "ties"}, "merge", "is 'ties' with 'both', which is a sum; expected 'linear'"),
         ({"adapter": ["both", "intent"]}, "weights", "is absent, and 'both' is a merge beside other adapters"),
         ({"adapter": ["both", "intent"], "weights": [1]}, "weights", "has 1 numbers, expected 2, one for each name"),
