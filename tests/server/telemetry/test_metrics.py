@@ -244,17 +244,21 @@ def test_the_counts_of_an_unregistered_adapter_are_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "base_share", "models"),
+    ("weights", "are_automatic", "models"),
     [
-        ((1.0, 0.75), None, ["math", "law", "math:1+law:0.75"]),
-        ((0.5, 0.5), None, ["math", "law", "math+law"]),
-        ((0.75, 0.25), 0.0, ["math", "law", "math+law"]),
-        ((0.0, 0.75), 0.25, ["law", "math+law"]),
+        ((1.0, 0.75), (False, False), ["math", "law", "math:1+law:0.75"]),
+        ((0.5, 0.5), (False, False), ["math", "law", "math+law"]),
+        ((0.75, 0.25), (True, True), ["math", "law", "math+law"]),
+        ((0.0, 0.75), (True, True), ["law", "math+law"]),
+        ((0.25, 1.0), (True, False), ["math", "law", "math:auto+law:1"]),
     ],
 )
-def test_a_merge_is_listed_as_it_is_asked_for(weights: tuple[float, float], base_share: float | None, models: list[str]) -> None:
-    terms = tuple(AdapterTerm(name, "1" * 64, weight) for name, weight in zip(("math", "law"), weights, strict=True))
-    assert [*_request_models(replace(request(), terms=terms, base_share=base_share))] == models
+def test_a_merge_is_listed_as_it_is_asked_for(
+    weights: tuple[float, float], are_automatic: tuple[bool, bool], models: list[str]
+) -> None:
+    named = zip(("math", "law"), weights, are_automatic, strict=True)
+    terms = tuple(AdapterTerm(name, "1" * 64, weight, is_automatic) for name, weight, is_automatic in named)
+    assert [*_request_models(replace(request(), terms=terms))] == models
 
 
 @pytest.mark.slow
