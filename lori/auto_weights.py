@@ -144,12 +144,12 @@ class PromptQuery(Protocol[Result_co]):
 
 @dataclass(frozen=True, slots=True)
 class WeightQuery:
-    """What are the weights of a request's adapters?"""
+    """What are the automatic weights of a request?"""
 
     prompt: ProbedPrompt
     background: Background
     statistics: tuple[PromptStatistics, ...]
-    """Of each adapter of the request, in their order."""
+    """Of each adapter whose weight is automatic, in the request's order."""
 
     def evaluate(self, z: Array) -> Shares:
         """See `shares`."""

@@ -217,7 +217,8 @@ def _make_weigher(base: BaseModel, runner: Runner) -> PromptWeigher:
 
 
 def _warn_of_statistics(admission: Admission, registry: Registry) -> None:
-    adapters, can_weigh = [adapter.summary for adapter in registry.by_name.values()], admission.automatic.can_weigh
+    can_weigh = admission.weights.can_weigh
+    adapters = [adapter.summary for adapter in registry.by_name.values()]
     # An adapter may have several names.
     if names := sorted({adapter.name for adapter in adapters if adapter.prompt_statistics and not can_weigh(adapter)}):
         logger.warning(

@@ -97,7 +97,7 @@ class AdapterSelector:
         self._registry, self._admission, self._background = registry, admission, background
         self._max_adapters, self._threshold = max_adapters, threshold
         self._lock = Lock()
-        self._snapshot = _snapshot({}, background, admission.automatic.can_weigh)
+        self._snapshot = _snapshot({}, background, admission.weights.can_weigh)
 
     def prepare(self, request: GenerateRequest, *, must_be_current: bool = False) -> PendingSelection:
         """Return the query of a request for `auto`. After a change of the adapters their index is built again first.
@@ -115,7 +115,7 @@ class AdapterSelector:
         if not allowed.any():
             condition = "statistics of its prompts on this server's background"
             raise RefusedError("adapter", f"is {AUTO!r}, and none of your adapters that could be selected has {condition}")
-        prompt = self._admission.automatic.probed_prompt(request.prompt, "adapter")
+        prompt = self._admission.weights.probed_prompt(request.prompt, "adapter")
         query = SelectionQuery(prompt, snapshot.index, self._max_adapters, allowed)
         return PendingSelection(request, query, view.adapters, [(one.summary, weight) for one, weight in policy], timeout_s)
 
@@ -155,7 +155,7 @@ class AdapterSelector:
             try:
                 by_name = self._registry.by_name
                 if self._snapshot.by_name is not by_name:
-                    self._snapshot = _snapshot(by_name, self._background, self._admission.automatic.can_weigh)
+                    self._snapshot = _snapshot(by_name, self._background, self._admission.weights.can_weigh)
             finally:
                 self._lock.release()
         return self._snapshot
@@ -169,7 +169,7 @@ def is_auto(request: GenerateRequest) -> bool:
 def _check(request: GenerateRequest) -> None:
     if len(request.adapters) > 1:
         raise RefusedError("adapter", f"names {AUTO!r} and other adapters, expected {AUTO!r} alone")
-    if request.weights not in (None, "auto"):
+    if request.weights not in (None, "auto", ("auto",)):
         raise RefusedError("weights", f"is given with the adapter {AUTO!r}, expected none or 'auto': the server sets the weights")
     if request.merge.method != "linear":
         raise RefusedError("merge", f"is {request.merge.method!r} with the adapter {AUTO!r}, expected 'linear'")

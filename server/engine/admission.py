@@ -13,7 +13,6 @@ from lori.prompt_statistics import Background
 from lori.summary import Summary
 from lori.template import Template, common_template, encode, render_prompt
 from server.engine.adapters.registry import PolicyError, Registered, Registry, candidates, resolve
-from server.engine.automatic_weights import AutomaticWeights
 from server.engine.generate_request import (
     GenerateRequest,
     RefusedError,
@@ -22,9 +21,10 @@ from server.engine.generate_request import (
     checked_timeout_s,
 )
 from server.engine.grammar import Grammar, GrammarError
-from server.engine.request import AdapterTerm, Request, SamplingParams
+from server.engine.request import AdapterTerm, Request, RequestedWeight, SamplingParams
 from server.engine.sampling.grammars import Grammars
 from server.engine.text import TextBound, TextStream
+from server.engine.weight_resolver import WeightResolver
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ class Admission:
         """Maximum nonzero entries of B that can be resident. An estimate: exact sizes are known only once adapters are read."""
         self._max_merge_nnz = max_merge_nnz
         """Maximum nonzero entries of B of adapters that are read to be merged into one."""
-        self.automatic = AutomaticWeights(tokenizer, background, is_default=weighs_by_default)
+        self.weights = WeightResolver(tokenizer, background, weighs_by_default=weighs_by_default)
+        """Without a background no weight is automatic."""
         self._grammars = grammars
         """The compiled grammars; None if the base model supports none."""
 
@@ -114,7 +115,7 @@ class Admission:
         if not isinstance(request.prompt, str | TokenPrompt):
             template = request.template or self.template_of(adapters)
         text, ids, offsets, max_tokens = self._encode(request, template)
-        weights, auto = self.automatic.weights_of(request, adapters)
+        weights, auto = self.weights.resolve(request, adapters)
         self.check_merge(request, adapters, [1.0 if weight == "auto" else weight for weight in weights], policy)
         self._check_bias(request.sampling)
         self._check_grammar(request.sampling)
@@ -124,12 +125,7 @@ class Admission:
             prompt_ids=ids,
             prompt_offsets=offsets,
             template=template,
-            terms=tuple(
-                AdapterTerm(one.name, one.digest, 0.0, is_automatic=True)
-                if weight == "auto"
-                else AdapterTerm(one.name, one.digest, weight, is_automatic=request.base_share is not None)
-                for one, weight in zip(adapters, weights, strict=True)
-            ),
+            terms=tuple(_term(request, adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)),
             merge=request.merge,
             auto=auto,
             base_share=request.base_share,
@@ -267,6 +263,13 @@ class Admission:
         if not request.max_tokens and not request.sampling.echo:
             raise RefusedError("max_tokens", "is 0 without echo, so there is nothing to answer; expected at least 1")
         return request.max_tokens
+
+
+def _term(request: GenerateRequest, adapter: Summary, weight: RequestedWeight) -> AdapterTerm:
+    # With a base's share the server has selected the adapters, and their weights, by the prompt.
+    if weight == "auto":
+        return AdapterTerm(adapter.name, adapter.digest, 0.0, is_automatic=True)
+    return AdapterTerm(adapter.name, adapter.digest, weight, is_automatic=request.base_share is not None)
 
 
 def check_num_logprobs(requests: Sequence[Request], *, is_whole: bool) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a cluster's ingress need not import numpy
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
 RequestedWeight = float | Literal["auto"]
 RequestedWeights = tuple[RequestedWeight, ...] | Literal["auto"] | None
-"""Weights as a client gives them: one for each adapter, `auto` for what the prompt gives; `auto` for all of them; or None, the
+"""Weights as a client gives them: one for each adapter, a number or `auto` (from the prompt); `auto` alone, for all; or None, the
 server's default."""
 ErrorKind = Literal["engine", "adapter", "grammar", "timeout", "stop"]
 """The cause of a failure: the engine, an adapter, the request's grammar, the timeout, or the server's shutdown."""
@@ -29,7 +29,7 @@ ErrorKind = Literal["engine", "adapter", "grammar", "timeout", "stop"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterTerm:
-    """One resolved adapter of a request, with its `weight`."""
+    """One resolved adapter of a request. Its `weight` is 0 until an automatic one is computed."""
 
     name: str
     digest: str
@@ -112,7 +112,7 @@ class Request:
     auto: "WeightQuery | None" = None
     """Set while the automatic weights of `terms` are still to be computed from the prompt. Until then they are 0."""
     base_share: float | None = None
-    """The share of automatic weights that went to the base."""
+    """The base's share of the automatic weights, or of a selection. None if no weight is automatic."""
     policy: tuple[AdapterTerm, ...] = ()
     """Adapters that the operator adds to every request of this tenant, at these weights, whatever `merge` is."""
     sampling: SamplingParams = SamplingParams()
@@ -127,6 +127,7 @@ class Request:
 
     def with_shares(self, shares: "Shares") -> "Request":
         """Return this request with the automatic weights of its adapters."""
+        assert len(shares.weights) == sum(term.is_automatic for term in self.terms)
         weights = iter(shares.weights)
         terms = tuple(replace(term, weight=next(weights)) if term.is_automatic else term for term in self.terms)
         return replace(self, terms=terms, auto=None, base_share=shares.base)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from lori.errors import UnknownAdapterError
-from lori.names import AUTO, MISSPELT, near_names
+from lori.names import MISSPELT, near_names
 from server.schemas.model_names import UnknownModelError, find_parts
 
 SEPARATORS = re.compile(r"[\s+,;|&]+")
@@ -37,7 +37,7 @@ def unknown_adapter(
     if is_of_base or _looks_like(reference, base_model):
         return UnknownAdapterError(reference, (), (), f"leave {field!r} out for the base model, {base_model!r}")
     names = _names_in(reference, is_known)
-    weights = [part["weight"].replace(AUTO, f'"{AUTO}"') for part in find_parts(reference) if part and part["weight"]]
+    weights = [part["weight"].replace("auto", '"auto"') for part in find_parts(reference) if part and part["weight"]]
     if not names or (len(names) == 1 and not weights):
         return error
     listed = ", ".join(f'"{name}"' for name in names)

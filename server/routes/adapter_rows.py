@@ -37,7 +37,7 @@ def describe(service: Service, adapter: Registered, usage: TierUsage, *, shows_u
         density=1 - summary.sparsity,
         templates=list(summary.templates),
         merge_weights=dict(summary.merge_weights),
-        has_prompt_statistics=service.admission.automatic.can_weigh(summary),
+        has_prompt_statistics=service.admission.weights.can_weigh(summary),
         metrics=dict(summary.metrics),
         bytes_on_disk=summary.num_bytes,
         bytes_loaded=usage.bytes_loaded,

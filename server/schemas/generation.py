@@ -93,7 +93,8 @@ class MergeReply(Reply):
     sign: str | None = None
     seed: int | None = None
     base_share: float | None = None
-    """The base's share, of automatic weights or of `auto`; None if the request gave the weights."""
+    """The base's share of the automatic weights, or of a selection (`auto`); given weights do not count. None if no weight is
+    automatic."""
 
 
 class Usage(Reply):

@@ -46,7 +46,7 @@ def model_of(adapters: Sequence[str], weights: Sequence[RequestedWeight]) -> str
 
 
 def weighted_model_of(adapters: Sequence[str], weights: Sequence[RequestedWeight]) -> str:
-    """Return the model name for these adapters that has all their weights."""
+    """Return the model name for these adapters, with every weight written out."""
     texts = (weight if isinstance(weight, str) else weight_text(weight) for weight in weights)
     return "+".join(f"{name}:{text}" for name, text in zip(adapters, texts, strict=True))
 

@@ -47,7 +47,7 @@ class WeightedAdapter(Body):
     name: AdapterName
     """The adapter's name, or `name@version`."""
     weight: AnyWeight
-    """The factor of the adapter's delta, or `auto`: from the prompt."""
+    """The factor of the adapter's delta, or `auto`, to take it from the prompt."""
 
 
 def _form(value: Any) -> str | None:
@@ -148,7 +148,7 @@ class SamplingArguments(TypedDict, total=False):
 Weights = Annotated[
     Annotated[Literal["auto"], Tag("one")]
     | Annotated[list[AnyWeight], Field(max_length=MAX_ADAPTERS, fail_fast=True), Tag("many")],
-    forms(one_or_many, "a list of numbers, or 'auto'"),
+    forms(one_or_many, "a list of weights, or 'auto'"),
 ]
 
 

@@ -71,14 +71,14 @@ class NamedMerges:
         if request.merge.method != "linear":
             raise RefusedError("merge", f"is {request.merge.method!r} with {name!r}, which is a sum; expected 'linear'")
         if request.weights == "auto":
-            raise RefusedError("weights", f"is 'auto' with {name!r}, which has weights of its own; expected none, or numbers")
+            raise RefusedError("weights", f"is 'auto' with {name!r}, which has weights of its own; expected none, or a number")
         if request.weights is None and len(names) > 1:
-            raise RefusedError("weights", f"is absent, and {name!r} is a merge beside other adapters, expected a number for each")
+            raise RefusedError("weights", f"is absent, and {name!r} is a merge beside other adapters, expected a weight for each")
         if repeated := repeated_references(names):
             raise RefusedError("adapter", f"names {repeated[0]!r} twice, expected each adapter once")
         factors = request.weights or (1.0,)
         if len(factors) != len(names):
-            raise RefusedError("weights", f"has {len(factors)} numbers, expected {len(names)}, one for each name")
+            raise RefusedError("weights", f"has {len(factors)} weights, expected {len(names)}, one for each name")
         terms: list[tuple[str, RequestedWeight]] = []
         for name, factor in zip(names, factors, strict=True):
             if factor != "auto":

@@ -21,11 +21,11 @@ from server.catalog.uses import AdapterUses
 from server.engine.adapter_selection import AdapterSelector, is_auto
 from server.engine.adapters.registry import Registry, check_registered
 from server.engine.admission import Admission, check_num_logprobs
-from server.engine.automatic_weights import NO_BACKGROUND
 from server.engine.generate_request import Caps, GenerateRequest, RefusedError, prompt_size
 from server.engine.prompt_weights import WeighingError
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
+from server.engine.weight_resolver import NO_BACKGROUND
 from server.errors import BusyError, DrainingError, EngineError, OutOfTimeError
 from server.service.grammar_checks import GrammarChecks, check_present
 from server.service.named_merges import NamedMerges

@@ -135,7 +135,7 @@ class Metrics:
         self.load_seconds = self._histogram("lori:adapter_load_seconds", "Reading, checking and packing an adapter.")
         self.merge_terms = self._histogram("lori:merge_terms", "Adapters that a request names.", NUM_TERMS)
         self.base_share = self._histogram(
-            "lori:auto_base_share", "The base's share of automatic weights, and of selections (auto).", SHARES
+            "lori:auto_base_share", "The base's share of a request's automatic weights, and of selections (auto).", SHARES
         )
         ended = Counter("vllm:request_success", "Ended requests by reason.", (*LABELS, "finished_reason"), registry=self.registry)
         self._ended = {ours: ended.labels(base_model, ENGINE, theirs) for ours, theirs in REASONS.items()}

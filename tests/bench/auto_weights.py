@@ -5,9 +5,9 @@
 
 A line for each task and form (see `tests.bench.demo`): the figures of the base, of the task's adapter alone, of equal weights, of
 automatic ones (`auto`) and of the adapters that the server selects (`selected`), the fraction of the adapter's own gain that each
-keeps, the task's mean automatic weight, and the fraction of rows whose weight goes to another adapter by more than a half. For
-`safety` the figures are the harmful rows that are refused, and `benign` the benign ones. With `--fixed safety=1` the
-request gives that weight, and only the others are automatic; `misrouted` counts only these.
+keeps, the task's mean weight under `auto`, and the fraction of rows whose weight goes to another adapter by more than a half. For
+`safety` the figures are the harmful rows that are refused, and `benign` the benign ones. With `--fixed safety=1` the requests of
+`auto` give `safety` the weight 1, and the others are automatic; `misrouted` ignores `safety`.
 
 A line for each file of `--nobody`, JSONL with prompts that are no adapter's: the fraction of prompts of which any adapter gets
 more than a half, as messages.
@@ -28,14 +28,14 @@ from training.evaluation.metrics import read_metric_rows
 from training.evaluation.server_answerer import Ask, Server
 
 NAMES = tuple(TASKS)
-NONE: Mapping[str, float] = {}
+NO_WEIGHTS: Mapping[str, float] = {}
 Weights = tuple[float, ...]
 
 
 def weigh(
-    url: str, template: Template, prompts: Sequence[Prompt], fixed: Mapping[str, float] = NONE, *, is_selected: bool = False
+    url: str, template: Template, prompts: Sequence[Prompt], fixed: Mapping[str, float] = NO_WEIGHTS, *, is_selected: bool = False
 ) -> list[Weights]:
-    """Return the weights of `NAMES` for each prompt: those in `fixed`, and else automatic ones.
+    """Return the weights of `NAMES` for each prompt: those in `fixed`; the rest are automatic.
 
     All are named, or the server selects among them. A text in the template `chat` is sent as a message.
     """
@@ -144,7 +144,7 @@ def main() -> int:
     parser.add_argument("--num-rows", type=int, default=0, help="rows of each file, drawn at random; 0 is all")
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--nobody", type=Path, nargs="+", default=[], metavar="FILE")
-    parser.add_argument("--fixed", type=_parse_weight, nargs="+", default=[], metavar="NAME=WEIGHT")
+    parser.add_argument("--fixed", type=_parse_weight, nargs="+", default=[], metavar="NAME=WEIGHT", help="given weights")
     arguments = parser.parse_args()
     nobody(arguments.url, arguments.nobody)
     compare(arguments)

@@ -1,14 +1,12 @@
-"""Prompts that two adapters are needed for: one knows what to answer, the other in which manner. Through a server.
+"""Merges of two adapters on prompts that need both: one for the content of the answer, one for its format. Through a server.
 
-    python -m tests.bench.composites --data data --content intent --manner json --is json --url URL [--first 150] [--num-rows 300]
+    python -m tests.bench.composites --data data --content intent --format json [--url URL] [--first-row 150] [--num-rows 300]
 
-`content` is a demo adapter (`intent`, `nlu` or `math`), and its prompts are its test rows, as plain prompts or, with `--template
-chat`, as messages. `manner` is an adapter whose answers are of the form that `--is` names: `upper`, all letters capitals; `json`,
-an object whose one key is `answer`. A line for each setting: the base, each adapter alone, and both at `--weights` of each; a
-weight may be `auto`, and no weights are the server's default. Its figures: the fraction of answers that are in the manner, that
-say what is right, and both; and the same over the rows (`num_possible`) whose content the content adapter alone has right, and
-whose manner the manner adapter alone has right. `intent` is right if it is the label, `nlu` if it is the completion, both but for
-case, and `math` if the last number is right.
+`--content` is a demo adapter; the prompts are its test rows. The adapter of the format has the format's name: `upper`, all
+letters capital; `json`, an object whose one key is `answer`. A line for the base, for each adapter alone, for both without
+weights, and for both at each of `--weights`, such as `1,0.8` or `auto,1`. Figures: the fractions of answers in the format, of
+correct content, and of both. `both_of_possible` counts only the rows of which each adapter alone gets its part right. Content is
+correct if it is the row's completion but for case; that of `math`, if its last number is the row's answer.
 """
 
 import argparse
@@ -16,25 +14,26 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lori.template import Template
+from server.engine.request import RequestedWeight
 from tests.bench.demo import show
 from training.evaluation.metrics import number_in
 from training.evaluation.server_answerer import Ask, Server
 
 MAX_TOKENS = {"intent": 48, "nlu": 48, "math": 160}
-Weights = tuple[float | Literal["auto"], ...]
 
 
-def in_capitals(text: str) -> str | None:
-    """Return the content of an answer in capitals, or None."""
+def content_in_capitals(text: str) -> str | None:
+    """Return the content of an answer whose letters are capital, or None."""
     return text.strip() if text.isupper() else None
 
 
-def in_json(text: str) -> str | None:
-    """Return the content of an answer as JSON, `{"answer": content}`, or None."""
+def content_in_json(text: str) -> str | None:
+    """Return the content of an answer `{"answer": content}`, or None."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -42,30 +41,83 @@ def in_json(text: str) -> str | None:
     return value["answer"] if isinstance(value, dict) and [*value] == ["answer"] and isinstance(value["answer"], str) else None
 
 
-MANNERS: Mapping[str, Callable[[str], str | None]] = {"upper": in_capitals, "json": in_json}
+FORMATS: Mapping[str, Callable[[str], str | None]] = {"upper": content_in_capitals, "json": content_in_json}
 
 
-def is_right(task: str, row: Mapping[str, Any], content: str) -> bool:
-    """Return whether the content of an answer to a row of `task` is right."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What is right about an answer."""
+
+    is_formatted: bool
+    is_correct: bool
+    """Whether the content is correct; of an answer that is not in the format, the whole text."""
+
+    @property
+    def is_both(self) -> bool:
+        """Whether a correct content is in the format."""
+        return self.is_formatted and self.is_correct
+
+
+@dataclass(frozen=True, slots=True)
+class Composite:
+    """Prompts that need the adapter `task` for the content and the adapter `format` for the format of their answers."""
+
+    server: Server
+    task: str
+    format: str
+    rows: Sequence[Mapping[str, Any]]
+    template: Template
+
+    def marks(self, fields: Mapping[str, Any]) -> list[Mark]:
+        """Return the mark of the greedy answer to each row, to requests with these fields."""
+
+        async def mark(ask: Ask, row: Mapping[str, Any]) -> Mark:
+            messages = {"messages": [{"role": "user", "content": row["prompt"]}], "template": self.template}
+            prompt = {"prompt": row["prompt"]} if self.template == "plain" else messages
+            reply = await ask("/generate", {**prompt, **fields, "max_tokens": MAX_TOKENS[self.task], "temperature": 0})
+            content = FORMATS[self.format](reply["text"])
+            return Mark(content is not None, is_correct(self.task, row, reply["text"] if content is None else content))
+
+        return self.server.ask_all(mark, self.rows)
+
+    def compare(self, settings: Sequence[tuple[RequestedWeight, ...]]) -> None:
+        """Print a line for each setting."""
+        names = (self.task, self.format)
+        alone = [self.marks({"adapter": name}) for name in names]
+        possible = [content.is_correct and form.is_formatted for content, form in zip(*alone, strict=True)]
+
+        def show_line(setting: str, marks: Sequence[Mark]) -> None:
+            possible_marks = [mark for mark, is_possible in zip(marks, possible, strict=True) if is_possible]
+            line = {
+                "format": statistics.fmean(mark.is_formatted for mark in marks),
+                "content": statistics.fmean(mark.is_correct for mark in marks),
+                "both": statistics.fmean(mark.is_both for mark in marks),
+                "both_of_possible": statistics.fmean(mark.is_both for mark in possible_marks) if possible_marks else None,
+            }
+            show({"setting": setting, **line, "num_possible": len(possible_marks), "num_rows": len(marks)})
+
+        show_line("base", self.marks({}))
+        for name, marks in zip(names, alone, strict=True):
+            show_line(name, marks)
+        show_line("+".join(names), self.marks({"adapter": names}))
+        for weights in settings:
+            setting = "+".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True))
+            show_line(setting, self.marks({"adapter": names, "weights": weights}))
+
+
+def is_correct(task: str, row: Mapping[str, Any], content: str) -> bool:
+    """Return whether `content` answers a row of `task`."""
     if task == "math":
         return number_in(content) == number_in(row["answer"])
-    return content.strip().casefold() == row["completion"].strip().casefold()
+    return content.strip().casefold() == str(row["completion"]).strip().casefold()
 
 
-def answers(url: str, rows: Sequence[Mapping[str, Any]], template: Template, fields: Mapping[str, Any]) -> list[str]:
-    """Return the greedy answer to each row's prompt."""
-
-    async def answer(ask: Ask, row: Mapping[str, Any]) -> str:
-        messages = {"messages": [{"role": "user", "content": row["prompt"]}], "template": template}
-        prompt = {"prompt": row["prompt"]} if template == "plain" else messages
-        return str((await ask("/generate", {**prompt, **fields, "temperature": 0}))["text"])
-
-    return Server(url).ask_all(answer, rows)
-
-
-def parse_weights(text: str) -> Weights:
-    """Return the weights of a text such as `1,0.8` or `auto,1`."""
-    return tuple("auto" if part == "auto" else float(part) for part in text.split(","))
+def parse_weights(text: str) -> tuple[RequestedWeight, ...]:
+    """Return the two weights of a text such as `1,0.8` or `auto,1`."""
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(parts)} weights, expected two")
+    return tuple("auto" if part == "auto" else float(part) for part in parts)
 
 
 def main() -> int:
@@ -73,45 +125,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--content", choices=list(MAX_TOKENS), default="intent")
-    parser.add_argument("--manner", required=True, help="the adapter of the manner")
-    parser.add_argument("--is", dest="kind", choices=list(MANNERS), required=True, help="what its answers are")
+    parser.add_argument("--content", choices=list(MAX_TOKENS), required=True)
+    parser.add_argument("--format", choices=list(FORMATS), required=True)
     parser.add_argument("--template", choices=("plain", "chat"), default="plain")
-    parser.add_argument("--first", type=int, default=0, help="the first test row")
+    parser.add_argument("--first-row", type=int, default=0)
     parser.add_argument("--num-rows", type=int, default=300)
     parser.add_argument("--weights", nargs="*", type=parse_weights, default=[(1.0, 1.0), (0.5, 0.5), ("auto", 1.0)])
     arguments = parser.parse_args()
-    task, content_of = arguments.content, MANNERS[arguments.kind]
-    lines = (arguments.data / task / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines][arguments.first :][: arguments.num_rows]
-    names = [task, arguments.manner]
-    limits = {"max_tokens": MAX_TOKENS[task]}
-
-    def marks(fields: Mapping[str, Any]) -> list[tuple[bool, bool, bool]]:
-        # Of each answer: is it in the manner, is its content right whatever the manner, and both.
-        marked = []
-        for row, text in zip(rows, answers(arguments.url, rows, arguments.template, fields | limits), strict=True):
-            content = content_of(text)
-            is_content_right = is_right(task, row, text if content is None else content)
-            marked.append((content is not None, is_content_right, content is not None and is_content_right))
-        return marked
-
-    alone = [marks({"adapter": name}) for name in names]
-    possible = [content[1] and manner[0] for content, manner in zip(*alone, strict=True)]
-
-    def line(setting: str, marked: Sequence[tuple[bool, bool, bool]]) -> dict[str, Any]:
-        means = {name: statistics.fmean(mark[i] for mark in marked) for i, name in enumerate(("manner", "content", "both"))}
-        kept = [mark for mark, is_possible in zip(marked, possible, strict=True) if is_possible]
-        both_of_possible = statistics.fmean(mark[2] for mark in kept) if kept else None
-        return {"setting": setting, **means, "both_of_possible": both_of_possible, "num_possible": len(kept), "rows": len(rows)}
-
-    show(line("base", marks({})))
-    for name, marked in zip(names, alone, strict=True):
-        show(line(name, marked))
-    show(line("default", marks({"adapter": names})))
-    for weights in arguments.weights:
-        label = "+".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True))
-        show(line(label, marks({"adapter": names, "weights": weights})))
+    lines = (arguments.data / arguments.content / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[arguments.first_row :][: arguments.num_rows]]
+    composite = Composite(Server(arguments.url), arguments.content, arguments.format, rows, arguments.template)
+    composite.compare(arguments.weights)
     return 0
 
 

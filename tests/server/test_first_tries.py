@@ -233,6 +233,7 @@ def test_an_unknown_model_is_answered_with_the_known_ones(live: Live, model: str
         ("math, safety", 'use \'adapter\': ["math", "safety"]'),
         ("math:0.7", "use 'adapter': [\"math\"] with 'weights': [0.7]"),
         ("math:1+safety:.5", "use 'adapter': [\"math\", \"safety\"] with 'weights': [1, .5]"),
+        ("math:auto+safety:1", 'use \'adapter\': ["math", "safety"] with \'weights\': ["auto", 1]'),
         ("tiny-writer", "leave 'adapter' out for the base model, 'tiny-writer'"),
         ("someone/math-lora", "did you mean 'math'?"),
         ("zzz", "known are 'intent', 'math', 'safety'"),

@@ -89,16 +89,16 @@ class NeededRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardContext:
-    """What the layers of a forward pass share beside the tokens."""
+    """Inputs of a forward pass that all its layers share."""
 
     rotary: Mapping[str, Rotary]
-    """RoPE tables by `Layer.rope`."""
+    """RoPE tables, by `Layer.rope`."""
     step: object
-    """The step, of `Ops.plan`."""
+    """Result of `Ops.plan`, which only the same operations read."""
     route: Route | None = None
     """The adapters of the tokens; None if no token has one."""
     needed: NeededRows | None = None
-    """None: the logits of all tokens are needed."""
+    """Rows whose logits are needed; None if all are."""
 
 
 class Ops(Protocol):

@@ -46,17 +46,17 @@ def refusal(admission: Admission, ask: GenerateRequest) -> RefusedError:
         pytest.param(
             GenerateRequest(prompt="x", adapters=("math", "safety"), weights=(1.0,)),
             "weights",
-            "has 1 numbers, expected 2",
+            "has 1 weights, expected 2",
             id="few weights",
         ),
         pytest.param(
-            GenerateRequest(prompt="x", adapters=("math",), weights=(1.0, 2.0)), "weights", "has 2 numbers, expected 1", id="many"
+            GenerateRequest(prompt="x", adapters=("math",), weights=(1.0, 2.0)), "weights", "has 2 weights, expected 1", id="many"
         ),
         pytest.param(
-            GenerateRequest(prompt="x", adapters=("math",), weights=()), "weights", "has 0 numbers, expected 1", id="no weights"
+            GenerateRequest(prompt="x", adapters=("math",), weights=()), "weights", "has 0 weights, expected 1", id="no weights"
         ),
         pytest.param(
-            GenerateRequest(prompt="x", weights=(1.0,)), "weights", "has 1 numbers, expected 0", id="weights of nothing"
+            GenerateRequest(prompt="x", weights=(1.0,)), "weights", "has 1 weights, expected 0", id="weights of nothing"
         ),
         pytest.param(
             GenerateRequest(prompt="x", adapters=("math", "safety", "math")),

@@ -62,7 +62,7 @@ def test_the_policy_does_not_change_the_weights_of_the_request(admission: Admiss
     assert [term.weight for term in request.terms] == [0.5, 0.5]
     request = admission.admit(replace(GUARDED, adapters=("math",), weights=(2.0,)))
     assert [term.weight for term in request.terms] == [2.0]
-    with pytest.raises(RefusedError, match="weights: has 2 numbers, expected 1"):
+    with pytest.raises(RefusedError, match="weights: has 2 weights, expected 1"):
         admission.admit(replace(GUARDED, adapters=("math",), weights=(2.0, 0.0)))
 
 

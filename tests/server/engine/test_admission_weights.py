@@ -12,7 +12,7 @@ from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, Background, Gaussians
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.admission import Admission
 from server.engine.generate_request import GenerateRequest, RefusedError, TokenPrompt
-from server.engine.request import SamplingParams
+from server.engine.request import RequestedWeight, SamplingParams
 from tests.server.registered import registered
 from tests.tiny import tiny_tokenizer
 
@@ -51,12 +51,14 @@ def test_the_request_has_what_its_weights_are_computed_from() -> None:
     assert [term.weight for term in request.terms] == [0.0, 0.0]
 
 
-def test_some_weights_are_automatic_beside_given_ones() -> None:
-    request = admission().admit(replace(ask("2+3", "code", "law"), weights=(-0.5, "auto")))
+@pytest.mark.parametrize("weights", [(-0.5, "auto"), ("auto", -0.5)])
+def test_some_weights_are_automatic_beside_given_ones(weights: tuple[RequestedWeight, ...]) -> None:
+    names = ("code", "law") if weights[1] == "auto" else ("law", "code")  # `code` has no statistics
+    request = admission().admit(replace(ask("2+3", *names), weights=weights))
     assert request.auto is not None
     assert [statistics.adapter_digest for statistics in request.auto.statistics] == ["2" * 64]
     weighed = request.with_shares(Shares((0.75,), 0.25))
-    assert [(term.weight, term.is_automatic) for term in weighed.terms] == [(-0.5, False), (0.75, True)]
+    assert {term.name: (term.weight, term.is_automatic) for term in weighed.terms} == {"code": (-0.5, False), "law": (0.75, True)}
     assert (weighed.auto, weighed.base_share) == (None, 0.25)
 
 
@@ -79,7 +81,7 @@ def test_given_weights_count_for_the_memory_of_a_request_with_automatic_ones() -
         ),
         (admission(), ask("x", "math", "code"), "'code' has no statistics of its prompts"),
         (admission(), replace(ask("x", "math", "code"), weights=(1.0, "auto")), "'code' has no statistics of its prompts"),
-        (admission(), replace(ask(), weights=("auto",)), "has 1 numbers, expected 2, one for each adapter"),
+        (admission(), replace(ask(), weights=("auto",)), "has 1 weights, expected 2, one for each adapter"),
         (admission(), replace(ask(), weights=("auto", 1.0), merge=MergeOptions("ties")), "is 'auto' with merge 'ties'"),
         (admission(OTHER), ask(), "'math' has statistics of another background of its prompts"),
         (admission(template="{{ raise_exception('no user') }}"), ask(), "the chat template refuses these messages: no user"),
@@ -95,9 +97,9 @@ def test_what_cannot_be_weighed_is_refused(admission: Admission, request_: Gener
 
 def test_an_adapter_can_be_weighed_by_the_background_of_its_statistics() -> None:
     math, code = (REGISTRY.by_name[name].summary for name in ("math", "code"))
-    assert admission().automatic.can_weigh(math)
-    assert not any(admission(background).automatic.can_weigh(math) for background in (OTHER, None))
-    assert not admission().automatic.can_weigh(code)
+    assert admission().weights.can_weigh(math)
+    assert not any(admission(background).weights.can_weigh(math) for background in (OTHER, None))
+    assert not admission().weights.can_weigh(code)
 
 
 BY_DEFAULT = admission(weighs_by_default=True)

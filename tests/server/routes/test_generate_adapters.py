@@ -233,7 +233,7 @@ MATH, SAFETY = {"name": "math", "weight": 1}, {"name": "safety", "weight": 1}
         pytest.param({"adapter": ["math"] * 65}, "adapter", "at most 64 items", id="many names"),
         pytest.param({"adapter": [MATH] * 65}, "adapter", "at most 64 items", id="many weights"),
         pytest.param({"adapter": "x" * 257}, "adapter", "at most 256", id="a long name"),
-        pytest.param({"adapter": ["math"], "weights": []}, "weights", "has 0 numbers, expected 1", id="empty weights"),
+        pytest.param({"adapter": ["math"], "weights": []}, "weights", "has 0 weights, expected 1", id="empty weights"),
         pytest.param({"adapter": "math", "merge": "slerp"}, "merge", "found 'slerp'", id="an unknown merge"),
         pytest.param(
             {"adapter": "math", "density": 0.5}, None, "'density' is for merges that are no sums", id="density of a sum"

@@ -45,7 +45,7 @@ BAD = [
     bad("no common template", {"messages": MESSAGES, "adapter": ["math", "intent"]}, "template", "no common template"),
     bad("adapter is a number", {"prompt": "x", "adapter": 7}, "adapter", "found 7"),
     bad("an adapter twice", {"prompt": "x", "adapter": ["math", "math"]}, "adapter", "'math' twice"),
-    bad("few weights", {"prompt": "x", "adapter": ["math", "safety"], "weights": [1]}, "weights", "has 1 numbers, expected 2"),
+    bad("few weights", {"prompt": "x", "adapter": ["math", "safety"], "weights": [1]}, "weights", "has 1 weights, expected 2"),
     bad("weights alone", {"prompt": "x", "weights": [1]}, None, "'weights' needs 'adapter'"),
     bad("a weight is NaN", b'{"prompt": "x", "adapter": "math", "weights": [NaN]}', None, "is not JSON", "NaN"),
     bad("a weight is infinite", b'{"prompt": "x", "adapter": "math", "weights": [1e999]}', "weights.0", "found inf"),

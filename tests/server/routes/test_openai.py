@@ -274,7 +274,7 @@ def test_an_unknown_model_is_refused_in_vllms_words(client: openai.OpenAI, model
         ({"model": "math+math"}, "model", "twice"),
         ({"model": "math", "adapters": ["safety"]}, "adapters", "beside the model 'math'"),
         ({"model": "math:1", "weights": [1]}, "weights", "one of the two"),
-        ({"adapters": ["math"], "weights": [1, 2]}, "weights", "2 numbers, expected 1"),
+        ({"adapters": ["math"], "weights": [1, 2]}, "weights", "2 weights, expected 1"),
         ({"adapters": ["maths"]}, "adapters", "there is no adapter 'maths'"),
         ({"stream_options": {"include_usage": True}}, None, "'stream' is false"),
         ({"stream": True, "stream_options": {"include": True}}, "stream_options.include", "unknown field"),

@@ -32,7 +32,8 @@ def test_a_prompt_gets_its_adapter_or_the_base(weighing: httpx.Client, name: str
         assert weights(reply) == [1.0] * len(selected)
         assert (reply["merge"]["method"], reply["merge"]["base_share"]) == ("linear", 1.0 - len(selected))
         assert reply["text"] == ask(weighing, prompt, adapter=selected, weights=None)["text"]
-        assert reply["text"] == ask(weighing, prompt, adapter=["auto"], weights="auto")["text"]
+        for automatic in ("auto", ["auto"]):
+            assert reply["text"] == ask(weighing, prompt, adapter=["auto"], weights=automatic)["text"]
 
 
 def test_openai_s_routes_take_it_as_a_model(weighing: httpx.Client) -> None:

@@ -154,6 +154,9 @@ def test_the_operator_s_adapters_keep_their_weights(weighing: httpx.Client) -> N
         assert (policy["name"], policy["weight"]) == ("intent", 0.6)
         fixed = body | {"weights": [adapter["weight"] for adapter in own]}
         assert reply["text"] == weighing.post("/generate", json=fixed, headers=bearer(OTHER)).json()["text"]
+        mixed = body | {"weights": ["auto", -0.5]}
+        *own, policy = weighing.post("/generate", json=mixed, headers=bearer(OTHER)).raise_for_status().json()["adapter"]
+        assert [adapter["weight"] for adapter in [*own, policy]] == [float(name == "math"), -0.5, 0.6]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_the_operator_s_adapters_keep_their_weights(weighing: httpx.Client) -> N
         ({"adapter": "other"}, "weights: is 'auto', and 'other' has statistics of another background of its prompts"),
         ({"adapter": [{"name": "math", "weight": 1}]}, "'weights' is for names"),
         ({"weights": "Auto"}, "weights: Input should be 'auto'"),
-        ({"weights": 1}, "weights: expected a list of numbers, or 'auto'"),
+        ({"weights": 1}, "weights: expected a list of weights, or 'auto'"),
         ({"weights": ["1", 1]}, "weights.0: expected a number, or 'auto', found '1'"),
         ({"weights": [1, None]}, "weights.1: expected a number, or 'auto', found None"),
         ({"adapter": ["math", "intent"], "weights": [1, "auto"]}, "weights: is 'auto', and 'intent' has no statistics"),

@@ -119,7 +119,7 @@ def test_models_lists_the_merge(client: httpx.Client) -> None:
         ),
         ({"adapter": "both", "merge": "ties"}, "merge", "is 'ties' with 'both', which is a sum; expected 'linear'"),
         ({"adapter": ["both", "intent"]}, "weights", "is absent, and 'both' is a merge beside other adapters"),
-        ({"adapter": ["both", "intent"], "weights": [1]}, "weights", "has 1 numbers, expected 2, one for each name"),
+        ({"adapter": ["both", "intent"], "weights": [1]}, "weights", "has 1 weights, expected 2, one for each name"),
         ({"adapter": ["both", "math"], "weights": [1, 1]}, "adapter", "names 'math' twice, expected each adapter once"),
         ({"adapter": ["both", "both"], "weights": [1, 1]}, "adapter", "names 'both' twice, expected each adapter once"),
     ],
@@ -142,12 +142,21 @@ def test_the_limits_of_a_request_hold_for_what_its_merges_mean() -> None:
             merges.resolve(GenerateRequest(prompt="1", adapters=names, weights=weights))
 
 
+def test_adapters_beside_a_merge_may_have_automatic_weights() -> None:
+    adapters = [MergedAdapter(reference=f"{name}@0123456789ab", weight=weight) for name, weight in (("math", 1.0), ("law", -0.5))]
+    merges = NamedMerges({"both": NamedMerge(base_digest="b" * 64, adapters=adapters)})
+    resolved = merges.resolve(GenerateRequest(prompt="1", adapters=("intent", "both"), weights=("auto", 2.0)))
+    assert resolved.adapters == ("intent", "math@0123456789ab", "law@0123456789ab")
+    assert resolved.weights == ("auto", 2.0, -1.0)
+
+
 def test_models_says_what_a_sum_with_a_merge_means(client: httpx.Client) -> None:
     cards = {card["id"]: card["root"] for card in client.get("/v1/models").json()["data"]}
     root = client.get("/v1/models/both:2+intent:1").raise_for_status().json()["root"]
     assert root.startswith(f"{cards['math']}:1.5+{cards['safety']}:-0.5+intent")
     assert root.endswith(":1")
     assert refusal(client.get("/v1/models/both+both"), 400)["param"] == "weights"
+    assert client.get("/v1/models/both:2+intent:auto").raise_for_status().json()["root"] == root.removesuffix(":1") + ":auto"
 
 
 def test_an_unknown_name_is_answered_with_the_merge_that_was_meant(client: httpx.Client) -> None:

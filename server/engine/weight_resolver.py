@@ -1,4 +1,4 @@
-"""Automatic weights at admission: which weights of a request come from its prompt, and what they are computed from."""
+"""The weights of a request's adapters at admission: given, automatic or 1/n each. No tensor, no asyncio."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,14 @@ NO_BACKGROUND = (
 )
 
 
-class AutomaticWeights:
-    """The rules of automatic weights on one base."""
+class WeightResolver:
+    """Resolves the weights of requests on one base. Automatic ones are not computed here: it says from what they are."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, background: Background | None, *, is_default: bool) -> None:
-        """Without a background no weight is automatic. With `is_default` several adapters without weights get them."""
-        self._tokenizer, self._background, self._is_default = tokenizer, background, is_default
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, background: Background | None, *, weighs_by_default: bool = False
+    ) -> None:
+        """Without a background no weight can be automatic. For `weighs_by_default` see `Settings`."""
+        self._tokenizer, self._background, self._weighs_by_default = tokenizer, background, weighs_by_default
 
     def can_weigh(self, adapter: Summary) -> bool:
         """Return whether the adapter's weight can be automatic: its statistics are of this server's background."""
@@ -41,39 +43,42 @@ class AutomaticWeights:
         except TemplateError as error:
             raise RefusedError(field, f"is 'auto', and {error}") from error
 
-    def weights_of(
+    def resolve(
         self, request: GenerateRequest, adapters: Sequence[Summary]
     ) -> tuple[tuple[RequestedWeight, ...], WeightQuery | None]:
         """Return the weight of each of a request's adapters, and what the automatic ones are computed from, if there are any.
 
         Raises `RefusedError` if the weights do not fit the adapters, or if automatic ones are asked for and are not possible.
         """
-        if request.weights is None:
+        requested = request.weights
+        if requested is None:
             query = self._default_query(request, adapters)
             return tuple("auto" if query else 1 / len(adapters) for _ in adapters), query
-        if request.weights == "auto" and not adapters:
+        if requested == "auto" and not adapters:
             raise RefusedError("weights", "is 'auto' without adapters, among which it would choose")
-        asked = request.weights
-        weights: tuple[RequestedWeight, ...] = tuple("auto" for _ in adapters) if asked == "auto" else asked
+        weights: tuple[RequestedWeight, ...] = tuple("auto" for _ in adapters) if requested == "auto" else requested
         if len(weights) != len(adapters):
-            raise RefusedError("weights", f"has {len(weights)} numbers, expected {len(adapters)}, one for each adapter")
+            raise RefusedError("weights", f"has {len(weights)} weights, expected {len(adapters)}, one for each adapter")
         automatic = [adapter for adapter, weight in zip(adapters, weights, strict=True) if weight == "auto"]
         if not automatic:
             return weights, None
+        self._check_automatic(request, automatic)
+        return weights, self._query(request, automatic)
+
+    def _check_automatic(self, request: GenerateRequest, adapters: Sequence[Summary]) -> None:
         if request.merge.method != "linear":
             raise RefusedError("weights", f"is 'auto' with merge {request.merge.method!r}, expected 'linear'")
         if self._background is None:
             raise RefusedError("weights", f"is 'auto', and {NO_BACKGROUND}")
-        for adapter in automatic:
+        for adapter in adapters:
             if not self.can_weigh(adapter):
                 state = "statistics of another background" if adapter.prompt_statistics else "no statistics"
                 remedy = "python -m training.calibrate FOLDER --data ROWS makes them"
                 raise RefusedError("weights", f"is 'auto', and {adapter.name!r} has {state} of its prompts: {remedy}")
-        return weights, self._query(request, automatic)
 
     def _default_query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery | None:
         # A prompt that is scored holds the answers, which would be compared under different weights.
-        can_default = self._is_default and request.merge.method == "linear" and not request.sampling.echo
+        can_default = self._weighs_by_default and request.merge.method == "linear" and not request.sampling.echo
         if not can_default or len(adapters) < 2 or not all(map(self.can_weigh, adapters)):
             return None
         try:

@@ -1,0 +1,33 @@
+"""What `tests.bench.composites` takes for an answer in a format, and for a correct one."""
+
+from argparse import ArgumentTypeError
+
+import pytest
+
+from tests.bench.composites import FORMATS, is_correct, parse_weights
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "content"),
+    [
+        ("upper", " CARD ARRIVAL?\n", "CARD ARRIVAL?"),
+        ("upper", " CARD arrival", None),
+        ("upper", " 72", None),  # no letter shows the format
+        ("json", ' {"answer": "card arrival"}', "card arrival"),
+        ("json", '{"answer": 72}', None),
+        ("json", '{"answer": "72", "sure": true}', None),
+        ("json", '{"answer": "72"', None),
+    ],
+)
+def test_composites_know_the_format_of_an_answer(name: str, text: str, content: str | None) -> None:
+    assert FORMATS[name](text) == content
+
+
+def test_composites_know_a_correct_answer() -> None:
+    assert is_correct("intent", {"completion": " card arrival"}, "CARD ARRIVAL")
+    assert not is_correct("intent", {"completion": " card arrival"}, "card arrival soon")
+    assert is_correct("math", {"answer": "72"}, "She sold 24.\n#### 72")
+    assert not is_correct("math", {"answer": "72"}, "72 of 100")
+    assert (parse_weights("1,-0.5"), parse_weights("auto,1")) == ((1.0, -0.5), ("auto", 1.0))
+    with pytest.raises(ArgumentTypeError, match="has 1 weights, expected two"):
+        parse_weights("1")
