@@ -24,7 +24,7 @@ class UnknownModelError(Exception):
 
 
 class ModelWeightsError(Exception):
-    """The weights in a model's name are not sound."""
+    """The weights in a model's name, or the number of its adapters, are not sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def is_base(model: str, base_names: Collection[str]) -> bool:
 
 
 def parse_model(model: str, base_names: Collection[str]) -> NamedModel:
-    """Return the adapters that `model` names. Raises `ModelWeightsError` if weights are missing or too large.
+    """Return the adapters that `model` names. Raises `ModelWeightsError` if weights are missing or too large, or adapters too many.
 
     A name that cannot be a reference is returned as a single reference. The lookup then raises the error for an unknown adapter,
     with the names that exist.
@@ -73,6 +73,8 @@ def parse_model(model: str, base_names: Collection[str]) -> NamedModel:
     if is_base(model, base_names):
         return NamedModel()
     parts = find_parts(model)
+    if len(parts) > MAX_ADAPTERS:
+        raise ModelWeightsError(f"{model[:60]!r}… names more than {MAX_ADAPTERS} adapters, expected {MAX_ADAPTERS} at most")
     if None in parts:
         return NamedModel((model.split("+", MAX_ADAPTERS)[parts.index(None)].strip(),))
     matches = [part for part in parts if part]

@@ -61,7 +61,7 @@ class OpenAIBody(SamplingFields, MergeFields, NullableBody):
     """Fields of all bodies of OpenAI's routes: OpenAI's own, vLLM's for sampling, and this server's for adapters."""
 
     model: Model | None = None
-    """The base model, an adapter, `math+safety`, or `math:1+safety:0.8`. The base model if absent."""
+    """The base model, an adapter, `math+safety`, or `math:1+safety:0.8`; a weight may be `auto`. The base model if absent."""
     adapters: Adapters | None = None
     """Adapters, if `model` is the base model: as `adapter` of POST /generate."""
     temperature: Temperature = 1.0

@@ -70,13 +70,14 @@ class NamedMerges:
             return request
         if request.merge.method != "linear":
             raise RefusedError("merge", f"is {request.merge.method!r} with {name!r}, which is a sum; expected 'linear'")
+        expected = "none, or a number" if len(names) == 1 else f"a number for {name!r}, and a number or 'auto' for each other"
         if request.weights == "auto":
-            raise RefusedError("weights", f"is 'auto' with {name!r}, which has weights of its own; expected none, or a number")
+            raise RefusedError("weights", f"is 'auto' with {name!r}, which has weights of its own; expected {expected}")
         if request.weights is None and len(names) > 1:
-            raise RefusedError("weights", f"is absent, and {name!r} is a merge beside other adapters, expected a weight for each")
+            raise RefusedError("weights", f"is absent, and {name!r} is a merge beside other adapters; expected {expected}")
         if repeated := repeated_references(names):
             raise RefusedError("adapter", f"names {repeated[0]!r} twice, expected each adapter once")
-        factors = request.weights or (1.0,)
+        factors = (1.0,) if request.weights is None else request.weights
         if len(factors) != len(names):
             raise RefusedError("weights", f"has {len(factors)} weights, expected {len(names)}, one for each name")
         terms: list[tuple[str, RequestedWeight]] = []

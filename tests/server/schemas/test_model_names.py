@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lori.merge_options import MAX_ADAPTERS
 from server.engine.request import RequestedWeight
-from server.schemas.model_names import NamedModel, model_of, parse_model
+from server.schemas.model_names import ModelWeightsError, NamedModel, model_of, parse_model
 
 BASE = "base"
 
@@ -25,6 +26,13 @@ BASE = "base"
 )
 def test_a_model_is_named_as_it_is_asked_for(adapters: list[str], weights: list[RequestedWeight], model: str) -> None:
     assert model_of(adapters, weights) == model
+
+
+def test_a_model_names_as_many_adapters_as_a_list_may() -> None:
+    names = [f"a{number}" for number in range(MAX_ADAPTERS + 1)]
+    assert parse_model("+".join(names[1:]), BASE).adapters == tuple(names[1:])
+    with pytest.raises(ModelWeightsError, match="names more than 64 adapters, expected 64 at most"):
+        parse_model("+".join(names), BASE)
 
 
 @given(st.lists(st.decimals(-16, 16, places=3).map(float) | st.just("auto"), min_size=1, max_size=4))

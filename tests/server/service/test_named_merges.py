@@ -117,6 +117,12 @@ def test_models_lists_the_merge(client: httpx.Client) -> None:
             "weights",
             "is 'auto' for 'both', which has weights of its own",
         ),
+        ({"adapter": "both", "weights": []}, "weights", "has 0 weights, expected 1, one for each name"),
+        (
+            {"adapter": ["intent", "both"]},
+            "weights",
+            "is absent, and 'both' is a merge beside other adapters; expected a number for 'both', and a number or 'auto' for each",
+        ),
         ({"adapter": "both", "merge": "ties"}, "merge", "is 'ties' with 'both', which is a sum; expected 'linear'"),
         ({"adapter": ["both", "intent"]}, "weights", "is absent, and 'both' is a merge beside other adapters"),
         ({"adapter": ["both", "intent"], "weights": [1]}, "weights", "has 1 weights, expected 2, one for each name"),
