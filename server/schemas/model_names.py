@@ -65,7 +65,7 @@ def is_base(model: str, base_names: Collection[str]) -> bool:
 
 
 def parse_model(model: str, base_names: Collection[str]) -> NamedModel:
-    """Return the adapters that `model` names. Raises `ModelWeightsError` if weights are missing or too large, or adapters too many.
+    """Return the adapters that `model` names. Raises `ModelWeightsError` for too many, or for wrong weights.
 
     A name that cannot be a reference is returned as a single reference. The lookup then raises the error for an unknown adapter,
     with the names that exist.

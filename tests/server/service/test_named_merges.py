@@ -121,7 +121,7 @@ def test_models_lists_the_merge(client: httpx.Client) -> None:
         (
             {"adapter": ["intent", "both"]},
             "weights",
-            "is absent, and 'both' is a merge beside other adapters; expected a number for 'both', and a number or 'auto' for each",
+            "is absent, and 'both' is a merge beside other adapters; expected a number for 'both', and a number or 'auto'",
         ),
         ({"adapter": "both", "merge": "ties"}, "merge", "is 'ties' with 'both', which is a sum; expected 'linear'"),
         ({"adapter": ["both", "intent"]}, "weights", "is absent, and 'both' is a merge beside other adapters"),
