@@ -3,10 +3,11 @@
     python -m tests.bench.composites --data data --content intent --format json [--url URL] [--first-row 150] [--num-rows 300]
 
 `--content` is a demo adapter; the prompts are its test rows. The adapter of the format has the format's name: `upper`, all
-letters capital; `json`, an object whose one key is `answer`. A line for the base, for each adapter alone, for both without
-weights, and for both at each of `--weights`, such as `1,0.8` or `auto,1`. Figures: the fractions of answers in the format, of
-correct content, and of both. `both_of_possible` counts only the rows of which each adapter alone gets its part right. Content is
-correct if it is the row's completion but for case; that of `math`, if its last number is the row's answer.
+letters capital; `json`, an object whose one key is `answer`. `tests.bench.composite_rows` makes their training rows. A line for
+the base, for each adapter alone, for the content's adapter under a grammar of the format, for both adapters without weights, and
+for both at each of `--weights`, such as `1,0.8` or `auto,1`. Figures: the fractions of answers in the format, of correct content,
+and of both. `both_of_possible` counts only the rows of which each adapter alone gets its part right. Content is correct if it is
+the row's completion but for case; that of `math`, if its last number is the row's answer.
 """
 
 import argparse
@@ -42,6 +43,13 @@ def content_in_json(text: str) -> str | None:
 
 
 FORMATS: Mapping[str, Callable[[str], str | None]] = {"upper": content_in_capitals, "json": content_in_json}
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "string"}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+GRAMMARS = {"upper": {"type": "regex", "pattern": " ?[^a-z]+"}, "json": {"type": "json_schema", "schema": SCHEMA}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class Composite:
         show_line("base", self.marks({}))
         for name, marks in zip(names, alone, strict=True):
             show_line(name, marks)
+        show_line(f"{self.task}, grammar", self.marks({"adapter": self.task, "grammar": GRAMMARS[self.format]}))
         show_line("+".join(names), self.marks({"adapter": names}))
         for weights in settings:
             setting = "+".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True))
