@@ -22,6 +22,8 @@ NUM_NEAREST = 32
 """Gaussians whose adapters are compared exactly."""
 NUM_DISCRIMINANTS = 96
 """Directions in which all adapters are compared first."""
+NUM_DRAWS = 64
+"""Random prompts of an adapter in `mean_weights`."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -39,13 +41,27 @@ def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics
 
     `log_odds` is the logarithm of an adapter's prior probability divided by the base's: by default they are equal.
     """
-    whitened = background.whiten(z)
+    return _shares(background.whiten(z), background, adapters, log_odds)
+
+
+def _shares(whitened: Array, background: Background, adapters: Sequence[PromptStatistics], log_odds: float = 0.0) -> Shares:
     by_gaussian = log_likelihoods([adapter.gaussians for adapter in adapters], whitened)
     counts = np.array([len(adapter.gaussians.means) for adapter in adapters])
     by_adapter = np.logaddexp.reduceat(by_gaussian, counts.cumsum() - counts) - np.log(counts) + log_odds
     scores = np.append(by_adapter, background.log_likelihood(whitened))
     likelihoods = np.exp(scores - scores.max())
     return _on_grid(likelihoods / fsum(likelihoods))  # an exact sum, so that the order of adapters does not matter
+
+
+def mean_weights(background: Background, adapters: Sequence[PromptStatistics], prompts: PromptStatistics) -> Array:
+    """Return the mean weight (n,) of each of `adapters` on prompts of one adapter, drawn at random from its statistics.
+
+    An estimate: features of real prompts are not quite Gaussian.
+    """
+    draws = prompts.gaussians.draw(max(1, NUM_DRAWS // len(prompts.gaussians.means)), seed=0)
+    weights: Array = np.array([_shares(z, background, adapters).weights for z in draws.reshape(-1, draws.shape[-1])])
+    mean: Array = weights.mean(0)
+    return mean
 
 
 def _on_grid(exact: Array) -> Shares:

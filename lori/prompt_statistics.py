@@ -163,9 +163,24 @@ class Gaussians:
         determinants: Array = self.means.shape[1] * np.log(self.variances.astype(np.float64)) - np.log1p(-squares).sum(-1)
         return determinants
 
+    @property
+    def loadings(self) -> Array:
+        """The unit axes multiplied by sqrt(l_k), (C, K, F): with v I the sum of their outer products is the covariance."""
+        squares = (self.axes.astype(np.float64) ** 2).sum(-1)  # q = l / (l + v), so that l = v q / (1 - q)
+        scaled: Array = self.axes * np.sqrt(self.variances[:, None] / (1 - squares))[:, :, None]
+        return scaled
+
     def log_likelihoods(self, z: Array) -> Array:
         """Return the log-likelihood of z (F,) under each Gaussian, (C,), without the term that all of them share."""
         return log_likelihoods([self], z)
+
+    def draw(self, num_draws: int, seed: int) -> Array:
+        """Return `num_draws` random features of each Gaussian, (C, num_draws, F)."""
+        random = np.random.default_rng(seed)
+        spherical = random.standard_normal((len(self.means), num_draws, self.means.shape[1]))
+        along = random.standard_normal((len(self.means), num_draws, self.axes.shape[1]))
+        drawn: Array = self.means[:, None] + np.sqrt(self.variances)[:, None, None] * spherical + along @ self.loadings
+        return drawn
 
 
 def log_likelihoods(parts: Sequence[Gaussians], z: Array) -> Array:
@@ -210,10 +225,7 @@ def mean_covariance(gaussians: Sequence[Gaussians]) -> Array:
     num_gaussians, num_features = sum(len(one.means) for one in gaussians), gaussians[0].means.shape[1]
     total = np.zeros((num_features, num_features))
     for one in gaussians:
-        # A stored axis has the square q = l / (l + v), so that l a a^T = v / (1 - q) times the axis with itself.
-        squares = (one.axes.astype(np.float64) ** 2).sum(-1)  # (C, K)
-        scaled = one.axes * np.sqrt(one.variances[:, None] / (1 - squares))[:, :, None]
-        flat = scaled.reshape(-1, num_features)
+        flat = one.loadings.reshape(-1, num_features)
         total += flat.T @ flat
         total[np.diag_indices(num_features)] += one.variances.sum()
     return total / num_gaussians

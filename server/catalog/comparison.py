@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from itertools import combinations_with_replacement
 
 from lori.adapter import Adapter
+from lori.auto_weights import mean_weights
 from lori.compare.pairs import ModuleComparison, compare_pairs
 from lori.errors import AdapterError, AdapterFormatError, LoriError
+from lori.prompt_statistics import Background, PromptStatistics
 from server.engine.adapters.registry import Registered
 
 MAX_PAIRS = 8192
@@ -20,8 +22,8 @@ MAX_PAIRS = 8192
 class Comparer:
     """Cache of comparisons by pairs of adapter contents.
 
-    Between two modules it sleeps as long as the last one took, so it uses half a core: requests that are being answered come
-    first. A comparison holds the weights of the adapters that it reads, but not those of cached pairs. Not thread-safe.
+    Between two modules or rows it sleeps as long as the last one took, so it uses half a core: requests that are being answered
+    come first. A comparison holds the weights of the adapters that it reads, but not those of cached pairs. Not thread-safe.
     """
 
     def __init__(
@@ -48,6 +50,22 @@ class Comparer:
         table = [[self._cache[min(a, b), max(a, b)] for b in digests] for a in digests]
         while len(self._cache) > self._max_pairs:
             self._cache.popitem(last=False)
+        return table
+
+    def auto_weights(
+        self, background: Background | None, adapters: Sequence[PromptStatistics | None]
+    ) -> list[list[float | None]]:
+        """Return, for prompts of each adapter (row), the mean automatic weight of each (column) if all of them are named.
+
+        None where one of the two has no statistics. See `lori.auto_weights.mean_weights`.
+        """
+        known = [adapter for adapter in adapters if adapter]
+        table = []
+        for prompts in adapters:
+            started = self._clock()
+            weights = iter(mean_weights(background, known, prompts).tolist() if prompts and background else ())
+            table.append([next(weights, None) if adapter else None for adapter in adapters])
+            self._rest(self._clock() - started)
         return table
 
     def _compute(self, pairs: Sequence[tuple[str, str]], by_digest: dict[str, Registered]) -> None:

@@ -110,6 +110,7 @@ REPLIES: dict[str, Any] = {
         "overlap": [[1.0, 0.31], [0.31, 1.0]],
         "sign_conflict": [[0.0, 0.49], [0.49, 0.0]],
         "chance_overlap": [[0.1, 0.1], [0.1, 0.1]],
+        "auto_weight": [[1.0, 0.0], [0.0, 1.0]],
     },
     "publish": ADAPTER,
     "delete": WITHDRAWN,

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lori.auto_weights import WeightQuery
 from lori.errors import TemplateError
-from lori.prompt_statistics import Background, ProbedPrompt, probed_prompt
+from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics, probed_prompt
 from lori.summary import Summary
 from lori.template import Message
 from server.engine.generate_request import GenerateRequest, Prompt, RefusedError, TokenPrompt
@@ -24,12 +24,16 @@ class WeightResolver:
         self, tokenizer: PreTrainedTokenizerBase, background: Background | None, *, weighs_by_default: bool = False
     ) -> None:
         """Without a background no weight can be automatic. For `weighs_by_default` see `Settings`."""
-        self._tokenizer, self._background, self._weighs_by_default = tokenizer, background, weighs_by_default
+        self._tokenizer, self.background, self._weighs_by_default = tokenizer, background, weighs_by_default
+
+    def statistics_of(self, adapter: Summary) -> PromptStatistics | None:
+        """Return the statistics by which the adapter's weight can be automatic: those of this server's background."""
+        statistics, background = adapter.prompt_statistics, self.background
+        return statistics if statistics and background and statistics.background_digest == background.digest else None
 
     def can_weigh(self, adapter: Summary) -> bool:
-        """Return whether the adapter's weight can be automatic: its statistics are of this server's background."""
-        statistics, background = adapter.prompt_statistics, self._background
-        return statistics is not None and background is not None and statistics.background_digest == background.digest
+        """Return whether the adapter's weight can be automatic."""
+        return self.statistics_of(adapter) is not None
 
     def probed_prompt(self, prompt: Prompt, field: str) -> ProbedPrompt:
         """Return the tokens of `prompt` that the probe reads. Raises `RefusedError` about `field`, which asked for 'auto'."""
@@ -68,7 +72,7 @@ class WeightResolver:
     def _check_automatic(self, request: GenerateRequest, adapters: Sequence[Summary]) -> None:
         if request.merge.method != "linear":
             raise RefusedError("weights", f"is 'auto' with merge {request.merge.method!r}, expected 'linear'")
-        if self._background is None:
+        if self.background is None:
             raise RefusedError("weights", f"is 'auto', and {NO_BACKGROUND}")
         for adapter in adapters:
             if not self.can_weigh(adapter):
@@ -87,6 +91,6 @@ class WeightResolver:
             return None  # the client has not asked for automatic weights, so a prompt that cannot be probed is no error
 
     def _query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery:
-        assert self._background is not None
+        assert self.background is not None
         statistics = tuple(one.prompt_statistics for one in adapters if one.prompt_statistics)
-        return WeightQuery(self.probed_prompt(request.prompt, "weights"), self._background, statistics)
+        return WeightQuery(self.probed_prompt(request.prompt, "weights"), self.background, statistics)

@@ -13,6 +13,7 @@ from server.access.limits import TenantPlaces
 from server.catalog.comparison import Comparer
 from server.engine.adapters.registry import Registered
 from server.engine.generate_request import RefusedError
+from server.engine.weight_resolver import WeightResolver
 from server.errors import AdapterFailedError, BusyError
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find
@@ -48,7 +49,7 @@ async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Na
             async with lock:
                 if await http.is_disconnected():
                     return Response(status_code=499)
-                return await run_in_threadpool(answer, comparer, references, adapters)
+                return await run_in_threadpool(answer, comparer, service.admission.weights, references, adapters)
 
 
 def split(text: str) -> list[str]:
@@ -62,16 +63,20 @@ def split(text: str) -> list[str]:
     return names
 
 
-def answer(comparer: Comparer, names: Sequence[str], adapters: Sequence[Registered]) -> AdapterComparison:
+def answer(
+    comparer: Comparer, resolver: WeightResolver, names: Sequence[str], adapters: Sequence[Registered]
+) -> AdapterComparison:
     """Return the reply. Raises `AdapterFailedError` if an adapter cannot be read."""
     try:
         table = comparer.compare(adapters)
     except AdapterError as error:
         raise AdapterFailedError(str(error)) from error
+    statistics = [resolver.statistics_of(adapter.summary) for adapter in adapters]
     return AdapterComparison(
         names=list(names),
         cosine=[[pair.cosine for pair in row] for row in table],
         overlap=[[pair.overlap for pair in row] for row in table],
         sign_conflict=[[pair.sign_conflict for pair in row] for row in table],
         chance_overlap=[[pair.chance_overlap for pair in row] for row in table],
+        auto_weight=comparer.auto_weights(resolver.background, statistics),
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from lori.auto_weights import GRID, NUM_NEAREST, Mask, Selection, SelectionIndex, SelectionQuery, Shares, shares
+from lori.auto_weights import GRID, NUM_NEAREST, Mask, Selection, SelectionIndex, SelectionQuery, Shares, mean_weights, shares
 from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics, joined
 from tests.lori.features import SEEDS, draw, make_adapters
 
@@ -61,6 +61,19 @@ def test_several_forms_count_as_one_adapter(background: Background, adapters: Se
     for seed in (11, 12):
         [z] = draw(seed, 3.0, count=1)
         assert shares(z, background, [both, adapters[2]]).weights == (1.0, 0.0)
+
+
+def test_mean_weights_are_those_of_an_adapter_s_prompts(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    for index, adapter in enumerate(adapters):
+        assert mean_weights(background, adapters, adapter).tolist() == [float(i == index) for i in range(3)]
+    assert mean_weights(background, adapters[:2], adapters[2]).tolist() == [0.0, 0.0]
+    equal = mean_weights(background, [adapters[0], adapters[0], adapters[1]], adapters[0])
+    assert equal.tolist() == [0.5, 0.5, 0.0]
+
+
+def test_mean_weights_are_over_every_form(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    both = PromptStatistics("a" * 64, background.digest, joined([adapters[0].gaussians, adapters[1].gaussians]))
+    assert mean_weights(background, adapters[:1], both).tolist() == [0.5]
 
 
 def test_prior_odds_are_counted(background: Background, adapters: Sequence[PromptStatistics]) -> None:

@@ -67,6 +67,18 @@ def test_the_fit_has_the_mean_and_the_total_variance_of_its_prompts(background: 
     assert np.trace(covariance_of(gaussians)) == pytest.approx(z.var(0).sum(), rel=1e-4)
 
 
+def test_draws_have_the_mean_and_the_covariance_of_their_gaussian(background: Background) -> None:
+    one, other = (fit_gaussian(background.whiten(draw(seed, 2.0))) for seed in (5, 6))
+    drawn = joined([one, other]).draw(20_000, seed=0)
+    assert drawn.shape == (2, 20_000, NUM_FEATURES)
+    for gaussian, z in zip((one, other), drawn, strict=True):
+        covariance = covariance_of(gaussian)
+        # Both within five standard errors.
+        assert (np.abs(z.mean(0) - gaussian.means[0]) < 5 * np.sqrt(covariance.diagonal() / len(z))).all()
+        error = np.sqrt(np.outer(covariance.diagonal(), covariance.diagonal()) * 2 / len(z))
+        assert (np.abs(np.cov(z.T) - covariance) < 5 * error).all()
+
+
 def test_prompts_of_weight_0_do_not_count(background: Background) -> None:
     z = background.whiten(np.concatenate([draw(6), draw(7, 5.0)]))
     weights = np.repeat([1.0, 0.0], NUM_PROMPTS)

@@ -18,6 +18,10 @@ const FIGURES = {
     digits: 2, isAlike: -1, least: 0.05, chance: () => 0.5,
     about: "of common entries: the share whose signs differ. Half of them by chance.",
   },
+  auto_weight: {
+    digits: 2, isAlike: 1, least: 0.1, chance: () => 0, isShare: true,
+    about: "on each other's prompts: a row has the mean weights that each adapter gets on the row's prompts, if all are named.",
+  },
 };
 /** Statuses that may be others in a while: no answer, no key yet, others are being compared, not ready. */
 const PASSING = [0, 401, 429, 503];
@@ -114,7 +118,7 @@ export class Matrix {
 
   #cell(name, figure, reach, i, j) {
     const value = this.#reply[name][i][j];
-    const text = value === null ? "–" : signed(value, figure.digits);
+    const text = value === null ? "–" : figure.isShare ? value.toFixed(figure.digits) : signed(value, figure.digits);
     const cell = el("td", { tabindex: "-1", "data-row": i, "data-column": j, class: i === j ? "self" : null }, text);
     if (value === null || i === j) return cell;
     const away = figure.isAlike * (value - figure.chance(this.#reply, i, j));
@@ -143,12 +147,13 @@ export class Matrix {
   #tell(cell) {
     const { row: i, column: j } = cell.dataset ?? {};
     if (i === undefined) return;
-    const { names, cosine, overlap, chance_overlap: chance, sign_conflict: conflict } = this.#reply;
+    const { names, cosine, overlap, chance_overlap: chance, sign_conflict: conflict, auto_weight: weight } = this.#reply;
     const said = [
       cosine[i][j] !== null && `cosine ${signed(cosine[i][j], 4)}`,
       overlap[i][j] !== null && `${percent(overlap[i][j])} of the smaller mask in common, ${percent(chance[i][j])} by chance`,
       conflict[i][j] !== null && `${percent(conflict[i][j])} of the common entries differ in sign`,
       overlap[i][j] === null && "on two bases, so their entries cannot be compared",
+      weight?.[i][j] != null && `on prompts of ${names[i]}, ${names[j]} gets ${percent(weight[i][j])} of the automatic weights`,
     ];
     byId("compare-detail").textContent = `${names[i]} and ${names[j]}: ${said.filter(Boolean).join("; ")}.`;
   }
@@ -165,14 +170,15 @@ function goTo(cell) {
   cell.focus();
 }
 
-function legend(reach, { isAlike, digits }) {
-  const steps = [-1, -0.5, 0, 0.5, 1].map((share) => {
+function legend(reach, { isAlike, digits, isShare }) {
+  const steps = (isShare ? [0, 0.25, 0.5, 0.75, 1] : [-1, -0.5, 0, 0.5, 1]).map((share) => {
     const step = el("span", { "data-side": share < 0 ? "apart" : "alike" });
     paint(step, Math.abs(share));
     return step;
   });
   const end = (side) => `${side * isAlike > 0 ? "+" : "−"}${reach.toFixed(digits)}`;
   const ramp = el("span", { class: "ramp", "aria-hidden": "true" }, ...steps);
+  if (isShare) return el("p", { class: "legend" }, el("span", {}, "0"), ramp, el("span", {}, `${reach.toFixed(digits)} of another's prompts`));
   return el("p", { class: "legend" }, el("span", {}, `apart ${end(-1)}`), ramp, el("span", {}, `${end(1)} alike`));
 }
 

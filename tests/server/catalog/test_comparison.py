@@ -55,7 +55,7 @@ def ask(live: Live, *names: str) -> dict[str, Any]:
 
 def test_the_matrices_hold_the_values_of_lori_compare(live: Live, adapters: Path) -> None:
     reply = ask(live, *NAMES)
-    assert set(reply) == {"names", "cosine", "overlap", "sign_conflict", "chance_overlap"}
+    assert set(reply) == {"names", "cosine", "overlap", "sign_conflict", "chance_overlap", "auto_weight"}
     assert reply["names"] == list(NAMES)
     loaded = [AdapterStore(adapters).find(name).load() for name in NAMES]
     for i, a in enumerate(loaded):
@@ -66,6 +66,7 @@ def test_the_matrices_hold_the_values_of_lori_compare(live: Live, adapters: Path
                 assert value == (None if expected is None else pytest.approx(expected, abs=1e-9)), (key, a.name, b.name)
     assert reply["overlap"][0][2] is None, "intent is on another basis"
     assert [reply["overlap"][i][i] for i in range(3)] == [1.0] * 3
+    assert reply["auto_weight"] == [[None] * 3] * 3, "the base has no background"
 
 
 def test_the_order_is_the_one_asked_for(live: Live) -> None:

@@ -115,6 +115,7 @@ def make_app(fake: FakeApi) -> FastAPI:
             "overlap": matrix(1.0, lambda n: None if n == 1 else 0.1 + n / 100),
             "chance_overlap": matrix(0.15, lambda n: None if n == 1 else 0.15),
             "sign_conflict": matrix(0.0, lambda n: None if n == 1 else 0.3 + n / 50),
+            "auto_weight": matrix(0.75, lambda n: None if n == 1 else n / 100),
         }
 
     @app.get("/metrics")

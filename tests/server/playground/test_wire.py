@@ -401,6 +401,19 @@ def test_adapters_on_two_bases_have_only_a_cosine(visiting: Visiting, url: str, 
     expect(page.locator("#compare-detail")).to_contain_text("on two bases")
 
 
+def test_the_matrix_shows_the_weights_on_each_other_s_prompts(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.adapters = [row(f"adapter-{i}") for i in range(4)]
+    page = visiting(url).page
+    page.locator("#compare").scroll_into_view_if_needed()
+    page.get_by_role("radio", name="Automatic weight").check()
+    rows = page.get_by_role("grid").locator("tbody tr")
+    shown = ["0.75 – 0.02 0.03", "– 0.75 0.03 0.04", "0.02 0.03 0.75 0.05", "0.03 0.04 0.05 0.75"]
+    expect(rows).to_have_text([f"adapter-{i}{cells.replace(' ', '')}" for i, cells in enumerate(shown)])
+    expect(page.locator("#matrix .legend")).to_have_text("00.10 of another's prompts")
+    page.locator("#matrix td[data-row='2'][data-column='3']").hover()
+    expect(page.locator("#compare-detail")).to_contain_text("on prompts of adapter-2, adapter-3 gets 5% of the automatic weights")
+
+
 def test_a_figure_has_enough_contrast_on_every_colour(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.adapters = [row(f"adapter-{i}") for i in range(16)]
     page = visiting(url, reduced_motion="reduce").page

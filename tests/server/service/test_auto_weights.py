@@ -234,6 +234,14 @@ def test_the_list_says_which_adapters_can_be_weighed(weighing: httpx.Client) -> 
     assert {row["name"] for row in rows if row["has_prompt_statistics"]} == {"math", "safety"}
 
 
+def test_a_comparison_has_the_weights_on_each_other_s_prompts(weighing: httpx.Client) -> None:
+    reply = weighing.get("/adapters/compare?names=math,intent,safety").raise_for_status().json()
+    # `intent` has no statistics, and `other` has those of another background.
+    assert reply["auto_weight"] == [[1.0, None, 0.0], [None, None, None], [0.0, None, 1.0]]
+    reply = weighing.get("/adapters/compare?names=intent,other").raise_for_status().json()
+    assert reply["auto_weight"] == [[None, None], [None, None]]
+
+
 def test_a_warning_names_adapters_with_statistics_of_another_background(
     weighing_service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
