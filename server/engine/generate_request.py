@@ -64,6 +64,8 @@ class GenerateRequest:
     adapters: tuple[str, ...] = ()
     """References: `name` or `name@version`."""
     weights: RequestedWeights = None
+    weights_field: str = "weights"
+    """Where the client wrote the weights: errors about them name this field."""
     merge: MergeOptions = LINEAR
     may_use: MayUse = lambda _: True
     """Whether the caller may use the adapters of a name."""

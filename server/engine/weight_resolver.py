@@ -45,7 +45,7 @@ class WeightResolver:
         try:
             return probed_prompt(self._tokenizer, read)
         except TemplateError as error:
-            raise RefusedError(field, f"is 'auto', and {error}") from error
+            raise RefusedError(field, f"asks for 'auto', and {error}") from error
 
     def resolve(
         self, request: GenerateRequest, adapters: Sequence[Summary]
@@ -54,31 +54,38 @@ class WeightResolver:
 
         Raises `RefusedError` if the weights do not fit the adapters, or if automatic ones are asked for and are not possible.
         """
-        requested = request.weights
-        if requested is None:
+        weights = self.given(request, adapters)
+        if weights is None:
             query = self._default_query(request, adapters)
             return tuple("auto" if query else 1 / len(adapters) for _ in adapters), query
+        automatic = _automatic(adapters, weights)
+        return weights, self._query(request, automatic) if automatic else None
+
+    def given(self, request: GenerateRequest, adapters: Sequence[Summary]) -> tuple[RequestedWeight, ...] | None:
+        """Return the weights that a request gives its adapters; None if it gives none. Raises `RefusedError` as `resolve`."""
+        requested, field = request.weights, request.weights_field
+        if requested is None:
+            return None
         if requested == "auto" and not adapters:
-            raise RefusedError("weights", "is 'auto' without adapters, among which it would choose")
+            raise RefusedError(field, "asks for 'auto' without adapters, among which it would choose")
         weights: tuple[RequestedWeight, ...] = tuple("auto" for _ in adapters) if requested == "auto" else requested
         if len(weights) != len(adapters):
-            raise RefusedError("weights", f"has {len(weights)} weights, expected {len(adapters)}, one for each adapter")
-        automatic = [adapter for adapter, weight in zip(adapters, weights, strict=True) if weight == "auto"]
-        if not automatic:
-            return weights, None
-        self._check_automatic(request, automatic)
-        return weights, self._query(request, automatic)
+            raise RefusedError(field, f"has {len(weights)} weights, expected {len(adapters)}, one for each adapter")
+        if automatic := _automatic(adapters, weights):
+            self._check_automatic(request, automatic)
+        return weights
 
     def _check_automatic(self, request: GenerateRequest, adapters: Sequence[Summary]) -> None:
+        field = request.weights_field
         if request.merge.method != "linear":
-            raise RefusedError("weights", f"is 'auto' with merge {request.merge.method!r}, expected 'linear'")
+            raise RefusedError(field, f"asks for 'auto' with merge {request.merge.method!r}, expected 'linear'")
         if self.background is None:
-            raise RefusedError("weights", f"is 'auto', and {NO_BACKGROUND}")
+            raise RefusedError(field, f"asks for 'auto', and {NO_BACKGROUND}")
         for adapter in adapters:
             if not self.can_weigh(adapter):
                 state = "statistics of another background" if adapter.prompt_statistics else "no statistics"
                 remedy = "python -m training.calibrate FOLDER --data ROWS makes them"
-                raise RefusedError("weights", f"is 'auto', and {adapter.name!r} has {state} of its prompts: {remedy}")
+                raise RefusedError(field, f"asks for 'auto', and {adapter.name!r} has {state} of its prompts: {remedy}")
 
     def _default_query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery | None:
         # A prompt that is scored holds the answers, which would be compared under different weights.
@@ -93,4 +100,8 @@ class WeightResolver:
     def _query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery:
         assert self.background is not None
         statistics = tuple(one.prompt_statistics for one in adapters if one.prompt_statistics)
-        return WeightQuery(self.probed_prompt(request.prompt, "weights"), self.background, statistics)
+        return WeightQuery(self.probed_prompt(request.prompt, request.weights_field), self.background, statistics)
+
+
+def _automatic(adapters: Sequence[Summary], weights: Sequence[RequestedWeight]) -> list[Summary]:
+    return [adapter for adapter, weight in zip(adapters, weights, strict=True) if weight == "auto"]

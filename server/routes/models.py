@@ -38,9 +38,12 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     if merge := service.merges.find(model, caller.may_use):
         return _merge(service, model, merge)
     named = parse_model(model, service.base_names)
-    request = GenerateRequest(prompt="", adapters=named.adapters, weights=named.weights, may_use=caller.may_use)
+    request = GenerateRequest(
+        prompt="", adapters=named.adapters, weights=named.weights, weights_field="model", may_use=caller.may_use
+    )
     resolved = service.merges.resolve(request)
     adapters = await find_model(service, caller, model, resolved.adapters)
+    service.admission.weights.given(resolved, [adapter.summary for adapter in adapters])
     card = _card(service, adapters).model_copy(update={"id": model})
     if resolved is request or not isinstance(resolved.weights, tuple):
         return card

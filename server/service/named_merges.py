@@ -72,27 +72,33 @@ class NamedMerges:
             raise RefusedError("merge", f"is {request.merge.method!r} with {name!r}, which is a sum; expected 'linear'")
         expected = "none, or a number" if len(names) == 1 else f"a number for {name!r}, and a number or 'auto' for each other"
         if request.weights == "auto":
-            raise RefusedError("weights", f"is 'auto' with {name!r}, which has weights of its own; expected {expected}")
+            raise RefusedError(
+                request.weights_field, f"asks for 'auto' with {name!r}, which has weights of its own; expected {expected}"
+            )
         if request.weights is None and len(names) > 1:
             raise RefusedError("weights", f"is absent, and {name!r} is a merge beside other adapters; expected {expected}")
         if repeated := repeated_references(names):
             raise RefusedError("adapter", f"names {repeated[0]!r} twice, expected each adapter once")
         factors = (1.0,) if request.weights is None else request.weights
         if len(factors) != len(names):
-            raise RefusedError("weights", f"has {len(factors)} weights, expected {len(names)}, one for each name")
+            raise RefusedError(request.weights_field, f"has {len(factors)} weights, expected {len(names)}, one for each name")
         terms: list[tuple[str, RequestedWeight]] = []
         for name, factor in zip(names, factors, strict=True):
             if factor != "auto":
                 terms += [(reference, factor * weight) for reference, weight in self._terms(name, may_use)]
             elif self.find(name, may_use):
-                raise RefusedError("weights", f"is 'auto' for {name!r}, which has weights of its own; expected a number")
+                raise RefusedError(
+                    request.weights_field, f"asks for 'auto' for {name!r}, which has weights of its own; expected a number"
+                )
             else:
                 terms.append((name, factor))
         if len(terms) > MAX_ADAPTERS:
             raise RefusedError("adapter", f"names {len(terms)} adapters with those of merges, expected at most {MAX_ADAPTERS}")
         if large := [(reference, weight) for reference, weight in terms if weight != "auto" and abs(weight) > MAX_WEIGHT]:
             reference, weight = large[0]
-            raise RefusedError("weights", f"give {reference} the weight {weight:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+            raise RefusedError(
+                request.weights_field, f"give {reference} the weight {weight:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+            )
         adapters, weights = zip(*terms, strict=True)
         return replace(request, adapters=adapters, weights=weights)
 

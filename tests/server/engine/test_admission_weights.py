@@ -82,7 +82,7 @@ def test_given_weights_count_for_the_memory_of_a_request_with_automatic_ones() -
         (admission(), ask("x", "math", "code"), "'code' has no statistics of its prompts"),
         (admission(), replace(ask("x", "math", "code"), weights=(1.0, "auto")), "'code' has no statistics of its prompts"),
         (admission(), replace(ask(), weights=("auto",)), "has 1 weights, expected 2, one for each adapter"),
-        (admission(), replace(ask(), weights=("auto", 1.0), merge=MergeOptions("ties")), "is 'auto' with merge 'ties'"),
+        (admission(), replace(ask(), weights=("auto", 1.0), merge=MergeOptions("ties")), "asks for 'auto' with merge 'ties'"),
         (admission(OTHER), ask(), "'math' has statistics of another background of its prompts"),
         (admission(template="{{ raise_exception('no user') }}"), ask(), "the chat template refuses these messages: no user"),
         (admission(), ask(TokenPrompt((256,))), "the message has no token"),  # the end of text, which is no text

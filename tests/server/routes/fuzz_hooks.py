@@ -34,6 +34,7 @@ CONTENT = re.compile(
             "is empty",
             "the chat template refuses",
             "no common template",
+            "the base has no background",
             "needs adapters on one basis",
             "without adapters, which it would merge",
             "has [0-9]+ (numbers|names)",

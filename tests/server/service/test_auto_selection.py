@@ -95,8 +95,12 @@ def test_if_an_adapter_was_withdrawn_meanwhile_another_is_selected(
     ("fields", "param", "message"),
     [
         ({"adapter": ["auto", "math"]}, "adapter", "names 'auto' and other adapters, expected 'auto' alone"),
-        ({"weights": [1]}, "weights", "is given with the adapter 'auto', expected none or 'auto': the server sets the weights"),
-        ({"adapter": [{"name": "auto", "weight": 1}]}, "weights", "is given with the adapter 'auto'"),
+        (
+            {"weights": [1]},
+            "weights",
+            "gives weights with the adapter 'auto', expected none or 'auto': the server sets the weights",
+        ),
+        ({"adapter": [{"name": "auto", "weight": 1}]}, "adapter", "gives weights with the adapter 'auto'"),
         ({"merge": "ties"}, "merge", "is 'ties' with the adapter 'auto', expected 'linear'"),
     ],
 )

@@ -162,19 +162,19 @@ def test_the_operator_s_adapters_keep_their_weights(weighing: httpx.Client) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"adapter": []}, "weights: is 'auto' without adapters, among which it would choose"),
-        ({"merge": "ties"}, "weights: is 'auto' with merge 'ties', expected 'linear'"),
+        ({"adapter": []}, "weights: asks for 'auto' without adapters, among which it would choose"),
+        ({"merge": "ties"}, "weights: asks for 'auto' with merge 'ties', expected 'linear'"),
         (
             {"adapter": ["math", "intent"]},
-            "weights: is 'auto', and 'intent' has no statistics of its prompts: python -m ",
+            "weights: asks for 'auto', and 'intent' has no statistics of its prompts: python -m ",
         ),
-        ({"adapter": "other"}, "weights: is 'auto', and 'other' has statistics of another background of its prompts"),
+        ({"adapter": "other"}, "weights: asks for 'auto', and 'other' has statistics of another background of its prompts"),
         ({"adapter": [{"name": "math", "weight": 1}]}, "'weights' is for names"),
         ({"weights": "Auto"}, "weights: Input should be 'auto'"),
         ({"weights": 1}, "weights: expected a list of weights, or 'auto'"),
         ({"weights": ["1", 1]}, "weights.0: expected a number, or 'auto', found '1'"),
         ({"weights": [1, None]}, "weights.1: expected a number, or 'auto', found None"),
-        ({"adapter": ["math", "intent"], "weights": [1, "auto"]}, "weights: is 'auto', and 'intent' has no statistics"),
+        ({"adapter": ["math", "intent"], "weights": [1, "auto"]}, "weights: asks for 'auto', and 'intent' has no statistics"),
     ],
 )
 def test_what_cannot_be_weighed_is_refused(weighing: httpx.Client, fields: Mapping[str, Any], message: str) -> None:
@@ -182,6 +182,31 @@ def test_what_cannot_be_weighed_is_refused(weighing: httpx.Client, fields: Mappi
     error = refusal(reply, 400)
     assert message in error["message"]
     assert error["message"].count("weights") <= 2, "the error concerns one form alone"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/generate", {"prompt": "12", "adapter": [{"name": "intent", "weight": "auto"}]}, "adapter"),
+        ("/v1/completions", {"prompt": "12", "model": "intent:auto"}, "model"),
+        ("/v1/completions", {"prompt": "12", "adapters": [{"name": "intent", "weight": "auto"}]}, "adapters"),
+        ("/v1/completions", {"prompt": "12", "model": "intent", "weights": "auto"}, "weights"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "12"}], "model": "intent:auto"}, "model"),
+    ],
+)
+def test_the_refusal_names_the_field_with_the_weights(
+    weighing: httpx.Client, path: str, fields: Mapping[str, Any], param: str
+) -> None:
+    error = refusal(weighing.post(path, json=fields), 400)
+    assert error["param"] == param
+    assert "asks for 'auto', and 'intent' has no statistics" in error["message"]
+
+
+def test_a_model_is_shown_only_if_requests_can_name_it(weighing: httpx.Client) -> None:
+    assert weighing.get("/v1/models/math:auto+intent:1").raise_for_status().json()["id"] == "math:auto+intent:1"
+    error = refusal(weighing.get("/v1/models/math:1+intent:auto"), 400)
+    assert error["param"] == "model"
+    assert "'intent' has no statistics" in error["message"]
 
 
 Features = Callable[[PromptProbe, Sequence[ProbedPrompt]], list[Array]]
