@@ -23,7 +23,7 @@ NUM_NEAREST = 32
 NUM_DISCRIMINANTS = 96
 """Directions in which all adapters are compared first."""
 NUM_DRAWS = 64
-"""Random prompts of an adapter in `mean_weights`."""
+"""Number of prompts that `mean_weights` draws, about equally many of each form."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -54,9 +54,9 @@ def _shares(whitened: Array, background: Background, adapters: Sequence[PromptSt
 
 
 def mean_weights(background: Background, adapters: Sequence[PromptStatistics], prompts: PromptStatistics) -> Array:
-    """Return the mean weight (n,) of each of `adapters` on prompts of one adapter, drawn at random from its statistics.
+    """Return the mean weight of each of `adapters` on prompts of one adapter, drawn at random from its statistics.
 
-    An estimate: features of real prompts are not quite Gaussian.
+    The estimate is optimistic: the prompts come from the Gaussians that judge them, and none has another form.
     """
     draws = prompts.gaussians.draw(max(1, NUM_DRAWS // len(prompts.gaussians.means)), seed=0)
     weights: Array = np.array([_shares(z, background, adapters).weights for z in draws.reshape(-1, draws.shape[-1])])

@@ -165,22 +165,22 @@ class Gaussians:
 
     @property
     def loadings(self) -> Array:
-        """The unit axes multiplied by sqrt(l_k), (C, K, F): with v I the sum of their outer products is the covariance."""
+        """Factor loadings sqrt(l_k) a_k, (C, K, F). The covariance is v I plus the sum of their outer products."""
         squares = (self.axes.astype(np.float64) ** 2).sum(-1)  # q = l / (l + v), so that l = v q / (1 - q)
-        scaled: Array = self.axes * np.sqrt(self.variances[:, None] / (1 - squares))[:, :, None]
-        return scaled
+        loadings: Array = self.axes * np.sqrt(self.variances[:, None] / (1 - squares))[:, :, None]
+        return loadings
 
     def log_likelihoods(self, z: Array) -> Array:
         """Return the log-likelihood of z (F,) under each Gaussian, (C,), without the term that all of them share."""
         return log_likelihoods([self], z)
 
     def draw(self, num_draws: int, seed: int) -> Array:
-        """Return `num_draws` random features of each Gaussian, (C, num_draws, F)."""
+        """Return `num_draws` random whitened features of each Gaussian, (C, num_draws, F). A seed gives the same ones again."""
         random = np.random.default_rng(seed)
         spherical = random.standard_normal((len(self.means), num_draws, self.means.shape[1]))
         along = random.standard_normal((len(self.means), num_draws, self.axes.shape[1]))
-        drawn: Array = self.means[:, None] + np.sqrt(self.variances)[:, None, None] * spherical + along @ self.loadings
-        return drawn
+        draws: Array = self.means[:, None] + np.sqrt(self.variances)[:, None, None] * spherical + along @ self.loadings
+        return draws
 
 
 def log_likelihoods(parts: Sequence[Gaussians], z: Array) -> Array:

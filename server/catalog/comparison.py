@@ -1,4 +1,5 @@
-"""Comparison of the server's adapters, pair by pair: read from disk, computed beside the engine, and cached.
+"""Comparisons of the server's adapters, beside the engine: of their weights, pair by pair, read from disk and cached; and of
+their prompts, by their statistics.
 
 Knows nothing of HTTP. Runs in the calling thread, one comparison at a time.
 """
@@ -20,7 +21,7 @@ MAX_PAIRS = 8192
 
 
 class Comparer:
-    """Cache of comparisons by pairs of adapter contents.
+    """Compares adapters. Caches comparisons of weights by pairs of adapter contents.
 
     Between two modules or rows it sleeps as long as the last one took, so it uses half a core: requests that are being answered
     come first. A comparison holds the weights of the adapters that it reads, but not those of cached pairs. Not thread-safe.
@@ -55,16 +56,19 @@ class Comparer:
     def auto_weights(
         self, background: Background | None, adapters: Sequence[PromptStatistics | None]
     ) -> list[list[float | None]]:
-        """Return, for prompts of each adapter (row), the mean automatic weight of each (column) if all of them are named.
+        """Return, for prompts of each adapter (row), the mean automatic weight of each (column).
 
-        None where one of the two has no statistics. See `lori.auto_weights.mean_weights`.
+        All adapters with statistics are named together; None for the others. See `lori.auto_weights.mean_weights`.
         """
-        known = [adapter for adapter in adapters if adapter]
-        table = []
-        for prompts in adapters:
+        table: list[list[float | None]] = [[None] * len(adapters) for _ in adapters]
+        if background is None:
+            return table
+        places = {place: statistics for place, statistics in enumerate(adapters) if statistics}
+        for row, prompts in places.items():
             started = self._clock()
-            weights = iter(mean_weights(background, known, prompts).tolist() if prompts and background else ())
-            table.append([next(weights, None) if adapter else None for adapter in adapters])
+            weights = mean_weights(background, [*places.values()], prompts).tolist()
+            for column, weight in zip(places, weights, strict=True):
+                table[row][column] = weight
             self._rest(self._clock() - started)
         return table
 

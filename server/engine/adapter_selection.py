@@ -170,7 +170,7 @@ def _check(request: GenerateRequest) -> None:
     if len(request.adapters) > 1:
         raise RefusedError("adapter", f"names {AUTO!r} and other adapters, expected {AUTO!r} alone")
     if request.weights not in (None, "auto", ("auto",)):
-        expected = "expected none or 'auto': the server sets the weights"
-        raise RefusedError(request.weights_field, f"gives weights with the adapter {AUTO!r}, {expected}")
+        expected = "expected none or 'auto': the server chooses them"
+        raise RefusedError(request.weights_field, f"sets weights for the adapter {AUTO!r}, {expected}")
     if request.merge.method != "linear":
         raise RefusedError("merge", f"is {request.merge.method!r} with the adapter {AUTO!r}, expected 'linear'")

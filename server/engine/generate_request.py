@@ -65,7 +65,7 @@ class GenerateRequest:
     """References: `name` or `name@version`."""
     weights: RequestedWeights = None
     weights_field: str = "weights"
-    """Where the client wrote the weights: errors about them name this field."""
+    """The field that errors about the weights name. `adapter` if they stand there, which OpenAI's routes rename."""
     merge: MergeOptions = LINEAR
     may_use: MayUse = lambda _: True
     """Whether the caller may use the adapters of a name."""

@@ -54,15 +54,15 @@ class WeightResolver:
 
         Raises `RefusedError` if the weights do not fit the adapters, or if automatic ones are asked for and are not possible.
         """
-        weights = self.given(request, adapters)
+        weights = self.check(request, adapters)
         if weights is None:
             query = self._default_query(request, adapters)
             return tuple("auto" if query else 1 / len(adapters) for _ in adapters), query
         automatic = _automatic(adapters, weights)
         return weights, self._query(request, automatic) if automatic else None
 
-    def given(self, request: GenerateRequest, adapters: Sequence[Summary]) -> tuple[RequestedWeight, ...] | None:
-        """Return the weights that a request gives its adapters; None if it gives none. Raises `RefusedError` as `resolve`."""
+    def check(self, request: GenerateRequest, adapters: Sequence[Summary]) -> tuple[RequestedWeight, ...] | None:
+        """Return a request's own weights, which fit its adapters; None if it has none. Raises `RefusedError` as `resolve`."""
         requested, field = request.weights, request.weights_field
         if requested is None:
             return None

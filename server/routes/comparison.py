@@ -1,4 +1,4 @@
-"""GET /adapters/compare: relations between adapters before a merge. Only translates."""
+"""GET /adapters/compare: how adapters relate, before a merge. Only translates."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -35,7 +35,10 @@ Names = Annotated[
 
 @router.get("/adapters/compare", response_model=AdapterComparison)
 async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Names) -> AdapterComparison | Response:
-    """Compare up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
+    """Compare up to 16 adapters, `names=math,safety`, each with each: their deltas, and their weights on each other's prompts.
+
+    One comparison runs at a time, beside the requests.
+    """
     references = split(names)
     comparer, lock, places = http.state.comparer, http.state.comparing, http.state.comparisons
     assert isinstance(comparer, Comparer)

@@ -82,14 +82,13 @@ def shared_request(
     max_tokens: int | None = None,
 ) -> GenerateRequest:
     """Return the engine's request for a body of any route. The arguments are the fields that routes have in other forms."""
-    is_beside_names = weights is not None and body.weights is None
     return GenerateRequest(
         prompt=prompt,
         template=template,
         max_tokens=max_tokens,
         adapters=adapters,
         weights=weights,
-        weights_field="adapter" if is_beside_names else "weights",
+        weights_field="adapter" if weights is not None and body.weights is None else "weights",
         merge=body.to_merge(),
         sampling=body.to_sampling(),
         priority=body.priority,

@@ -10,7 +10,7 @@ from lori.named_merge import NamedMerge
 from lori.names import AUTO
 from server.description.responses import refusals
 from server.engine.adapters.registry import MayUse, Registered
-from server.engine.generate_request import GenerateRequest
+from server.engine.generate_request import GenerateRequest, RefusedError
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find_model
 from server.schemas.model_names import is_base, parse_model, weighted_model_of
@@ -38,12 +38,14 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     if merge := service.merges.find(model, caller.may_use):
         return _merge(service, model, merge)
     named = parse_model(model, service.base_names)
-    request = GenerateRequest(
-        prompt="", adapters=named.adapters, weights=named.weights, weights_field="model", may_use=caller.may_use
-    )
-    resolved = service.merges.resolve(request)
-    adapters = await find_model(service, caller, model, resolved.adapters)
-    service.admission.weights.given(resolved, [adapter.summary for adapter in adapters])
+    request = GenerateRequest(prompt="", adapters=named.adapters, weights=named.weights, may_use=caller.may_use)
+    try:
+        resolved = service.merges.resolve(request)
+        adapters = await find_model(service, caller, model, resolved.adapters)
+        # Raises if every request with this name would be refused.
+        service.admission.weights.check(resolved, [adapter.summary for adapter in adapters])
+    except RefusedError as error:
+        raise RefusedError("model", error.message) from error
     card = _card(service, adapters).model_copy(update={"id": model})
     if resolved is request or not isinstance(resolved.weights, tuple):
         return card

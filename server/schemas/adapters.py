@@ -28,8 +28,9 @@ class AdapterComparison(BaseModel):
     chance_overlap: Matrix
     """The `overlap` of masks that are spread at random. null in the same cases."""
     auto_weight: Matrix
-    """The mean automatic weight that the column's adapter gets on prompts of the row's adapter, if all of `names` are named. An
-    estimate from the statistics of their prompts. null if either has none of this server's background."""
+    """The mean automatic weight that the column's adapter gets on prompts of the row's adapter, if all of `names` that have
+    statistics of their prompts are named. An optimistic estimate from these. null if either has none of this server's
+    background."""
 
 
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"

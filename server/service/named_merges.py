@@ -76,7 +76,7 @@ class NamedMerges:
                 request.weights_field, f"asks for 'auto' with {name!r}, which has weights of its own; expected {expected}"
             )
         if request.weights is None and len(names) > 1:
-            raise RefusedError("weights", f"is absent, and {name!r} is a merge beside other adapters; expected {expected}")
+            raise RefusedError("weights", f"{name!r} is a merge beside other adapters, and needs a weight: expected {expected}")
         if repeated := repeated_references(names):
             raise RefusedError("adapter", f"names {repeated[0]!r} twice, expected each adapter once")
         factors = (1.0,) if request.weights is None else request.weights
@@ -97,7 +97,7 @@ class NamedMerges:
         if large := [(reference, weight) for reference, weight in terms if weight != "auto" and abs(weight) > MAX_WEIGHT]:
             reference, weight = large[0]
             raise RefusedError(
-                request.weights_field, f"give {reference} the weight {weight:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+                request.weights_field, f"gives {reference} the weight {weight:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
             )
         adapters, weights = zip(*terms, strict=True)
         return replace(request, adapters=adapters, weights=weights)

@@ -3,11 +3,19 @@
     python -m training.demo --data data --output runs/test --split test
     python -m tests.bench.auto_weights --data data --chats runs/test [--url URL] [--num-rows 400] [--nobody FILE ...]
 
-A line for each task and form (see `tests.bench.demo`): the figures of the base, of the task's adapter alone, of equal weights, of
-automatic ones (`auto`) and of the adapters that the server selects (`selected`), the fraction of the adapter's own gain that each
-keeps, the task's mean weight under `auto`, and the fraction of rows whose weight goes to another adapter by more than a half. For
-`safety` the figures are the harmful rows that are refused, and `benign` the benign ones. With `--fixed safety=1` the requests of
-`auto` give `safety` the weight 1, and the others are automatic; `misrouted` ignores `safety`.
+A line for each task and form (see `tests.bench.demo`) has the task's figure for
+
+- `base`, and `alone`: the task's adapter alone,
+- `equal`: 1/n for each adapter,
+- `auto`: automatic weights,
+- `selected`: the adapters that the server selects,
+
+and for the last three the fraction of the adapter's own gain that is kept (`_kept`). Further: the task's mean automatic weight
+(`own_weight`), the fraction of rows for which another adapter's automatic weight is above 0.5 (`misrouted`), and the fraction for
+which the server selects the task's adapter with the largest weight (`found`). For `safety` the figures are the harmful rows that
+are refused, and `benign` the benign ones. With `--fixed safety=1` the requests of `auto` give `safety` the weight 1, and the
+others are automatic; `misrouted` ignores `safety`. The form `paraphrased` has messages in other words than the test rows; there
+the figure of `nlu` is the log-likelihood of the right answer, in nats a token.
 
 A line for each file of `--nobody`, JSONL with prompts that are no adapter's: the fraction of prompts of which any adapter gets
 more than a half, as messages.
@@ -21,25 +29,37 @@ from pathlib import Path
 from typing import Any
 
 from lori.template import Template
-from tests.bench.demo import TASKS, Scores, answerer_for, completions, forms_of, measured, refused, show
+from tests.bench.demo import CHATS, SAFETY_CHATS, TASKS, Scores, answerer_for, completions, forms_of, measured, refused, show
 from training.data import read_rows
+from training.demo.__main__ import rows_of
 from training.evaluation.answerer import Prompt
-from training.evaluation.metrics import read_metric_rows
+from training.evaluation.metrics import MetricName, read_metric_rows
 from training.evaluation.server_answerer import Ask, Server
 
 NAMES = tuple(TASKS)
+PARAPHRASES = Path(__file__).with_name("paraphrases.jsonl")
+"""Paraphrases of test rows, written by hand; `of` is the row's prompt."""
+PARAPHRASED_FORM = "paraphrased"
+FORMS = (*dict.fromkeys(("plain", "sent", *CHATS, *SAFETY_CHATS)), PARAPHRASED_FORM)
+PARAPHRASED: Mapping[str, MetricName] = {"intent": "exact", "math": "loss", "nlu": "loss"}
 NO_WEIGHTS: Mapping[str, float] = {}
 Weights = tuple[float, ...]
 
 
 def weigh(
-    url: str, template: Template, prompts: Sequence[Prompt], fixed: Mapping[str, float] = NO_WEIGHTS, *, is_selected: bool = False
+    url: str,
+    template: Template,
+    prompts: Sequence[Prompt],
+    names: Sequence[str],
+    fixed: Mapping[str, float] = NO_WEIGHTS,
+    *,
+    is_selected: bool = False,
 ) -> list[Weights]:
-    """Return the weights of `NAMES` for each prompt: those in `fixed`; the rest are automatic.
+    """Return the weights of `names` for each prompt: those in `fixed`; the rest are automatic.
 
-    All are named, or the server selects among them. A text in the template `chat` is sent as a message.
+    All are named, or the server selects among its adapters. A text in the template `chat` is sent as a message.
     """
-    adapter = {"adapter": "auto"} if is_selected else {"adapter": NAMES, "weights": [fixed.get(name, "auto") for name in NAMES]}
+    adapter = {"adapter": "auto"} if is_selected else {"adapter": names, "weights": [fixed.get(name, "auto") for name in names]}
 
     async def ask_one(ask: Ask, prompt: Prompt) -> Weights:
         fields: Mapping[str, Any]
@@ -50,72 +70,102 @@ def weigh(
             fields = {"messages": [message.model_dump() for message in prompt], "template": template}
         reply = await ask("/generate", {**fields, **adapter, "max_tokens": 1})
         weights = {one["name"]: one["weight"] for one in reply["adapter"]}
-        return tuple(weights.get(name, 0.0) for name in NAMES)
+        if others := weights.keys() - {*names}:
+            raise ValueError(f"the server has adapters that are not measured, and selected {others}")
+        return tuple(weights.get(name, 0.0) for name in names)
 
     return Server(url).ask_all(ask_one, prompts)
 
 
-def scores(url: str, task: str, template: Template, rows: Sequence[Any], weights: Sequence[Weights]) -> Scores:
-    """Return the scores of `rows`, each with its own weights of `NAMES`."""
+def scores(
+    url: str,
+    metric: MetricName,
+    template: Template,
+    rows: Sequence[Any],
+    weights: Sequence[Weights],
+    names: Sequence[str],
+) -> Scores:
+    """Return the scores of `rows`, each with its own weights of `names`. For `refusal` they are 1 for what is refused."""
     values: dict[int, float] = {}
     row_weights: dict[int, float] = {}
     for each in dict.fromkeys(weights):
         indices = [i for i, own in enumerate(weights) if own == each]
-        answerer = answerer_for(url, template, NAMES, each) if any(each) else answerer_for(url, template)
+        answerer = answerer_for(url, template, names, each) if any(each) else answerer_for(url, template)
         part = [rows[i] for i in indices]
-        if task == "safety":
+        if metric == "refusal":
             refusals = [float(refused([text])) for text in completions(answerer, part)]
-            measure = Scores(refusals, [1.0] * len(refusals))
+            part_scores = Scores(refusals, [1.0] * len(refusals))
         else:
-            measure = measured(answerer, TASKS[task], part)
-        values |= zip(indices, measure.values, strict=True)
-        row_weights |= zip(indices, measure.weights, strict=True)
+            part_scores = measured(answerer, metric, part)
+        values |= zip(indices, part_scores.values, strict=True)
+        row_weights |= zip(indices, part_scores.weights, strict=True)
     order = range(len(rows))
     return Scores([values[i] for i in order], [row_weights[i] for i in order])
 
 
+def weight_figures(
+    url: str,
+    name: str,
+    metric: MetricName,
+    template: Template,
+    rows: Sequence[Any],
+    names: Sequence[str],
+    fixed: Mapping[str, float] = NO_WEIGHTS,
+) -> dict[str, Any]:
+    """Return the figures of one adapter's rows: see the module."""
+    prompts, place, count = [row.prompt for row in rows], names.index(name), len(names)
+    constant = {"base": (0.0,) * count, "alone": tuple(float(i == place) for i in range(count)), "equal": (1 / count,) * count}
+    weights = {choice: [each] * len(rows) for choice, each in constant.items()}
+    weights["auto"] = weigh(url, template, prompts, names, fixed)
+    weights["selected"] = weigh(url, template, prompts, names, is_selected=True)
+    figures = {choice: scores(url, metric, template, rows, each, names).mean for choice, each in weights.items()}
+    line: dict[str, Any] = {"rows": len(rows), **figures}
+    gain = figures["alone"] - figures["base"]
+    for choice in ("equal", "auto", "selected"):  # the gain of few rows can be 0
+        line[f"{choice}_kept"] = (figures[choice] - figures["base"]) / gain if gain else None
+    line["own_weight"] = statistics.fmean(each[place] for each in weights["auto"])
+    line["misrouted"] = statistics.fmean(
+        any(weight > 0.5 for other, weight in zip(names, each, strict=True) if other not in {name, *fixed})
+        for each in weights["auto"]
+    )
+    line["found"] = statistics.fmean(each[place] == max(each) > 0 for each in weights["selected"])
+    return line
+
+
+def paraphrased(task: str, data: Path) -> list[Any]:
+    """Return the rows of `PARAPHRASES` of a task, with the answers of the test rows that they paraphrase."""
+    rows: list[Any] = read_metric_rows(str(data / task / "test.jsonl"), PARAPHRASED[task])
+    by_prompt = {row.prompt: row for row in rows}
+    paraphrases = [one for one in rows_of(PARAPHRASES) if one["task"] == task]
+    return [by_prompt[one["of"]].model_copy(update={"prompt": one["prompt"]}) for one in paraphrases]
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Print a line for each task and form."""
-    equal, fixed = (1 / len(NAMES),) * len(NAMES), dict(arguments.fixed)
-    for place, task in enumerate(NAMES):
-        if task not in arguments.tasks:
-            continue
-        alone = tuple(float(name == task) for name in NAMES)
+    url, fixed = arguments.url, dict(arguments.fixed)
+    for task in arguments.tasks:
         for form, (file, template) in forms_of(task, arguments.data, arguments.chats).items():
+            if form not in arguments.forms:
+                continue
             rows: list[Any] = read_metric_rows(str(file), TASKS[task], arguments.num_rows)
             benign = [row for row in rows if task == "safety" and not row.harmful]
             rows = [row for row in rows if task != "safety" or row.harmful]
-            prompts = [row.prompt for row in rows]
-            auto = weigh(arguments.url, template, prompts, fixed)
-            selected = weigh(arguments.url, template, prompts, is_selected=True)
-            choices = {"base": [(0.0,) * len(NAMES)], "alone": [alone], "equal": [equal]}
-            figures = {
-                name: scores(arguments.url, task, template, rows, weights * len(rows)).mean for name, weights in choices.items()
-            }
-            figures |= {
-                name: scores(arguments.url, task, template, rows, weights).mean
-                for name, weights in {"auto": auto, "selected": selected}.items()
-            }
-            gain = figures["alone"] - figures["base"]
-            line: dict[str, Any] = {"task": task, "form": form, "rows": len(rows), **figures}
-            if gain:  # of few rows it can be 0
-                line |= {f"{name}_kept": (figures[name] - figures["base"]) / gain for name in ("equal", "auto", "selected")}
-            line["own_weight"] = statistics.fmean(weights[place] for weights in auto)
-            line["misrouted"] = statistics.fmean(
-                any(weight > 0.5 for name, weight in zip(NAMES, weights, strict=True) if name not in {task, *fixed})
-                for weights in auto
-            )
+            line = {"task": task, "form": form, **weight_figures(url, task, TASKS[task], template, rows, NAMES, fixed)}
             if benign:
-                weights = weigh(arguments.url, template, [row.prompt for row in benign], fixed)
-                line["benign"] = scores(arguments.url, task, template, benign, weights).mean
+                weights = weigh(url, template, [row.prompt for row in benign], NAMES, fixed)
+                line["benign"] = scores(url, TASKS[task], template, benign, weights, NAMES).mean
             show(line)
+        if task in PARAPHRASED and PARAPHRASED_FORM in arguments.forms:
+            rows = paraphrased(task, arguments.data)
+            figures = weight_figures(url, task, PARAPHRASED[task], "chat", rows, NAMES, fixed)
+            show({"task": task, "form": PARAPHRASED_FORM, **figures})
 
 
 def nobody(url: str, files: Sequence[Path]) -> None:
     """Print a line for each file, and one for all together."""
     all_weights: list[Weights] = []
     for file in files:
-        weights = weigh(url, "chat", [row.prompt for row in read_rows(str(file), needs="prompt")])
+        weights = weigh(url, "chat", [row.prompt for row in read_rows(str(file), needs="prompt")], NAMES)
         all_weights += weights
         show(_nobody_line(file.name, weights))
     if files:
@@ -141,10 +191,13 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--chats", type=Path, required=True)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--num-rows", type=int, default=0, help="rows of each file, drawn at random; 0 is all")
+    parser.add_argument(
+        "--num-rows", type=int, default=0, help="rows of each file, drawn at random; 0 is all (paraphrased: always all)"
+    )
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--nobody", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--fixed", type=_parse_weight, nargs="+", default=[], metavar="NAME=WEIGHT", help="given weights")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, metavar="FORM", help=f"of {', '.join(FORMS)}")
     arguments = parser.parse_args()
     nobody(arguments.url, arguments.nobody)
     compare(arguments)

@@ -1,4 +1,4 @@
-// How alike adapters are: a table whose colours say what its figures say.
+// How alike adapters are, and what they get on each other's prompts: a table whose colours say what its figures say.
 
 import { getJson } from "./api.js";
 import { byId, el } from "./elements.js";
@@ -20,7 +20,7 @@ const FIGURES = {
   },
   auto_weight: {
     digits: 2, isAlike: 1, least: 0.1, chance: () => 0, isShare: true,
-    about: "on each other's prompts: a row has the mean weights that each adapter gets on the row's prompts, if all are named.",
+    about: "on each other's prompts: an estimate of the column's mean weight on prompts of the row, if all are named.",
   },
 };
 /** Statuses that may be others in a while: no answer, no key yet, others are being compared, not ready. */
@@ -153,7 +153,7 @@ export class Matrix {
       overlap[i][j] !== null && `${percent(overlap[i][j])} of the smaller mask in common, ${percent(chance[i][j])} by chance`,
       conflict[i][j] !== null && `${percent(conflict[i][j])} of the common entries differ in sign`,
       overlap[i][j] === null && "on two bases, so their entries cannot be compared",
-      weight?.[i][j] != null && `on prompts of ${names[i]}, ${names[j]} gets ${percent(weight[i][j])} of the automatic weights`,
+      weight[i][j] !== null && `on prompts of ${names[i]}, ${names[j]} gets ${percent(weight[i][j])} of the automatic weights`,
     ];
     byId("compare-detail").textContent = `${names[i]} and ${names[j]}: ${said.filter(Boolean).join("; ")}.`;
   }
@@ -176,9 +176,9 @@ function legend(reach, { isAlike, digits, isShare }) {
     paint(step, Math.abs(share));
     return step;
   });
-  const end = (side) => `${side * isAlike > 0 ? "+" : "−"}${reach.toFixed(digits)}`;
   const ramp = el("span", { class: "ramp", "aria-hidden": "true" }, ...steps);
-  if (isShare) return el("p", { class: "legend" }, el("span", {}, "0"), ramp, el("span", {}, `${reach.toFixed(digits)} of another's prompts`));
+  if (isShare) return el("p", { class: "legend" }, el("span", {}, "0"), ramp, el("span", {}, `${reach.toFixed(digits)} on another's prompts`));
+  const end = (side) => `${side * isAlike > 0 ? "+" : "−"}${reach.toFixed(digits)}`;
   return el("p", { class: "legend" }, el("span", {}, `apart ${end(-1)}`), ramp, el("span", {}, `${end(1)} alike`));
 }
 

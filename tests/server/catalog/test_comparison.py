@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lori.base_model import BaseModel
 from lori.compare.pairs import ModuleComparison, compare
 from lori.errors import AdapterError
+from lori.prompt_statistics import PromptStatistics, joined
 from lori.store.store import AdapterStore
 from lori.summary import summarise
 from server.access.caller import Caller
@@ -26,6 +27,7 @@ from server.routes import comparison
 from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
+from tests.lori.features import make_adapters, make_background
 from tests.server.keyed import ACME, OTHER, bearer, make_service, write_keys
 from tests.server.live import LIMIT_S, Live, serve_here, wait_until
 from tests.server.replies import refusal
@@ -160,8 +162,23 @@ def test_the_comparer_rests_as_long_as_it_worked(store: Path, writer: BaseModel)
         now += 0.25
         return now
 
-    Comparer(rest=rests.append, clock=clock).compare(registered(store, writer)[:2])
+    comparer = Comparer(rest=rests.append, clock=clock)
+    comparer.compare(registered(store, writer)[:2])
     assert set(rests) == {0.25}
+    rests.clear()
+    background = make_background()
+    comparer.auto_weights(background, [*make_adapters(background), None])
+    assert rests == [0.25] * 3
+
+
+def test_a_row_has_the_weights_on_its_adapter_s_prompts() -> None:
+    background = make_background()
+    one, other, _ = make_adapters(background)
+    both = PromptStatistics("c" * 64, background.digest, joined([one.gaussians, other.gaussians]))
+    table = Comparer(rest=lambda _: None).auto_weights(background, [one, None, both])
+    assert table[0] == [pytest.approx(0.67, abs=0.05), None, pytest.approx(0.33, abs=0.05)]
+    assert table[1] == [None] * 3
+    assert table[2] == [pytest.approx(0.33, abs=0.05), None, pytest.approx(0.67, abs=0.05)]
 
 
 def test_an_adapter_that_was_changed_on_disk_is_not_compared(store: Path, writer: BaseModel) -> None:

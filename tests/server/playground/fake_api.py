@@ -105,6 +105,9 @@ def make_app(fake: FakeApi) -> FastAPI:
     def compare(http: Request, names: str) -> Response | dict[str, Any]:
         columns = names.split(",")
 
+        def asymmetric(i: int, j: int) -> float | None:
+            return None if i + j == 1 else (10 * i + j) / 100
+
         def matrix(itself: float, other: Callable[[int], float | None]) -> list[list[float | None]]:
             return [[itself if i == j else other(i + j) for j in range(len(columns))] for i in range(len(columns))]
 
@@ -115,7 +118,7 @@ def make_app(fake: FakeApi) -> FastAPI:
             "overlap": matrix(1.0, lambda n: None if n == 1 else 0.1 + n / 100),
             "chance_overlap": matrix(0.15, lambda n: None if n == 1 else 0.15),
             "sign_conflict": matrix(0.0, lambda n: None if n == 1 else 0.3 + n / 50),
-            "auto_weight": matrix(0.75, lambda n: None if n == 1 else n / 100),
+            "auto_weight": [[asymmetric(i, j) for j in range(len(columns))] for i in range(len(columns))],
         }
 
     @app.get("/metrics")

@@ -407,11 +407,13 @@ def test_the_matrix_shows_the_weights_on_each_other_s_prompts(visiting: Visiting
     page.locator("#compare").scroll_into_view_if_needed()
     page.get_by_role("radio", name="Automatic weight").check()
     rows = page.get_by_role("grid").locator("tbody tr")
-    shown = ["0.75 – 0.02 0.03", "– 0.75 0.03 0.04", "0.02 0.03 0.75 0.05", "0.03 0.04 0.05 0.75"]
+    shown = ["0.00 – 0.02 0.03", "– 0.11 0.12 0.13", "0.20 0.21 0.22 0.23", "0.30 0.31 0.32 0.33"]
     expect(rows).to_have_text([f"adapter-{i}{cells.replace(' ', '')}" for i, cells in enumerate(shown)])
-    expect(page.locator("#matrix .legend")).to_have_text("00.10 of another's prompts")
+    expect(page.locator("#matrix .legend")).to_have_text("00.32 on another's prompts")
     page.locator("#matrix td[data-row='2'][data-column='3']").hover()
-    expect(page.locator("#compare-detail")).to_contain_text("on prompts of adapter-2, adapter-3 gets 5% of the automatic weights")
+    expect(page.locator("#compare-detail")).to_contain_text(
+        "on prompts of adapter-2, adapter-3 gets 23% of the automatic weights"
+    )
 
 
 def test_a_figure_has_enough_contrast_on_every_colour(visiting: Visiting, url: str, fake: FakeApi) -> None:
