@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 
 import numpy as np
@@ -23,7 +24,7 @@ from lori.basis import Basis, Explicit
 from lori.config import AdapterConfig, new_config
 from lori.errors import AdapterError, MergeCancelledError, TemplateError
 from lori.format import seal
-from lori.identity import BaseIdentity
+from lori.identity import BaseIdentity, layer_of, natural_key
 from lori.mask import largest
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions, SignMethod
 from lori.names import NUM_VERSION_DIGITS
@@ -127,6 +128,12 @@ class _Parent:
     adapter: Adapter
     digest: str
     weight: float
+    block_weights: tuple[float, ...] = ()
+
+    def weight_at(self, depth: Fraction) -> float:
+        """Return the weight in the layer at `depth`, 0 <= depth < 1: the number of layers before it divided by that of all."""
+        blocks = self.block_weights
+        return self.weight * (blocks[int(depth * len(blocks))] if blocks else 1.0)
 
 
 def merge(
@@ -140,6 +147,7 @@ def merge(
     sign: SignMethod = DEFAULTS.sign,
     seed: int = DEFAULTS.seed,
     templates: Sequence[Template] | None = None,
+    block_weights: Sequence[Sequence[float]] = (),
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Adapter:
     """Return a new adapter, in memory, that combines `adapters` with `weights`; see `MergeOptions` for the options.
@@ -154,6 +162,9 @@ def merge(
 
     `templates` are the prompt templates of the result; None takes those that all adapters were trained on.
 
+    `block_weights` has a sequence for each adapter: factors of its weight, by depth. The layers that the adapters change are
+    divided into as many blocks of about equal length, from the first to the last. An empty sequence is 1 in all layers.
+
     `is_cancelled` is called in this thread before each module and before the result is sealed. The merge stops as soon as it
     returns True.
 
@@ -161,18 +172,21 @@ def merge(
     `MergeCancelledError` if the merge was cancelled.
     """
     options = MergeOptions(method, density, sign, seed)
-    parents = _parents(adapters, weights)
+    parents = _parents(adapters, weights, block_weights or [()] * len(adapters))
     _check_one_basis(parents, options)
     shapes = common_shapes([parent.adapter for parent in parents])
     columns = {module: _columns(_parents_with(parents, module), module) for module in shapes}
-    is_folded = _is_folded(parents, shapes)
-    if options.method == "linear" and [parent.weight for parent in parents] == [1.0]:
+    is_folded, depths = _is_folded(parents, shapes), _depths(shapes)
+    if options.method == "linear" and [(parent.weight, parent.block_weights) for parent in parents] == [(1.0, ())]:
         modules = {module: rounded(b, values) for module, b in parents[0].adapter.modules.items()}
     else:
         modules = {}
         for module in shapes:
             _check_cancelled(is_cancelled)
-            modules[module] = drop_zeros(rounded(_combine_module(parents, module, columns[module], is_folded, options), values))
+            present = _parents_with(parents, module)
+            weighted = [(parent, parent.weight_at(depths[layer_of(module)])) for parent in present]
+            merged = _combine_module(weighted, module, columns[module], is_folded, options)
+            modules[module] = drop_zeros(rounded(merged, values))
     _check_cancelled(is_cancelled)
     _check_finite(modules, values)
     basis = _basis(parents, columns, shapes)
@@ -182,14 +196,22 @@ def merge(
     ).adapter
 
 
-def _parents(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Parent]:
-    """Return the adapters that contribute, each once, in an order that does not depend on the caller's order."""
+def _parents(adapters: Sequence[Adapter], weights: Sequence[float], block_weights: Sequence[Sequence[float]]) -> list[_Parent]:
+    """Return the adapters that contribute, in an order that does not depend on the caller's order.
+
+    Each is there once, or once for each of its `block_weights`.
+    """
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters, expected one for each of at least one adapter")
-    named: dict[tuple[str, str], tuple[Adapter, list[float]]] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
-        named.setdefault((adapter.config.lori.content_digest, adapter.name), (adapter, []))[1].append(float(weight))
-    parents = [_Parent(named[key][0], key[0], sum(sorted(named[key][1]))) for key in sorted(named)]
+    if len(block_weights) != len(adapters):
+        raise AdapterError(f"{len(block_weights)} lists of block weights for {len(adapters)} adapters, expected one for each")
+    if not all(math.isfinite(weight) for blocks in block_weights for weight in blocks):
+        raise AdapterError("a block weight is not finite")
+    named: dict[tuple[str, str, tuple[float, ...]], tuple[Adapter, list[float]]] = {}
+    for adapter, weight, blocks in zip(adapters, weights, block_weights, strict=True):
+        key = (adapter.config.lori.content_digest, adapter.name, tuple(map(float, blocks)))
+        named.setdefault(key, (adapter, []))[1].append(float(weight))
+    parents = [_Parent(named[key][0], key[0], sum(sorted(named[key][1])), key[2]) for key in sorted(named)]
     if faults := [f"of {t.adapter.name!r} is {t.weight}" for t in parents if not math.isfinite(t.weight)]:
         raise AdapterError(f"the weight {', '.join(faults)}, expected finite numbers")
     common_shapes([parent.adapter for parent in parents])
@@ -203,6 +225,12 @@ def _check_one_basis(parents: Sequence[_Parent], options: MergeOptions) -> None:
     if options.method != "linear" and len(names) > 1:
         bases = "; ".join(f"{basis} of {', '.join(map(repr, adapters))}" for basis, adapters in names.items())
         raise AdapterError(f"{options.method} merges adapters on one basis, found {bases}: only linear merges these")
+
+
+def _depths(modules: Iterable[str]) -> Mapping[str, Fraction]:
+    """Return the depth of each layer of `modules`: the number of layers before it divided by that of all. See `_Parent`."""
+    layers = sorted({layer_of(module) for module in modules}, key=natural_key)
+    return {layer: Fraction(place, len(layers)) for place, layer in enumerate(layers)}
 
 
 def _check_cancelled(is_cancelled: Callable[[], bool]) -> None:
@@ -229,17 +257,18 @@ def _is_folded(parents: Sequence[_Parent], modules: Iterable[str]) -> bool:
     return len({parent.adapter.basis for parent in parents}) > 1 or max(scales) > 1
 
 
-def _combine_module(parents: Sequence[_Parent], module: str, columns: Columns, is_folded: bool, options: MergeOptions) -> SparseB:
+def _combine_module(
+    weighted: Sequence[tuple[_Parent, float]], module: str, columns: Columns, is_folded: bool, options: MergeOptions
+) -> SparseB:
     """Return the merged B of `module`, (D, R) float64."""
-    parents = _parents_with(parents, module)
     rank = sum(map(len, columns.values()))
     deltas = []
-    for parent in parents:
+    for parent, _ in weighted:
         b = parent.adapter.modules[module]
         scale = parent.adapter.config.scale_of(module) if is_folded else 1.0
         delta = prune(SparseB(b.shape, b.indices, b.values.double() * scale), options, f"{parent.digest}|{module}")
         deltas.append(pad_columns(delta, rank, columns[parent.adapter.basis].start))
-    return combine(deltas, [parent.weight for parent in parents], options)
+    return combine(deltas, [weight for _, weight in weighted], options)
 
 
 def _check_finite(modules: Mapping[str, SparseB], values: ValueType) -> None:
@@ -279,7 +308,11 @@ def _config(
     templates: Sequence[Template] | None,
 ) -> AdapterConfig:
     configs = [parent.adapter.config for parent in parents]
-    record = [{"name": t.adapter.name, "version": t.digest[:NUM_VERSION_DIGITS], "weight": t.weight} for t in parents]
+    record: list[dict[str, object]] = [
+        {"name": t.adapter.name, "version": t.digest[:NUM_VERSION_DIGITS], "weight": t.weight}
+        | ({"block_weights": [*t.block_weights]} if t.block_weights else {})
+        for t in parents
+    ]
     try:
         return new_config(
             modules,

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
@@ -22,8 +22,12 @@ from lori.store.files import read_regular
 MAX_BYTES = 1 << 20
 """Maximum size of a file."""
 SUFFIX = ".json"
+MAX_BLOCKS = 1024
 MAX_DECIMALS = 17
 """Decimal places of a weight in a `model`'s name."""
+
+
+BlockWeight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 
 class MergedAdapter(BaseModel):
@@ -35,6 +39,8 @@ class MergedAdapter(BaseModel):
     """`name@version` with all digits of the version."""
     weight: float = Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)
     """With at most `MAX_DECIMALS` decimal places, so that a `model`'s name can have it."""
+    block_weights: list[BlockWeight] = Field(default=[], max_length=MAX_BLOCKS)
+    """Factors of the weight in as many blocks of layers, from the first to the last, as in `lori.merge.merge`; 1 if empty."""
 
     @field_validator("reference")
     @classmethod
@@ -78,13 +84,22 @@ class NamedMerge(BaseModel):
         return adapters
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether an adapter's weight depends on the layer."""
+        return any(adapter.block_weights for adapter in self.adapters)
+
+    @property
     def model(self) -> str:
-        """The sum as a name in OpenAI's `model` field."""
+        """The sum as a name in OpenAI's `model` field, which cannot have block weights."""
         return "+".join(f"{adapter.reference}:{weight_text(adapter.weight)}" for adapter in self.adapters)
 
     def to_bytes(self) -> bytes:
         """Return the content of the file."""
-        return (json.dumps(self.model_dump(), indent=2) + "\n").encode()
+        content = self.model_dump()
+        for adapter in content["adapters"]:
+            if not adapter["block_weights"]:
+                del adapter["block_weights"]  # a reader that does not know them can read the rest
+        return (json.dumps(content, indent=2) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "NamedMerge":

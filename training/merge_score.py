@@ -11,7 +11,7 @@ from lori.template import Template, common_templates
 from training.data import DataError, Row
 from training.evaluation.local_adapters import AdapterSelection, apply_adapter
 from training.evaluation.local_answerer import row_log_likelihoods
-from training.weight_search import Weights, unit_weights
+from training.weight_search import Weights, in_blocks, split_blocks, unit_weights
 
 MIN_GAIN = 0.005
 """Gain of the best single adapter, in nats a token, below which the shares of a source's gain would be noise."""
@@ -21,13 +21,15 @@ MIN_GAIN = 0.005
 class MergeScorer:
     """Scores of the weights of `adapters` on the rows of each source. Caches every loss. Not thread-safe.
 
-    A gain is the base's loss minus that with the adapters, in nats a token.
+    Weights are those of the first adapter, one for each of `num_blocks` blocks of layers, then those of the next. A gain is the
+    base's loss minus that with the adapters, in nats a token.
     """
 
     base: BaseModel
     adapters: Sequence[Adapter]
     rows: Mapping[str, Sequence[Row]]
     """By source."""
+    num_blocks: int = 1
     _templates: Sequence[Template] = field(init=False)
     _losses: dict[Weights, Mapping[str, float]] = field(default_factory=dict, init=False)
 
@@ -40,10 +42,16 @@ class MergeScorer:
         Raises `DataError` for an answer without tokens, or with a likelihood that is not finite.
         """
         if weights not in self._losses:
-            merged = AdapterSelection(self.adapters, weights).merged() if any(weights) else None
+            merged = self._selection(weights).merged() if any(weights) else None
             with apply_adapter(self.base.model, merged):
                 self._losses[weights] = {source: self._loss(rows) for source, rows in self.rows.items()}
         return self._losses[weights]
+
+    def _selection(self, weights: Weights) -> AdapterSelection:
+        if self.num_blocks == 1:
+            return AdapterSelection(self.adapters, weights)
+        ones = (1.0,) * len(self.adapters)
+        return AdapterSelection(self.adapters, ones, block_weights=split_blocks(weights, self.num_blocks))
 
     def _loss(self, rows: Sequence[Row]) -> float:
         likelihoods = row_log_likelihoods(self.base, rows, self._templates, shows_progress=False)
@@ -58,8 +66,8 @@ class MergeScorer:
 
         The first call also measures the base and each adapter alone. Raises `DataError` if no adapter alone gains on a source.
         """
-        base, merged = self.losses((0.0,) * len(self.adapters)), self.losses(weights)
-        alone = [self.losses(unit) for unit in unit_weights(len(self.adapters))]
+        base, merged = self.losses((0.0,) * len(weights)), self.losses(weights)
+        alone = [self.losses(in_blocks(unit, self.num_blocks)) for unit in unit_weights(len(self.adapters))]
         shares = {}
         for source in self.rows:
             best_gain = base[source] - min(losses[source] for losses in alone)

@@ -20,7 +20,7 @@ from lori.adapter import Adapter
 from lori.errors import AdapterError, LoriError
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
 from lori.named_merge import SUFFIX, MergedAdapter, NamedMerge, repeated_references
-from lori.names import NAME, check_name, is_name
+from lori.names import NAME, check_name, is_name, weight_text
 from lori.store.files import replace_file
 from lori.store.store import AdapterStore
 from training.base import load_base
@@ -29,7 +29,16 @@ from training.data import Faults, Source, read_rows
 from training.evaluation.local_adapters import find_adapter
 from training.merge_score import MergeScorer
 from training.prompt_features import PromptsConfig
-from training.weight_search import Trial, best_of, even_weights, search, starting_points
+from training.weight_search import (
+    Trial,
+    Weights,
+    best_of,
+    even_weights,
+    in_blocks,
+    search,
+    split_blocks,
+    starting_points,
+)
 
 Plot = Callable[[Sequence[str], Sequence[Trial], Path], None]
 
@@ -49,6 +58,9 @@ class TuneConfig(PromptsConfig):
     """Maximum number of rows of each source, drawn at random."""
     num_trials: int = Field(default=40, ge=1)
     """Maximum number of weights that are tried, the first ones too. The search may end earlier, once its steps are below 0.02."""
+    num_blocks: int = Field(default=1, ge=1, le=16)
+    """Blocks of layers, from the first to the last, in which each adapter has a weight of its own. With several, the first third
+    of the trials has weights that are the same in all blocks. More blocks need more trials."""
     max_weight: float = Field(default=1.5, ge=1, le=MAX_WEIGHT, multiple_of=0.01)
     """The largest weight of an adapter; the smallest is 0."""
 
@@ -64,6 +76,11 @@ class TuneConfig(PromptsConfig):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def num_even_trials(self) -> int:
+        """Maximum number of trials of weights that are the same in all blocks."""
+        return self.num_trials if self.num_blocks == 1 else max(len(starting_points(len(self.adapter))), self.num_trials // 3)
 
     @property
     def files(self) -> tuple[Path, Path, Path]:
@@ -88,23 +105,43 @@ def tune(config: TuneConfig) -> str:
     references = [f"{name}@{adapter.version}" for name, adapter in zip(names, adapters, strict=True)]
     if repeated := repeated_references(references):
         raise AdapterError(f"--adapter names {', '.join(repeated)} twice, expected each adapter once")
-    scorer = MergeScorer(base, adapters, rows)
-    with tqdm(total=config.num_trials, unit="trial", desc="weights", disable=None) as bar:
-        trials = search(scorer.score, starting_points(len(adapters)), config.max_weight, config.num_trials, bar.update)
+    scorer = MergeScorer(base, adapters, rows, config.num_blocks)
+    trials = _search(config, scorer)
     best = best_of(trials)
+    blocks = split_blocks(best.weights, config.num_blocks)
     merge = NamedMerge(
         base_digest=base.identity.digest,
         adapters=[
-            MergedAdapter(reference=reference, weight=weight) for reference, weight in zip(references, best.weights, strict=True)
+            MergedAdapter(reference=reference, weight=weights[0])
+            if len(weights) == 1
+            else MergedAdapter(reference=reference, weight=1.0, block_weights=[*weights])
+            for reference, weights in zip(references, blocks, strict=True)
         ],
         about=f"python -m training.tune, {len(trials)} trials on {sum(map(len, rows.values()))} rows",
         scores={source: round(share, 4) for source, share in scorer.shares(best.weights).items()},
     )
     output, plot_file, table_file = config.files
-    replace_file(table_file, _table(names, scorer, trials).encode())
-    plot(names, trials, plot_file)
+    columns = names if config.num_blocks == 1 else [f"{name} {i}" for name in names for i in range(1, config.num_blocks + 1)]
+    replace_file(table_file, _table(columns, scorer, trials).encode())
+    plot(columns, trials, plot_file)
     replace_file(output, merge.to_bytes())
     return "\n".join(_report(merge, scorer, trials, output))
+
+
+def _search(config: TuneConfig, scorer: MergeScorer) -> list[Trial]:
+    """Return what was tried: first weights that are the same in all blocks, then from the best of them on single ones."""
+    starts, num_blocks = starting_points(len(scorer.adapters)), config.num_blocks
+    with tqdm(total=config.num_trials, unit="trial", desc="weights", disable=None) as bar:
+
+        def score_even(weights: Weights) -> float:
+            return scorer.score(in_blocks(weights, num_blocks))
+
+        even = search(score_even, starts, config.max_weight, config.num_even_trials, bar.update)
+        trials = [Trial(in_blocks(trial.weights, num_blocks), trial.score) for trial in even]
+        if num_blocks > 1 and (num_left := config.num_trials - len(trials)):
+            bar.update(-1)  # the first of these is the best so far, which is not computed again
+            trials += search(scorer.score, [best_of(trials).weights], config.max_weight, num_left + 1, bar.update)[1:]
+    return trials
 
 
 def trial_plotter() -> Plot:
@@ -126,9 +163,12 @@ def _own_name(store: Path | None, reference: str, adapter: Adapter) -> str:
 
 
 def _report(merge: NamedMerge, scorer: MergeScorer, trials: Sequence[Trial], output: Path) -> list[str]:
-    even = even_weights(len(scorer.adapters))
+    even = in_blocks(even_weights(len(scorer.adapters)), scorer.num_blocks)
     even_shares = scorer.shares(even)
     lines = [f"best of {len(trials)} trials: {merge.model}"]
+    for one in merge.adapters:
+        if one.block_weights:
+            lines.append(f"{one.reference} from the first block to the last: {', '.join(map(weight_text, one.block_weights))}")
     lines += [
         f"{source}: {share:.2f} of the best single adapter's gain, {even_shares[source]:.2f} at {even[0]:g} each"
         for source, share in scorer.shares(best_of(trials).weights).items()

@@ -86,6 +86,16 @@ def even_weights(num_adapters: int) -> Weights:
     return (round(1 / num_adapters, NUM_DIGITS),) * num_adapters
 
 
+def in_blocks(weights: Weights, num_blocks: int) -> Weights:
+    """Return each adapter's weight once for each block of layers."""
+    return tuple(weight for weight in weights for _ in range(num_blocks))
+
+
+def split_blocks(weights: Weights, num_blocks: int) -> list[Weights]:
+    """Return the weights of each adapter, one for each block."""
+    return [weights[i : i + num_blocks] for i in range(0, len(weights), num_blocks)]
+
+
 def starting_points(num_adapters: int) -> list[Weights]:
     """Return the weights that people try first: each adapter alone, 1/n, 0.5 and 1 each."""
     even = [even_weights(num_adapters), *((weight,) * num_adapters for weight in EVEN)]

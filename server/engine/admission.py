@@ -3,6 +3,7 @@
 import logging
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from math import inf
 
 from tokenizers import Tokenizer
@@ -116,6 +117,7 @@ class Admission:
             template = request.template or self.template_of(adapters)
         text, ids, offsets, max_tokens = self._encode(request, template)
         weights, auto = self.weights.resolve(request, adapters)
+        block_weights = request.block_weights or [()] * len(adapters)
         self.check_merge(request, adapters, [1.0 if weight == "auto" else weight for weight in weights], policy)
         self._check_bias(request.sampling)
         self._check_grammar(request.sampling)
@@ -125,7 +127,7 @@ class Admission:
             prompt_ids=ids,
             prompt_offsets=offsets,
             template=template,
-            terms=tuple(_term(request, adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)),
+            terms=tuple(map(partial(_term, request), adapters, weights, block_weights)),
             merge=request.merge,
             auto=auto,
             base_share=request.base_share,
@@ -174,19 +176,20 @@ class Admission:
     ) -> None:
         """Raise `RefusedError` if these adapters cannot be in one request: by their bases, their number or their memory."""
         bases = {adapter.basis for adapter in adapters}
-        is_sum = request.merge.method == "linear"
+        method, has_blocks = request.merge.method, any(request.block_weights)
+        is_sum = method == "linear" and not has_blocks
         if not is_sum and not adapters:
             raise RefusedError("merge", f"is {request.merge.method!r} without adapters, which it would merge; expected 'linear'")
         if not is_sum and len(bases) > 1:
             bases_text = "; ".join(f"{adapter.name}: {adapter.basis}" for adapter in adapters)
-            raise RefusedError(
-                "merge", f"{request.merge.method} needs adapters on one basis, found {bases_text}; 'linear' needs none"
-            )
+            if has_blocks:
+                raise RefusedError("adapter", f"a merge with block weights needs adapters on one basis, found {bases_text}")
+            raise RefusedError("merge", f"{method} needs adapters on one basis, found {bases_text}; 'linear' needs none")
         num_terms = (len(adapters) if is_sum else min(1, len(adapters))) + len(policy)
         if num_terms > self._max_terms:
             policy_note = f" beside {len(policy)} of the operator's" if policy else ""
             raise RefusedError("adapter", f"names {len(adapters)} adapters{policy_note}, expected at most {self._max_terms}")
-        # Merges other than `linear` have fewer nonzero entries than their parts. How many is not known before they are built.
+        # A merge that is built has fewer nonzero entries than its parts. How many is not known before.
         summed = [*(zip(adapters, weights, strict=True) if is_sum else ()), *policy]
         _check_nnz(summed, self._max_nnz)
         if not is_sum:  # all parts are in memory during the merge, even those of weight 0
@@ -265,11 +268,10 @@ class Admission:
         return request.max_tokens
 
 
-def _term(request: GenerateRequest, adapter: Summary, weight: RequestedWeight) -> AdapterTerm:
+def _term(request: GenerateRequest, adapter: Summary, weight: RequestedWeight, block_weights: tuple[float, ...]) -> AdapterTerm:
     # With a base's share the server has selected the adapters, and their weights, by the prompt.
-    if weight == "auto":
-        return AdapterTerm(adapter.name, adapter.digest, 0.0, is_automatic=True)
-    return AdapterTerm(adapter.name, adapter.digest, weight, is_automatic=request.base_share is not None)
+    is_automatic = weight == "auto" or request.base_share is not None
+    return AdapterTerm(adapter.name, adapter.digest, 0.0 if weight == "auto" else weight, is_automatic, block_weights)
 
 
 def check_num_logprobs(requests: Sequence[Request], *, is_whole: bool) -> None:

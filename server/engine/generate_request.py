@@ -66,6 +66,8 @@ class GenerateRequest:
     weights: RequestedWeights = None
     weights_field: str = "weights"
     """The field that errors about the weights name. `adapter` if they stand there, which OpenAI's routes rename."""
+    block_weights: tuple[tuple[float, ...], ...] = ()
+    """Of each adapter, see `lori.merge.merge`. Empty if no adapter has any."""
     merge: MergeOptions = LINEAR
     may_use: MayUse = lambda _: True
     """Whether the caller may use the adapters of a name."""

@@ -37,6 +37,8 @@ class AdapterTerm:
     weight: float
     is_automatic: bool = False
     """Whether the weight comes from the prompt."""
+    block_weights: tuple[float, ...] = ()
+    """Factors of the weight in blocks of layers, see `lori.merge.merge`; 1 in all layers if empty."""
 
     @property
     def version(self) -> str:
@@ -108,7 +110,8 @@ class Request:
     """Template of the conversation; None if the client sent a prompt."""
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
-    """Method that combines the adapters of `terms`. Any method but `linear` is built once and cached as a resident adapter."""
+    """Method that combines the adapters of `terms`. Unless they are summed (`is_sum`), the merge is built once and cached as a
+    resident adapter."""
     auto: "WeightQuery | None" = None
     """Set while the automatic weights of `terms` are still to be computed from the prompt. Until then they are 0."""
     base_share: float | None = None
@@ -144,12 +147,17 @@ class Request:
         return tuple(sorted([*pairs, (merged, 1.0)] if merged else pairs))
 
     @property
+    def is_sum(self) -> bool:
+        """Whether the kernels sum the terms. Otherwise their merge is built."""
+        return self.merge.method == "linear" and not any(term.block_weights for term in self.terms)
+
+    @property
     def merged_digest(self) -> str | None:
         """Digest of the merged adapter built from `terms`; None if the terms are summed or all have weight 0."""
-        pairs = sorted((term.digest, term.weight) for term in self.terms if term.weight)
-        if self.merge.method == "linear" or not pairs:
+        parts = sorted((term.digest, term.weight, term.block_weights) for term in self.terms if term.weight)
+        if self.is_sum or not parts:
             return None
-        content = json.dumps([dict(self.merge.used), pairs], sort_keys=True)
+        content = json.dumps([dict(self.merge.used), parts], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -171,7 +171,13 @@ def to_adapters(request: EngineRequest) -> list[ResolvedAdapter]:
     """Return the adapters of a request, and those that the operator adds."""
     requested, fixed = ((request.terms, False), (request.policy, True))
     return [
-        ResolvedAdapter(name=term.name, version=term.version, weight=term.weight, policy=is_policy)
+        ResolvedAdapter(
+            name=term.name,
+            version=term.version,
+            weight=term.weight,
+            block_weights=[*term.block_weights],
+            policy=is_policy,
+        )
         for terms, is_policy in (requested, fixed)
         for term in terms
     ]

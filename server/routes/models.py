@@ -47,9 +47,12 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     except RefusedError as error:
         raise RefusedError("model", error.message) from error
     card = _card(service, adapters).model_copy(update={"id": model})
-    if resolved is request or not isinstance(resolved.weights, tuple):
+    if resolved is request:
         return card
-    return card.model_copy(update={"root": weighted_model_of(resolved.adapters, resolved.weights)})
+    assert isinstance(resolved.weights, tuple)
+    # A model's name cannot have block weights.
+    root = model if resolved.block_weights else weighted_model_of(resolved.adapters, resolved.weights)
+    return card.model_copy(update={"root": root})
 
 
 def _encode(service: Service, may_use: MayUse) -> bytes:
@@ -73,7 +76,8 @@ def _auto(service: Service) -> ModelCard:
 
 
 def _merge(service: Service, name: str, merge: NamedMerge) -> ModelCard:
-    return _base(service).model_copy(update={"id": name, "root": merge.model, "parent": service.base_model})
+    root = name if merge.has_blocks else merge.model
+    return _base(service).model_copy(update={"id": name, "root": root, "parent": service.base_model})
 
 
 def _card(service: Service, adapters: Sequence[Registered]) -> ModelCard:

@@ -81,6 +81,8 @@ class ResolvedAdapter(Reply):
     name: str
     version: str
     weight: float
+    block_weights: list[float] = Field(default_factory=list)
+    """Factors of the weight in blocks of layers, from the first to the last, if a named merge has them."""
     policy: bool = False
     """The operator adds it to every request."""
 

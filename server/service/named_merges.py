@@ -44,14 +44,14 @@ class NamedMerges:
 
     def references(self, names: Sequence[str], may_use: MayUse) -> list[str]:
         """Return the references of the adapters that `names` mean, each merge replaced by its adapters."""
-        return [reference for name in names for reference, _ in self._terms(name, may_use)]
+        return [reference for name in names for reference, *_ in self._terms(name, may_use)]
 
     def resolve_all(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
         """Return the requests as `resolve` does. One body's prompts, of which there may be hundreds, have the same adapters."""
         first = self.resolve(requests[0])
         same = (requests[0].adapters, requests[0].weights, requests[0].merge)
         return [
-            replace(request, adapters=first.adapters, weights=first.weights)
+            replace(request, adapters=first.adapters, weights=first.weights, block_weights=first.block_weights)
             if (request.adapters, request.weights, request.merge) == same
             else self.resolve(request)
             for request in requests
@@ -82,27 +82,28 @@ class NamedMerges:
         factors = (1.0,) if request.weights is None else request.weights
         if len(factors) != len(names):
             raise RefusedError(request.weights_field, f"has {len(factors)} weights, expected {len(names)}, one for each name")
-        terms: list[tuple[str, RequestedWeight]] = []
+        terms: list[tuple[str, RequestedWeight, tuple[float, ...]]] = []
         for name, factor in zip(names, factors, strict=True):
             if factor != "auto":
-                terms += [(reference, factor * weight) for reference, weight in self._terms(name, may_use)]
+                terms += [(reference, factor * weight, blocks) for reference, weight, blocks in self._terms(name, may_use)]
             elif self.find(name, may_use):
                 raise RefusedError(
                     request.weights_field, f"asks for 'auto' for {name!r}, which has weights of its own; expected a number"
                 )
             else:
-                terms.append((name, factor))
+                terms.append((name, factor, ()))
         if len(terms) > MAX_ADAPTERS:
             raise RefusedError("adapter", f"names {len(terms)} adapters with those of merges, expected at most {MAX_ADAPTERS}")
-        if large := [(reference, weight) for reference, weight in terms if weight != "auto" and abs(weight) > MAX_WEIGHT]:
-            reference, weight = large[0]
-            raise RefusedError(
-                request.weights_field, f"gives {reference} the weight {weight:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
-            )
-        adapters, weights = zip(*terms, strict=True)
-        return replace(request, adapters=adapters, weights=weights)
+        for reference, weight, blocks in terms:
+            effective = [weight * block for block in blocks or (1.0,)] if weight != "auto" else []
+            if large := [each for each in effective if abs(each) > MAX_WEIGHT]:
+                limits = f"expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+                raise RefusedError(request.weights_field, f"gives {reference} the weight {large[0]:g}, {limits}")
+        adapters, weights, block_weights = zip(*terms, strict=True)
+        return replace(request, adapters=adapters, weights=weights, block_weights=block_weights if any(block_weights) else ())
 
-    def _terms(self, name: str, may_use: MayUse) -> Sequence[tuple[str, float]]:
-        """Return the adapters that `name` means, with their weights: itself at 1 if it is no merge."""
-        merge = self.find(name, may_use)
-        return [(adapter.reference, adapter.weight) for adapter in merge.adapters] if merge else [(name, 1.0)]
+    def _terms(self, name: str, may_use: MayUse) -> Sequence[tuple[str, float, tuple[float, ...]]]:
+        """Return the adapters that `name` means, with their weights and block weights: itself at 1 if it is no merge."""
+        if merge := self.find(name, may_use):
+            return [(adapter.reference, adapter.weight, tuple(adapter.block_weights)) for adapter in merge.adapters]
+        return [(name, 1.0, ())]

@@ -4,10 +4,12 @@
 
 `--content` is a demo adapter; the prompts are its test rows. The adapter of the format has the format's name: `upper`, all
 letters capital; `json`, an object whose one key is `answer`. `tests.bench.composite_rows` makes their training rows. A line for
-the base, for each adapter alone, for the content's adapter under a grammar of the format, for both adapters without weights, and
-for both at each of `--weights`, such as `1,0.8` or `auto,1`. Figures: the fractions of answers in the format, of correct content,
-and of both. `both_of_possible` counts only the rows of which each adapter alone gets its part right. Content is correct if it is
-the row's completion but for case; that of `math`, if its last number is the row's answer.
+the base, for each adapter alone, for the content's adapter under a grammar of the format, for both adapters without weights, for
+both at each of `--weights`, such as `1,0.8` or `auto,1`, and for each of `--merges`. Figures: the fractions of answers in the
+format, of correct content, and of both. `both_of_possible` counts only the rows of which each adapter alone gets its part right.
+Content is correct if it is the row's completion but for case; that of `math`, if its last number is the row's answer.
+
+With `--write-rows FILE` it writes training rows with both, for `training.tune`, and asks no server.
 """
 
 import argparse
@@ -88,8 +90,8 @@ class Composite:
 
         return self.server.ask_all(mark, self.rows)
 
-    def compare(self, settings: Sequence[tuple[RequestedWeight, ...]]) -> None:
-        """Print a line for each setting."""
+    def compare(self, settings: Sequence[tuple[RequestedWeight, ...]], merges: Sequence[str]) -> None:
+        """Print a line for each setting, and for each named merge."""
         names = (self.task, self.format)
         alone = [self.marks({"adapter": name}) for name in names]
         possible = [content.is_correct and form.is_formatted for content, form in zip(*alone, strict=True)]
@@ -112,6 +114,8 @@ class Composite:
         for weights in settings:
             setting = "+".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True))
             show_line(setting, self.marks({"adapter": names, "weights": weights}))
+        for merge in merges:
+            show_line(merge, self.marks({"adapter": merge}))
 
 
 def is_correct(task: str, row: Mapping[str, Any], content: str) -> bool:
@@ -119,6 +123,14 @@ def is_correct(task: str, row: Mapping[str, Any], content: str) -> bool:
     if task == "math":
         return number_in(content) == number_in(row["answer"])
     return content.strip().casefold() == str(row["completion"]).strip().casefold()
+
+
+def row_of(arguments: argparse.Namespace, row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row whose completion has the content of `row` in the format."""
+    content = row["completion"].strip()
+    completion = content.upper() if arguments.format == "upper" else json.dumps({"answer": content}, ensure_ascii=False)
+    space = " " * (arguments.template == "plain")
+    return {"prompt": row["prompt"], "completion": space + completion, "template": arguments.template}
 
 
 def parse_weights(text: str) -> tuple[RequestedWeight, ...]:
@@ -139,12 +151,20 @@ def main() -> int:
     parser.add_argument("--template", choices=("plain", "chat"), default="plain")
     parser.add_argument("--first-row", type=int, default=0)
     parser.add_argument("--num-rows", type=int, default=300)
+    parser.add_argument("--merges", nargs="*", default=[], help="named merges of the server, such as one that was tuned")
+    parser.add_argument(
+        "--write-rows", type=Path, metavar="FILE", help="write training rows with answers that have both, to tune"
+    )
     parser.add_argument("--weights", nargs="*", type=parse_weights, default=[(1.0, 1.0), (0.5, 0.5), ("auto", 1.0)])
     arguments = parser.parse_args()
-    lines = (arguments.data / arguments.content / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    split = "train" if arguments.write_rows else "test"
+    lines = (arguments.data / arguments.content / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines[arguments.first_row :][: arguments.num_rows]]
+    if arguments.write_rows:
+        arguments.write_rows.write_text("".join(json.dumps(row_of(arguments, row)) + "\n" for row in rows), encoding="utf-8")
+        return 0
     composite = Composite(Server(arguments.url), arguments.content, arguments.format, rows, arguments.template)
-    composite.compare(arguments.weights)
+    composite.compare(arguments.weights, arguments.merges)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit
-from lori.errors import MergeCancelledError
-from lori.merge import MergeMethod, merge
+from lori.errors import AdapterError, MergeCancelledError
+from lori.merge import MergeMethod, _depths, _Parent, merge
 from lori.merge_options import MERGE_METHODS
 from lori.sparse import VALUE_TYPES, SparseB, ValueType, rounded
 from lori.store.store import AdapterStore
@@ -254,3 +255,46 @@ def test_a_merge_can_be_saved_and_read_again(tmp_path: Path, terms: Terms) -> No
     for module, b in result.modules.items():
         assert is_same(loaded.modules[module], b)
         assert torch.equal(delta(loaded, module), delta(result, module))
+
+
+BLOCKS: dict[str, float] = {Q0: 0.5, UP0: 0.5, Q1: -2.0, UP1: -2.0}
+"""The weights of the blocks (0.5, -2) in the two layers of the tests' modules."""
+
+
+@pytest.mark.parametrize("terms", LINEAR, ids=LINEAR_IDS)
+def test_block_weights_are_factors_by_depth(terms: Terms) -> None:
+    adapters, weights = zip(*terms, strict=True)
+    blocks = [(0.5, -2.0) if i == 0 else () for i in range(len(terms))]
+    result = merge(adapters, weights, block_weights=blocks)
+    if {*BLOCKS} <= {*result.modules}:  # with one layer there is one block
+        for module in result.modules:
+            scaled = [(one, weight * (BLOCKS[module] if i == 0 else 1.0)) for i, (one, weight) in enumerate(terms)]
+            torch.testing.assert_close(delta(result, module), folded(scaled, module), rtol=1e-6, atol=1e-6)
+    turned = merge(adapters[::-1], weights[::-1], block_weights=blocks[::-1])
+    assert are_same(result.modules, turned.modules)
+    same = merge(adapters, weights, block_weights=[(1.0, 1.0, 1.0) for _ in terms])
+    assert are_same(same.modules, merged(terms).modules)
+    assert result.config.lori.content_digest != same.config.lori.content_digest
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 7, 25, 100])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 100])
+def test_blocks_are_of_about_equal_length(num_layers: int, num_blocks: int) -> None:
+    depths = _depths(f"model.layers.{i}.self_attn.q_proj" for i in range(num_layers))
+    parent = _Parent(adapter("a"), "", 1.0, tuple(map(float, range(num_blocks))))
+    blocks = [parent.weight_at(depth) for depth in depths.values()]
+    assert [*depths] == [f"model.layers.{i}" for i in range(num_layers)]
+    assert blocks == sorted(blocks)
+    counts = Counter(blocks).values()
+    assert max(counts) - min(counts) <= 1
+    if num_layers >= num_blocks:
+        assert len(counts) == num_blocks
+
+
+def test_unsound_block_weights_are_refused() -> None:
+    [terms, *_] = ON_ONE_BASIS.values()
+    adapters, weights = zip(*terms, strict=True)
+    with pytest.raises(AdapterError, match="lists of block weights for"):
+        merge(adapters, weights, block_weights=[()] * (len(adapters) + 1))
+    with pytest.raises(AdapterError, match="a block weight is not finite"):
+        merge(adapters, weights, block_weights=[(math.nan,)] * len(adapters))

@@ -28,6 +28,14 @@ def test_a_file_reads_back(tmp_path: Path) -> None:
     assert [adapter.name for adapter in MERGE.adapters] == ["math", "safety"]
 
 
+def test_block_weights_are_written_where_there_are_any() -> None:
+    in_blocks = MergedAdapter(reference="math@0123456789ab", weight=1.0, block_weights=[0.5, 1.5])
+    merge = NamedMerge(base_digest=BASE, adapters=[in_blocks, *MERGE.adapters[1:]])
+    assert NamedMerge.from_bytes(merge.to_bytes()) == merge
+    assert (merge.has_blocks, MERGE.has_blocks) == (True, False)
+    assert merge.to_bytes().count(b"block_weights") == 1
+
+
 def test_weights_keep_all_their_digits() -> None:
     references = (f"math@{digit * 12}" for digit in "abc")
     adapters = [MergedAdapter(reference=one, weight=w) for one, w in zip(references, (1 / 3, 1e-5, 2.0), strict=True)]
@@ -56,6 +64,8 @@ def test_every_fault_of_a_file_is_reported() -> None:
         ({"adapters": [{"reference": "math@0123456789ab", "weight": 16.5}]}, "less than or equal to 16"),
         ({"adapters": [{"reference": "math@0123456789ab", "weight": float("nan")}]}, "finite"),
         ({"adapters": [{"reference": "math@0123456789ab", "weight": 0.012345678901234568}]}, "more than 17 decimal places"),
+        ({"adapters": [{"reference": "math@0123456789ab", "weight": 1.0, "block_weights": [17.0]}]}, "less than or equal to 16"),
+        ({"adapters": [{"reference": "math@0123456789ab", "weight": 1.0, "block_weights": [1.0] * 1025}]}, "at most 1024 items"),
         ({"scores": {"math.jsonl": float("inf")}}, "finite"),
         ({"format_version": 2}, "format_version: Input should be 1"),
     ],

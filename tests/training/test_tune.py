@@ -106,6 +106,23 @@ def test_scores_are_those_of_an_evaluation(output: Path, place: Path, tiny_model
     assert merge.scores[str(file)] == pytest.approx((loss() - merged) / gain, abs=1e-3)
 
 
+def test_blocks_of_layers_have_weights_of_their_own(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "both.json"
+    message = tune(settings(place, output, model=str(tiny_model), num_blocks=2, num_trials=18))
+    merge = NamedMerge.from_bytes(output.read_bytes())
+    assert merge.has_blocks
+    assert [adapter.weight for adapter in merge.adapters] == [1.0, 1.0]
+    with output.with_suffix(".csv").open() as file:
+        trials = list(csv.DictReader(file))
+    columns = [f"weight of {name} {block}" for name in NAMES for block in (1, 2)]
+    even = [all(trial[f"weight of {name} 1"] == trial[f"weight of {name} 2"] for name in NAMES) for trial in trials]
+    assert (len(trials), all(even[:6]), any(even[7:])) == (18, True, False)
+    best = max(trials, key=lambda trial: float(trial["score"]))
+    assert [float(best[column]) for column in columns] == [weight for one in merge.adapters for weight in one.block_weights]
+    assert float(best["score"]) == pytest.approx(sum(merge.scores.values()) / 2, abs=1e-3)
+    assert f"{merge.adapters[0].reference} from the first block to the last: " in message
+
+
 @pytest.mark.parametrize("suffix", [".json", ".png", ".csv"])
 def test_nothing_is_replaced(place: Path, tiny_model: Path, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"both{suffix}"

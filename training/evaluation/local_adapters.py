@@ -36,6 +36,8 @@ class AdapterSelection:
     weights: Sequence[float] = ()
     """The weight of each adapter; 1/n each if empty."""
     options: MergeOptions = DEFAULTS
+    block_weights: Sequence[Sequence[float]] = ()
+    """Of each adapter, see `lori.merge.merge`; none if empty."""
 
     def template(self) -> Template:
         """Return the template for prompts: of those that all adapters were trained on, the one that the first adapter prefers.
@@ -58,6 +60,7 @@ class AdapterSelection:
             sign=options.sign,
             seed=options.seed,
             templates=("plain",),  # not used, see `template`
+            block_weights=self.block_weights,
         )
 
 

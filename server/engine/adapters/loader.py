@@ -170,6 +170,7 @@ class Loader:
             sign=options.sign,
             seed=options.seed,
             templates=("plain",),  # irrelevant here: the prompt is already rendered
+            block_weights=[term.block_weights for term in request.terms],
             is_cancelled=cancellation.is_set,
         )
 

@@ -10,6 +10,8 @@ import torch
 
 from lori.base_model import load_base_model
 from lori.errors import AdapterError
+from lori.format import save_adapter
+from lori.merge import merge
 from lori.named_merge import MergedAdapter, NamedMerge
 from lori.store.entry import Entry
 from lori.store.store import AdapterStore
@@ -240,3 +242,68 @@ def test_an_adapter_of_the_policy_may_not_be_in_a_merge(writer_model: Path, tmp_
 def test_a_merge_may_not_have_an_adapter_s_name(writer_model: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="--merges has math, which is also the name of an adapter or the base"):
         make_service(writer_model, tmp_path, name="math")
+
+
+BLOCKS = ([0.5, 1.5], [2.0, -1.0])
+
+
+@pytest.fixture(scope="module")
+def blocks(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """Yield a server with the merge `deep`, whose weights depend on the layer, and the adapter `built`, which is that merge."""
+    place = tmp_path_factory.mktemp("blocks")
+    base = load_base_model(str(writer_model), torch.float32, "eager")
+    store = AdapterStore(write_adapters(place / "adapters", base))
+    write_adapter(store.root / "law", base, seed=4, templates=("chat", "plain"))
+    adapters = [store.find(name).load() for name in ("math", "safety")]
+    built = merge(adapters, WEIGHTS, block_weights=BLOCKS, name="built", templates=("chat", "plain"))
+    save_adapter(built, place / "adapters" / "built")
+    named = [
+        MergedAdapter(reference=f"{one.name}@{one.version}", weight=weight, block_weights=own)
+        for one, weight, own in zip(adapters, WEIGHTS, BLOCKS, strict=True)
+    ]
+    (place / "merges").mkdir()
+    content = NamedMerge(base_digest=base.identity.digest, adapters=named).to_bytes()
+    (place / "merges" / "deep.json").write_bytes(content)
+    settings = Settings(
+        model=str(writer_model),
+        adapters=str(store.root),
+        merges=place / "merges",
+        keys=write_keys(place),
+        demo_adapters=False,
+        dtype="float32",
+        kv_cache_gib=0.05,
+    )
+    with served(load_service(settings), ACME) as client:
+        yield client
+
+
+def test_a_merge_with_block_weights_answers_as_the_adapter_that_it_makes(blocks: httpx.Client) -> None:
+    reply, expected = ask(blocks, adapter="deep"), ask(blocks, adapter="built")
+    assert reply["text"] == expected["text"]
+    assert reply["text"] != ask(blocks, adapter=["math", "safety"], weights=WEIGHTS)["text"]
+    assert terms(reply) == [("math", 0.75), ("safety", -0.25)]
+    assert [adapter["block_weights"] for adapter in reply["adapter"]] == [*BLOCKS]
+    assert ask(blocks, adapter="deep", weights=[0.5])["text"] == ask(blocks, adapter="built", weights=[0.5])["text"]
+
+
+def test_prompts_of_one_body_have_the_block_weights(blocks: httpx.Client) -> None:
+    body = {"model": "deep", "prompt": ["12 + 3 =", "4 + 5 ="], "max_tokens": 8, "temperature": 0}
+    choices = blocks.post("/v1/completions", json=body).raise_for_status().json()["choices"]
+    expected = blocks.post("/v1/completions", json=body | {"model": "built"}).raise_for_status().json()["choices"]
+    assert [choice["text"] for choice in choices] == [choice["text"] for choice in expected]
+
+
+def test_block_weights_stand_beside_other_adapters(blocks: httpx.Client) -> None:
+    weights = [1, 0.5]
+    beside = ask(blocks, adapter=["deep", "law"], weights=weights)["text"]
+    assert beside == ask(blocks, adapter=["built", "law"], weights=weights)["text"] != ask(blocks, adapter="deep")["text"]
+    error = refusal(blocks.post("/generate", json={"prompt": "1", "adapter": ["deep", "intent"], "weights": [1, 1]}), 400)
+    assert error["param"] == "adapter"
+    assert "a merge with block weights needs adapters on one basis, found math: " in error["message"]
+    error = refusal(blocks.post("/generate", json={"prompt": "1", "adapter": "deep", "weights": [16]}), 400)
+    assert "the weight 18, expected -16 to 16" in error["message"]
+
+
+def test_the_root_of_a_merge_with_block_weights_is_its_name(blocks: httpx.Client) -> None:
+    for name in ("deep", "deep:2", "deep:2+law:1"):
+        assert blocks.get(f"/v1/models/{name}").raise_for_status().json()["root"] == name
