@@ -3,7 +3,7 @@
 Adapter i adds T_i A with T_i = (alpha_i / r_i) B_i. On one basis the T_i are summed, at the largest of the ranks. On several
 bases, `linear` stacks the A's and concatenates the B's: every A is drawn, and the rank is the sum of the ranks. The other methods
 prune each T_i or leave it whole, then sum, or average the values whose signs agree. A server that applies several adapters in one
-request needs no merge for `linear`, since the kernel sums the terms.
+request needs no merge for `linear`, since the kernel sums the terms, unless their weights depend on the layer.
 
 Shapes: D outputs, N inputs, R rank, K nonzero entries in row-major order, n adapters, U positions in the union of their masks.
 """
@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -123,17 +123,24 @@ Columns = Mapping[Basis, range]
 """The columns of a merged B that belong to each basis's A."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Parent:
     adapter: Adapter
     digest: str
     weight: float
     block_weights: tuple[float, ...] = ()
 
-    def weight_at(self, depth: Fraction) -> float:
-        """Return the weight in the layer at `depth`, 0 <= depth < 1: the number of layers before it divided by that of all."""
-        blocks = self.block_weights
-        return self.weight * (blocks[int(depth * len(blocks))] if blocks else 1.0)
+    @property
+    def has_weight(self) -> bool:
+        """Whether the adapter counts in some layer."""
+        return self.weight != 0 and (not self.block_weights or any(self.block_weights))
+
+    @cached_property
+    def weights_by_layer(self) -> Mapping[str, float]:
+        """The weight in each layer that the adapter changes."""
+        layers = sorted({layer_of(module) for module in self.adapter.modules}, key=natural_key)
+        blocks = self.block_weights or (1.0,)
+        return {layer: self.weight * blocks[i * len(blocks) // len(layers)] for i, layer in enumerate(layers)}
 
 
 def merge(
@@ -162,8 +169,9 @@ def merge(
 
     `templates` are the prompt templates of the result; None takes those that all adapters were trained on.
 
-    `block_weights` has a sequence for each adapter: factors of its weight, by depth. The layers that the adapters change are
-    divided into as many blocks of about equal length, from the first to the last. An empty sequence is 1 in all layers.
+    `block_weights`, only for `linear`, has a sequence for each adapter: factors of its weight in blocks of layers. The layers
+    that the adapter changes are divided into as many blocks of about equal length, from the first to the last. An empty sequence
+    is 1 in all layers.
 
     `is_cancelled` is called in this thread before each module and before the result is sealed. The merge stops as soon as it
     returns True.
@@ -172,21 +180,20 @@ def merge(
     `MergeCancelledError` if the merge was cancelled.
     """
     options = MergeOptions(method, density, sign, seed)
+    if method != "linear" and any(block_weights):
+        raise AdapterError(f"block weights are for linear merges, found {method}")
     parents = _parents(adapters, weights, block_weights or [()] * len(adapters))
     _check_one_basis(parents, options)
     shapes = common_shapes([parent.adapter for parent in parents])
     columns = {module: _columns(_parents_with(parents, module), module) for module in shapes}
-    is_folded, depths = _is_folded(parents, shapes), _depths(shapes)
+    is_folded = _is_folded(parents, shapes)
     if options.method == "linear" and [(parent.weight, parent.block_weights) for parent in parents] == [(1.0, ())]:
         modules = {module: rounded(b, values) for module, b in parents[0].adapter.modules.items()}
     else:
         modules = {}
         for module in shapes:
             _check_cancelled(is_cancelled)
-            present = _parents_with(parents, module)
-            weighted = [(parent, parent.weight_at(depths[layer_of(module)])) for parent in present]
-            merged = _combine_module(weighted, module, columns[module], is_folded, options)
-            modules[module] = drop_zeros(rounded(merged, values))
+            modules[module] = drop_zeros(rounded(_combine_module(parents, module, columns[module], is_folded, options), values))
     _check_cancelled(is_cancelled)
     _check_finite(modules, values)
     basis = _basis(parents, columns, shapes)
@@ -197,9 +204,9 @@ def merge(
 
 
 def _parents(adapters: Sequence[Adapter], weights: Sequence[float], block_weights: Sequence[Sequence[float]]) -> list[_Parent]:
-    """Return the adapters that contribute, in an order that does not depend on the caller's order.
+    """Return the adapters that contribute, each once, in an order that does not depend on the caller's order.
 
-    Each is there once, or once for each of its `block_weights`.
+    An adapter that is named twice with different block weights gives two parents.
     """
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters, expected one for each of at least one adapter")
@@ -215,7 +222,7 @@ def _parents(adapters: Sequence[Adapter], weights: Sequence[float], block_weight
     if faults := [f"of {t.adapter.name!r} is {t.weight}" for t in parents if not math.isfinite(t.weight)]:
         raise AdapterError(f"the weight {', '.join(faults)}, expected finite numbers")
     common_shapes([parent.adapter for parent in parents])
-    return [parent for parent in parents if parent.weight] or parents[:1]
+    return [parent for parent in parents if parent.has_weight] or parents[:1]
 
 
 def _check_one_basis(parents: Sequence[_Parent], options: MergeOptions) -> None:
@@ -225,12 +232,6 @@ def _check_one_basis(parents: Sequence[_Parent], options: MergeOptions) -> None:
     if options.method != "linear" and len(names) > 1:
         bases = "; ".join(f"{basis} of {', '.join(map(repr, adapters))}" for basis, adapters in names.items())
         raise AdapterError(f"{options.method} merges adapters on one basis, found {bases}: only linear merges these")
-
-
-def _depths(modules: Iterable[str]) -> Mapping[str, Fraction]:
-    """Return the depth of each layer of `modules`: the number of layers before it divided by that of all. See `_Parent`."""
-    layers = sorted({layer_of(module) for module in modules}, key=natural_key)
-    return {layer: Fraction(place, len(layers)) for place, layer in enumerate(layers)}
 
 
 def _check_cancelled(is_cancelled: Callable[[], bool]) -> None:
@@ -257,18 +258,17 @@ def _is_folded(parents: Sequence[_Parent], modules: Iterable[str]) -> bool:
     return len({parent.adapter.basis for parent in parents}) > 1 or max(scales) > 1
 
 
-def _combine_module(
-    weighted: Sequence[tuple[_Parent, float]], module: str, columns: Columns, is_folded: bool, options: MergeOptions
-) -> SparseB:
+def _combine_module(parents: Sequence[_Parent], module: str, columns: Columns, is_folded: bool, options: MergeOptions) -> SparseB:
     """Return the merged B of `module`, (D, R) float64."""
+    parents = _parents_with(parents, module)
     rank = sum(map(len, columns.values()))
     deltas = []
-    for parent, _ in weighted:
+    for parent in parents:
         b = parent.adapter.modules[module]
         scale = parent.adapter.config.scale_of(module) if is_folded else 1.0
         delta = prune(SparseB(b.shape, b.indices, b.values.double() * scale), options, f"{parent.digest}|{module}")
         deltas.append(pad_columns(delta, rank, columns[parent.adapter.basis].start))
-    return combine(deltas, [weight for _, weight in weighted], options)
+    return combine(deltas, [parent.weights_by_layer[layer_of(module)] for parent in parents], options)
 
 
 def _check_finite(modules: Mapping[str, SparseB], values: ValueType) -> None:

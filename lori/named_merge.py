@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from lori.config import Digest
 from lori.errors import AdapterError
@@ -22,7 +22,8 @@ from lori.store.files import read_regular
 MAX_BYTES = 1 << 20
 """Maximum size of a file."""
 SUFFIX = ".json"
-MAX_BLOCKS = 1024
+MAX_BLOCKS = 128
+"""Most blocks of layers: as many as the layers of the largest models."""
 MAX_DECIMALS = 17
 """Decimal places of a weight in a `model`'s name."""
 
@@ -40,7 +41,7 @@ class MergedAdapter(BaseModel):
     weight: float = Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)
     """With at most `MAX_DECIMALS` decimal places, so that a `model`'s name can have it."""
     block_weights: list[BlockWeight] = Field(default=[], max_length=MAX_BLOCKS)
-    """Factors of the weight in as many blocks of layers, from the first to the last, as in `lori.merge.merge`; 1 if empty."""
+    """Factors of the weight in blocks of layers, from the first to the last, as in `lori.merge.merge`; 1 in all if empty."""
 
     @field_validator("reference")
     @classmethod
@@ -55,6 +56,13 @@ class MergedAdapter(BaseModel):
         if len(weight_text(weight).partition(".")[2]) > MAX_DECIMALS:
             raise ValueError(f"{weight!r} has more than {MAX_DECIMALS} decimal places")
         return weight
+
+    @model_validator(mode="after")
+    def _check_product(self) -> "MergedAdapter":
+        largest = max(map(abs, self.block_weights), default=1.0) * abs(self.weight)
+        if largest > MAX_WEIGHT:
+            raise ValueError(f"weight times the largest block weight is {largest:g}, expected {MAX_WEIGHT:g} at most")
+        return self
 
     @property
     def name(self) -> str:
@@ -84,7 +92,7 @@ class NamedMerge(BaseModel):
         return adapters
 
     @property
-    def has_blocks(self) -> bool:
+    def has_block_weights(self) -> bool:
         """Whether an adapter's weight depends on the layer."""
         return any(adapter.block_weights for adapter in self.adapters)
 
@@ -98,7 +106,7 @@ class NamedMerge(BaseModel):
         content = self.model_dump()
         for adapter in content["adapters"]:
             if not adapter["block_weights"]:
-                del adapter["block_weights"]  # a reader that does not know them can read the rest
+                del adapter["block_weights"]  # older versions can read files without them
         return (json.dumps(content, indent=2) + "\n").encode()
 
     @classmethod

@@ -11,7 +11,7 @@ from lori.template import Template, common_templates
 from training.data import DataError, Row
 from training.evaluation.local_adapters import AdapterSelection, apply_adapter
 from training.evaluation.local_answerer import row_log_likelihoods
-from training.weight_search import Weights, in_blocks, split_blocks, unit_weights
+from training.weight_search import Weights, repeat_in_blocks, split_blocks, unit_weights
 
 MIN_GAIN = 0.005
 """Gain of the best single adapter, in nats a token, below which the shares of a source's gain would be noise."""
@@ -67,7 +67,7 @@ class MergeScorer:
         The first call also measures the base and each adapter alone. Raises `DataError` if no adapter alone gains on a source.
         """
         base, merged = self.losses((0.0,) * len(weights)), self.losses(weights)
-        alone = [self.losses(in_blocks(unit, self.num_blocks)) for unit in unit_weights(len(self.adapters))]
+        alone = [self.losses(repeat_in_blocks(unit, self.num_blocks)) for unit in unit_weights(len(self.adapters))]
         shares = {}
         for source in self.rows:
             best_gain = base[source] - min(losses[source] for losses in alone)

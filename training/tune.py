@@ -34,7 +34,7 @@ from training.weight_search import (
     Weights,
     best_of,
     even_weights,
-    in_blocks,
+    repeat_in_blocks,
     search,
     split_blocks,
     starting_points,
@@ -59,8 +59,8 @@ class TuneConfig(PromptsConfig):
     num_trials: int = Field(default=40, ge=1)
     """Maximum number of weights that are tried, the first ones too. The search may end earlier, once its steps are below 0.02."""
     num_blocks: int = Field(default=1, ge=1, le=16)
-    """Blocks of layers, from the first to the last, in which each adapter has a weight of its own. With several, the first third
-    of the trials has weights that are the same in all blocks. More blocks need more trials."""
+    """Blocks of layers, from the first to the last, in which each adapter has a weight of its own. The first third of the trials
+    has equal weights in all blocks. More blocks need more trials."""
     max_weight: float = Field(default=1.5, ge=1, le=MAX_WEIGHT, multiple_of=0.01)
     """The largest weight of an adapter; the smallest is 0."""
 
@@ -73,13 +73,19 @@ class TuneConfig(PromptsConfig):
             faults.append("--data has one path twice, expected each once")
         if self.num_trials < (min_trials := len(starting_points(len(self.adapter)))):
             faults.append(f"--num-trials is {self.num_trials}, expected {min_trials} at least: so many weights are tried first")
+        # COBYQA first tries two points for each weight.
+        min_trials = self.num_equal_trials + 2 * len(self.adapter) * self.num_blocks + 1
+        if self.num_blocks > 1 and self.num_trials < min_trials:
+            faults.append(
+                f"--num-trials is {self.num_trials}, expected {min_trials} at least for {self.num_blocks} blocks of layers"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
     @property
-    def num_even_trials(self) -> int:
-        """Maximum number of trials of weights that are the same in all blocks."""
+    def num_equal_trials(self) -> int:
+        """Maximum number of trials of weights that are equal in all blocks."""
         return self.num_trials if self.num_blocks == 1 else max(len(starting_points(len(self.adapter))), self.num_trials // 3)
 
     @property
@@ -105,18 +111,15 @@ def tune(config: TuneConfig) -> str:
     references = [f"{name}@{adapter.version}" for name, adapter in zip(names, adapters, strict=True)]
     if repeated := repeated_references(references):
         raise AdapterError(f"--adapter names {', '.join(repeated)} twice, expected each adapter once")
+    if config.num_blocks > 1 and len({adapter.basis for adapter in adapters}) > 1:
+        bases = "; ".join(f"{adapter.name}: {adapter.basis}" for adapter in adapters)
+        raise AdapterError(f"--num-blocks needs adapters on one basis, found {bases}")
     scorer = MergeScorer(base, adapters, rows, config.num_blocks)
     trials = _search(config, scorer)
     best = best_of(trials)
-    blocks = split_blocks(best.weights, config.num_blocks)
     merge = NamedMerge(
         base_digest=base.identity.digest,
-        adapters=[
-            MergedAdapter(reference=reference, weight=weights[0])
-            if len(weights) == 1
-            else MergedAdapter(reference=reference, weight=1.0, block_weights=[*weights])
-            for reference, weights in zip(references, blocks, strict=True)
-        ],
+        adapters=[*map(_merged_adapter, references, split_blocks(best.weights, config.num_blocks))],
         about=f"python -m training.tune, {len(trials)} trials on {sum(map(len, rows.values()))} rows",
         scores={source: round(share, 4) for source, share in scorer.shares(best.weights).items()},
     )
@@ -129,19 +132,24 @@ def tune(config: TuneConfig) -> str:
 
 
 def _search(config: TuneConfig, scorer: MergeScorer) -> list[Trial]:
-    """Return what was tried: first weights that are the same in all blocks, then from the best of them on single ones."""
+    """Return what was tried: first weights that are equal in all blocks, then from the best of these on any weights."""
     starts, num_blocks = starting_points(len(scorer.adapters)), config.num_blocks
     with tqdm(total=config.num_trials, unit="trial", desc="weights", disable=None) as bar:
 
-        def score_even(weights: Weights) -> float:
-            return scorer.score(in_blocks(weights, num_blocks))
+        def score_equal(weights: Weights) -> float:
+            return scorer.score(repeat_in_blocks(weights, num_blocks))
 
-        even = search(score_even, starts, config.max_weight, config.num_even_trials, bar.update)
-        trials = [Trial(in_blocks(trial.weights, num_blocks), trial.score) for trial in even]
-        if num_blocks > 1 and (num_left := config.num_trials - len(trials)):
-            bar.update(-1)  # the first of these is the best so far, which is not computed again
-            trials += search(scorer.score, [best_of(trials).weights], config.max_weight, num_left + 1, bar.update)[1:]
+        equal = search(score_equal, starts, config.max_weight, config.num_equal_trials, bar.update)
+        trials = [Trial(repeat_in_blocks(trial.weights, num_blocks), trial.score) for trial in equal]
+        if num_blocks > 1:
+            trials += search(scorer.score, [], config.max_weight, config.num_trials - len(trials), bar.update, known=trials)
     return trials
+
+
+def _merged_adapter(reference: str, weights: Weights) -> MergedAdapter:
+    if len({*weights}) == 1:
+        return MergedAdapter(reference=reference, weight=weights[0])
+    return MergedAdapter(reference=reference, weight=1.0, block_weights=[*weights])
 
 
 def trial_plotter() -> Plot:
@@ -163,17 +171,19 @@ def _own_name(store: Path | None, reference: str, adapter: Adapter) -> str:
 
 
 def _report(merge: NamedMerge, scorer: MergeScorer, trials: Sequence[Trial], output: Path) -> list[str]:
-    even = in_blocks(even_weights(len(scorer.adapters)), scorer.num_blocks)
+    even = repeat_in_blocks(even_weights(len(scorer.adapters)), scorer.num_blocks)
     even_shares = scorer.shares(even)
-    lines = [f"best of {len(trials)} trials: {merge.model}"]
-    for one in merge.adapters:
-        if one.block_weights:
-            lines.append(f"{one.reference} from the first block to the last: {', '.join(map(weight_text, one.block_weights))}")
+    lines = [f"best of {len(trials)} trials: {' + '.join(map(_shown, merge.adapters))}"]
     lines += [
         f"{source}: {share:.2f} of the best single adapter's gain, {even_shares[source]:.2f} at {even[0]:g} each"
         for source, share in scorer.shares(best_of(trials).weights).items()
     ]
     return [*lines, f"wrote {output}: to serve it, python -m server --merges {output.parent}; its name is {output.stem!r}"]
+
+
+def _shown(adapter: MergedAdapter) -> str:
+    weights = adapter.block_weights or [adapter.weight]
+    return f"{adapter.reference}:{','.join(map(weight_text, weights))}"
 
 
 def _table(names: Sequence[str], scorer: MergeScorer, trials: Sequence[Trial]) -> str:

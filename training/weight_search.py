@@ -40,22 +40,25 @@ def search(
     max_weight: float,
     num_trials: int,
     on_trial: Callable[[], object] = lambda: None,
+    known: Sequence[Trial] = (),
 ) -> list[Trial]:
     """Return what was tried, in order: first the `starts`. Higher scores are better.
 
     The weights are between 0 and `max_weight`, a number with `NUM_DIGITS` decimal places, and so must be the starts. At most
-    `num_trials` are tried, and fewer if the steps of the search get too small before. Calls `on_trial` after each.
+    `num_trials` are tried, and fewer if the steps of the search get too small before. Calls `on_trial` after each. `known` trials
+    are not tried again, and the search may continue from the best of them.
     """
     from scipy.optimize import Bounds, minimize  # noqa: PLC0415  # an extra
 
     assert all(0 <= weight <= max_weight for start in starts for weight in start)
     assert len(starts) <= num_trials
-    scores = dict[Weights, float]()
+    scores = {trial.weights: trial.score for trial in known}
+    most = len(scores) + num_trials
 
     def evaluate(weights: Sequence[float] | Array) -> float:
         rounded = tuple(round(float(weight), NUM_DIGITS) for weight in weights)
         if rounded not in scores:
-            if len(scores) == num_trials:
+            if len(scores) == most:
                 raise _SearchEndedError
             scores[rounded] = score(rounded)
             on_trial()
@@ -68,7 +71,7 @@ def search(
     options = {"initial_tr_radius": INITIAL_RADIUS, "final_tr_radius": FINAL_RADIUS}
     with suppress(_SearchEndedError):
         minimize(evaluate, first, method="COBYQA", bounds=bounds, options=options)
-    return [Trial(*trial) for trial in scores.items()]
+    return [Trial(*trial) for trial in scores.items()][len(known) :]
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
@@ -86,7 +89,7 @@ def even_weights(num_adapters: int) -> Weights:
     return (round(1 / num_adapters, NUM_DIGITS),) * num_adapters
 
 
-def in_blocks(weights: Weights, num_blocks: int) -> Weights:
+def repeat_in_blocks(weights: Weights, num_blocks: int) -> Weights:
     """Return each adapter's weight once for each block of layers."""
     return tuple(weight for weight in weights for _ in range(num_blocks))
 

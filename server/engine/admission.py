@@ -3,7 +3,6 @@
 import logging
 import secrets
 from collections.abc import Sequence
-from functools import partial
 from math import inf
 
 from tokenizers import Tokenizer
@@ -127,7 +126,7 @@ class Admission:
             prompt_ids=ids,
             prompt_offsets=offsets,
             template=template,
-            terms=tuple(map(partial(_term, request), adapters, weights, block_weights)),
+            terms=tuple(_term(request, *part) for part in zip(adapters, weights, block_weights, strict=True)),
             merge=request.merge,
             auto=auto,
             base_share=request.base_share,
@@ -176,14 +175,13 @@ class Admission:
     ) -> None:
         """Raise `RefusedError` if these adapters cannot be in one request: by their bases, their number or their memory."""
         bases = {adapter.basis for adapter in adapters}
-        method, has_blocks = request.merge.method, any(request.block_weights)
-        is_sum = method == "linear" and not has_blocks
+        method, is_sum = request.merge.method, request.is_sum
         if not is_sum and not adapters:
             raise RefusedError("merge", f"is {request.merge.method!r} without adapters, which it would merge; expected 'linear'")
         if not is_sum and len(bases) > 1:
             bases_text = "; ".join(f"{adapter.name}: {adapter.basis}" for adapter in adapters)
-            if has_blocks:
-                raise RefusedError("adapter", f"a merge with block weights needs adapters on one basis, found {bases_text}")
+            if request.block_weights:
+                raise RefusedError("adapter", f"names a merge with block weights, which needs one basis, found {bases_text}")
             raise RefusedError("merge", f"{method} needs adapters on one basis, found {bases_text}; 'linear' needs none")
         num_terms = (len(adapters) if is_sum else min(1, len(adapters))) + len(policy)
         if num_terms > self._max_terms:
@@ -193,7 +191,11 @@ class Admission:
         summed = [*(zip(adapters, weights, strict=True) if is_sum else ()), *policy]
         _check_nnz(summed, self._max_nnz)
         if not is_sum:  # all parts are in memory during the merge, even those of weight 0
-            _check_nnz([(adapter, 1.0) for adapter in adapters], self._max_merge_nnz, f" for {request.merge.method!r}")
+            _check_nnz(
+                [(adapter, 1.0) for adapter in adapters],
+                self._max_merge_nnz,
+                f" for {'block weights' if request.block_weights else repr(method)}",
+            )
 
     def _check_grammar(self, sampling: SamplingParams) -> None:
         if not (grammar := sampling.grammar):

@@ -67,7 +67,7 @@ class GenerateRequest:
     weights_field: str = "weights"
     """The field that errors about the weights name. `adapter` if they stand there, which OpenAI's routes rename."""
     block_weights: tuple[tuple[float, ...], ...] = ()
-    """Of each adapter, see `lori.merge.merge`. Empty if no adapter has any."""
+    """Of each adapter, see `lori.merge.merge`; empty if none has any."""
     merge: MergeOptions = LINEAR
     may_use: MayUse = lambda _: True
     """Whether the caller may use the adapters of a name."""
@@ -84,6 +84,11 @@ class GenerateRequest:
     tenant: str = ""
     timeout_s: float | None = None
     caps: Caps = Caps()
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the kernels sum the adapters. Otherwise their merge is built."""
+        return self.merge.method == "linear" and not self.block_weights
 
 
 def check_caps(request: GenerateRequest) -> None:

@@ -149,7 +149,7 @@ class Request:
     @property
     def is_sum(self) -> bool:
         """Whether the kernels sum the terms. Otherwise their merge is built."""
-        return self.merge.method == "linear" and not any(term.block_weights for term in self.terms)
+        return self.merge.method == "linear" and not any(term.block_weights for term in self.terms if term.weight)
 
     @property
     def merged_digest(self) -> str | None:

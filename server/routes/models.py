@@ -42,8 +42,10 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     try:
         resolved = service.merges.resolve(request)
         adapters = await find_model(service, caller, model, resolved.adapters)
-        # Raises if every request with this name would be refused.
-        service.admission.weights.check(resolved, [adapter.summary for adapter in adapters])
+        # Both raise if every request with this name would be refused.
+        summaries = [adapter.summary for adapter in adapters]
+        weights = service.admission.weights.check(resolved, summaries) or ()
+        service.admission.check_merge(resolved, summaries, [0.0 if one == "auto" else one for one in weights], ())
     except RefusedError as error:
         raise RefusedError("model", error.message) from error
     card = _card(service, adapters).model_copy(update={"id": model})
@@ -76,7 +78,7 @@ def _auto(service: Service) -> ModelCard:
 
 
 def _merge(service: Service, name: str, merge: NamedMerge) -> ModelCard:
-    root = name if merge.has_blocks else merge.model
+    root = name if merge.has_block_weights else merge.model
     return _base(service).model_copy(update={"id": name, "root": root, "parent": service.base_model})
 
 

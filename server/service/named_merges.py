@@ -61,8 +61,8 @@ class NamedMerges:
         """Return the request with each merge replaced by its adapters.
 
         Their weights are the merge's times the request's weight for the merge. Raises `RefusedError` if the request names a merge
-        and has another method than `linear`, an automatic weight for a merge, no weights beside other adapters, too many adapters
-        in all, or too large a weight.
+        and has another method than `linear`, an automatic weight for a merge or beside one with block weights, no weights beside
+        other adapters, too many adapters in all, or too large a weight.
         """
         may_use, names = request.may_use, request.adapters
         name = next((name for name in names if self.find(name, may_use)), None)
@@ -85,7 +85,8 @@ class NamedMerges:
         terms: list[tuple[str, RequestedWeight, tuple[float, ...]]] = []
         for name, factor in zip(names, factors, strict=True):
             if factor != "auto":
-                terms += [(reference, factor * weight, blocks) for reference, weight, blocks in self._terms(name, may_use)]
+                for reference, weight, blocks in self._terms(name, may_use):
+                    terms.append((reference, factor * weight, blocks if factor * weight else ()))
             elif self.find(name, may_use):
                 raise RefusedError(
                     request.weights_field, f"asks for 'auto' for {name!r}, which has weights of its own; expected a number"
@@ -94,11 +95,17 @@ class NamedMerges:
                 terms.append((name, factor, ()))
         if len(terms) > MAX_ADAPTERS:
             raise RefusedError("adapter", f"names {len(terms)} adapters with those of merges, expected at most {MAX_ADAPTERS}")
-        for reference, weight, blocks in terms:
-            effective = [weight * block for block in blocks or (1.0,)] if weight != "auto" else []
-            if large := [each for each in effective if abs(each) > MAX_WEIGHT]:
+        if any(blocks for *_, blocks in terms) and any(requested == "auto" for _, requested, _ in terms):
+            merge = next(name for name in names if (found := self.find(name, may_use)) and found.has_block_weights)
+            raise RefusedError(
+                request.weights_field, f"asks for 'auto' beside {merge!r}, which has block weights; expected numbers"
+            )
+        for reference, requested, blocks in terms:
+            largest = 0.0 if requested == "auto" else max((requested * block for block in blocks or (1.0,)), key=abs)
+            if abs(largest) > MAX_WEIGHT:
                 limits = f"expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
-                raise RefusedError(request.weights_field, f"gives {reference} the weight {large[0]:g}, {limits}")
+                where = " in a block of layers" if blocks else ""
+                raise RefusedError(request.weights_field, f"gives {reference} the weight {largest:g}{where}, {limits}")
         adapters, weights, block_weights = zip(*terms, strict=True)
         return replace(request, adapters=adapters, weights=weights, block_weights=block_weights if any(block_weights) else ())
 

@@ -46,6 +46,8 @@ def attributes(exchange: Exchange, base_model: str) -> dict[str, Value]:
         "lori.policy": [term.reference for term in request.policy],
         "lori.merge": request.merge.method,
     }
+    if any(term.block_weights for term in request.terms):
+        values["lori.block_weights"] = [" ".join(map(str, term.block_weights)) for term in request.terms]
     if first.total_s:
         values["gen_ai.latency.e2e"] = first.total_s
     if first.first_token_s is not None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit
 from lori.errors import AdapterError, MergeCancelledError
-from lori.merge import MergeMethod, _depths, _Parent, merge
+from lori.merge import MergeMethod, _Parent, merge
 from lori.merge_options import MERGE_METHODS
 from lori.sparse import VALUE_TYPES, SparseB, ValueType, rounded
 from lori.store.store import AdapterStore
@@ -257,38 +257,61 @@ def test_a_merge_can_be_saved_and_read_again(tmp_path: Path, terms: Terms) -> No
         assert torch.equal(delta(loaded, module), delta(result, module))
 
 
-BLOCKS: dict[str, float] = {Q0: 0.5, UP0: 0.5, Q1: -2.0, UP1: -2.0}
-"""The weights of the blocks (0.5, -2) in the two layers of the tests' modules."""
+def blocks_of(adapter: Adapter, weights: tuple[float, float]) -> Mapping[str, float]:
+    """Return the factor of each module of an adapter for two blocks of layers."""
+    layers = sorted({module.split(".")[1] for module in adapter.modules})
+    return {module: weights[2 * layers.index(module.split(".")[1]) // len(layers)] for module in adapter.modules}
 
 
 @pytest.mark.parametrize("terms", LINEAR, ids=LINEAR_IDS)
-def test_block_weights_are_factors_by_depth(terms: Terms) -> None:
+def test_block_weights_are_factors_in_the_layers_of_the_adapter(terms: Terms) -> None:
     adapters, weights = zip(*terms, strict=True)
     blocks = [(0.5, -2.0) if i == 0 else () for i in range(len(terms))]
     result = merge(adapters, weights, block_weights=blocks)
-    if {*BLOCKS} <= {*result.modules}:  # with one layer there is one block
-        for module in result.modules:
-            scaled = [(one, weight * (BLOCKS[module] if i == 0 else 1.0)) for i, (one, weight) in enumerate(terms)]
-            torch.testing.assert_close(delta(result, module), folded(scaled, module), rtol=1e-6, atol=1e-6)
+    factors = blocks_of(adapters[0], (0.5, -2.0))
+    for module in result.modules:
+        scaled = [(one, weight * (factors.get(module, 1.0) if i == 0 else 1.0)) for i, (one, weight) in enumerate(terms)]
+        torch.testing.assert_close(delta(result, module), folded(scaled, module), rtol=1e-6, atol=1e-6)
     turned = merge(adapters[::-1], weights[::-1], block_weights=blocks[::-1])
     assert are_same(result.modules, turned.modules)
     same = merge(adapters, weights, block_weights=[(1.0, 1.0, 1.0) for _ in terms])
     assert are_same(same.modules, merged(terms).modules)
-    assert result.config.lori.content_digest != same.config.lori.content_digest
+
+
+def test_blocks_do_not_move_beside_another_adapter() -> None:
+    """Regression: the layers of all adapters were divided, so an adapter of weight 0 did not move them, and one of 1e-9 did."""
+    late, both = adapter("late", modules=(Q1, UP1)), adapter("both")
+    alone = merge([late], [1.0], block_weights=[(0.5, 2.0)])
+    beside = merge([late, both], [1.0, 1e-12], block_weights=[(0.5, 2.0), ()])
+    for module in (Q1, UP1):
+        torch.testing.assert_close(delta(beside, module), delta(alone, module), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 7, 25, 100])
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 100])
 def test_blocks_are_of_about_equal_length(num_layers: int, num_blocks: int) -> None:
-    depths = _depths(f"model.layers.{i}.self_attn.q_proj" for i in range(num_layers))
-    parent = _Parent(adapter("a"), "", 1.0, tuple(map(float, range(num_blocks))))
-    blocks = [parent.weight_at(depth) for depth in depths.values()]
-    assert [*depths] == [f"model.layers.{i}" for i in range(num_layers)]
+    shapes = {f"layers.{i}.q_proj": (4, 5) for i in range(num_layers)}
+    one = adapter_of("a", {module: random_b((4, 3), 5, 0) for module in shapes}, shapes=shapes)
+    parent = _Parent(one, "", 1.0, tuple(map(float, range(num_blocks))))
+    blocks = [*parent.weights_by_layer.values()]
+    assert [*parent.weights_by_layer] == [f"layers.{i}" for i in range(num_layers)]
     assert blocks == sorted(blocks)
     counts = Counter(blocks).values()
     assert max(counts) - min(counts) <= 1
     if num_layers >= num_blocks:
         assert len(counts) == num_blocks
+
+
+def test_an_adapter_named_twice_with_other_block_weights_counts_twice() -> None:
+    one = adapter("a")
+    twice = merge([one, one], [1.0, 1.0], block_weights=[(1.0, 0.0), (0.0, 1.0)])
+    assert are_same(twice.modules, merge([one], [1.0], block_weights=[(1.0, 1.0)]).modules)
+
+
+def test_an_adapter_of_block_weights_0_does_not_count() -> None:
+    result = merge([adapter("a"), adapter("b", basis=OTHER)], [1.0, 1.0], block_weights=[(), (0.0, 0.0)])
+    assert result.basis == ONE
+    assert are_same(result.modules, adapter("a").modules)
 
 
 def test_unsound_block_weights_are_refused() -> None:
@@ -298,3 +321,5 @@ def test_unsound_block_weights_are_refused() -> None:
         merge(adapters, weights, block_weights=[()] * (len(adapters) + 1))
     with pytest.raises(AdapterError, match="a block weight is not finite"):
         merge(adapters, weights, block_weights=[(math.nan,)] * len(adapters))
+    with pytest.raises(AdapterError, match="block weights are for linear merges, found ties"):
+        merge(adapters, weights, "ties", block_weights=[(1.0,)] * len(adapters))

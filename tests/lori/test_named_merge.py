@@ -32,7 +32,7 @@ def test_block_weights_are_written_where_there_are_any() -> None:
     in_blocks = MergedAdapter(reference="math@0123456789ab", weight=1.0, block_weights=[0.5, 1.5])
     merge = NamedMerge(base_digest=BASE, adapters=[in_blocks, *MERGE.adapters[1:]])
     assert NamedMerge.from_bytes(merge.to_bytes()) == merge
-    assert (merge.has_blocks, MERGE.has_blocks) == (True, False)
+    assert (merge.has_block_weights, MERGE.has_block_weights) == (True, False)
     assert merge.to_bytes().count(b"block_weights") == 1
 
 
@@ -65,7 +65,11 @@ def test_every_fault_of_a_file_is_reported() -> None:
         ({"adapters": [{"reference": "math@0123456789ab", "weight": float("nan")}]}, "finite"),
         ({"adapters": [{"reference": "math@0123456789ab", "weight": 0.012345678901234568}]}, "more than 17 decimal places"),
         ({"adapters": [{"reference": "math@0123456789ab", "weight": 1.0, "block_weights": [17.0]}]}, "less than or equal to 16"),
-        ({"adapters": [{"reference": "math@0123456789ab", "weight": 1.0, "block_weights": [1.0] * 1025}]}, "at most 1024 items"),
+        ({"adapters": [{"reference": "math@0123456789ab", "weight": 1.0, "block_weights": [1.0] * 129}]}, "at most 128 items"),
+        (
+            {"adapters": [{"reference": "math@0123456789ab", "weight": 4.0, "block_weights": [-5.0]}]},
+            "is 20, expected 16 at most",
+        ),
         ({"scores": {"math.jsonl": float("inf")}}, "finite"),
         ({"format_version": 2}, "format_version: Input should be 1"),
     ],

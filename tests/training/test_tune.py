@@ -110,17 +110,24 @@ def test_blocks_of_layers_have_weights_of_their_own(place: Path, tiny_model: Pat
     output = tmp_path / "both.json"
     message = tune(settings(place, output, model=str(tiny_model), num_blocks=2, num_trials=18))
     merge = NamedMerge.from_bytes(output.read_bytes())
-    assert merge.has_blocks
-    assert [adapter.weight for adapter in merge.adapters] == [1.0, 1.0]
     with output.with_suffix(".csv").open() as file:
         trials = list(csv.DictReader(file))
     columns = [f"weight of {name} {block}" for name in NAMES for block in (1, 2)]
-    even = [all(trial[f"weight of {name} 1"] == trial[f"weight of {name} 2"] for name in NAMES) for trial in trials]
-    assert (len(trials), all(even[:6]), any(even[7:])) == (18, True, False)
+    equal = [all(trial[f"weight of {name} 1"] == trial[f"weight of {name} 2"] for name in NAMES) for trial in trials]
+    assert (len(trials), all(equal[:6]), any(equal[6:])) == (18, True, False)
     best = max(trials, key=lambda trial: float(trial["score"]))
-    assert [float(best[column]) for column in columns] == [weight for one in merge.adapters for weight in one.block_weights]
+    written = [one.weight * block for one in merge.adapters for block in one.block_weights or [1.0, 1.0]]
+    assert [float(best[column]) for column in columns] == pytest.approx(written)
     assert float(best["score"]) == pytest.approx(sum(merge.scores.values()) / 2, abs=1e-3)
-    assert f"{merge.adapters[0].reference} from the first block to the last: " in message
+    assert message.startswith(f"best of 18 trials: {merge.adapters[0].reference}:")
+
+
+def test_blocks_need_one_basis(place: Path, base: BaseModel, tiny_model: Path, tmp_path: Path) -> None:
+    for stream, name in enumerate(("one", "two")):
+        write_adapter(tmp_path / name, base, seed=5, stream=stream)
+    fields = {"adapters": tmp_path, "adapter": ["one", "two"], "num_blocks": 2, "num_trials": 20, "model": str(tiny_model)}
+    with pytest.raises(AdapterError, match="--num-blocks needs adapters on one basis, found one: "):
+        tune(settings(place, tmp_path / "both.json", **fields))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".png", ".csv"])
@@ -198,6 +205,7 @@ def test_a_missing_extra_is_said_first(place: Path, tmp_path: Path, monkeypatch:
         ({"output": Path("auto.json")}, "expected NAME.json with a NAME that matches"),
         ({"data": ["math.jsonl", "math.jsonl"]}, "--data has one path twice, expected each once"),
         ({"num_trials": 3}, "--num-trials is 3, expected 4 at least"),
+        ({"num_blocks": 2}, "--num-trials is 12, expected 13 at least for 2 blocks of layers"),
         ({"max_weight": 0.5}, "greater than or equal to 1"),
         ({"adapter": []}, "at least 1 item"),
     ],

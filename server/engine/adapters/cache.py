@@ -99,7 +99,7 @@ class AdapterCache:
         self._failed: dict[Sequence, str] = {}
         self._dropped: set[str] = set()  # to be freed as soon as they are unused
         self._merge_requests: Counter[str] = Counter()
-        """Number of requests in the engine that need a merge, by the digest of the merge. `linear` merges are not built."""
+        """Number of requests in the engine that need a merge, by the digest of the merge. Sums are not built."""
         self._merge_parts: dict[str, tuple[str, ...]] = {}  # the adapters that each built merge consists of
         self.num_loaded_bytes = 0
         self.num_failures = 0

@@ -1,5 +1,6 @@
 """Named merges: a name for adapters with weights, in requests over a socket."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from server.service.named_merges import NamedMerges
 from server.service.service import Service
 from server.settings import Settings
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, served, write_keys
+from tests.server.live import wait_until
 from tests.server.replies import refusal
 from tests.server.rig import write_adapter, write_adapters
 
@@ -286,24 +288,62 @@ def test_a_merge_with_block_weights_answers_as_the_adapter_that_it_makes(blocks:
     assert ask(blocks, adapter="deep", weights=[0.5])["text"] == ask(blocks, adapter="built", weights=[0.5])["text"]
 
 
+def test_the_log_has_the_block_weights(blocks: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "server.request")
+    ask(blocks, adapter="deep")
+
+    def rows() -> list[dict[str, Any]]:
+        return [vars(record) for record in caplog.records if record.name == "server.request"]
+
+    wait_until(lambda: bool(rows()), "the log line")  # it comes after the answer
+    assert rows()[0]["block_weights"] == [tuple(own) for own in BLOCKS]
+
+
 def test_prompts_of_one_body_have_the_block_weights(blocks: httpx.Client) -> None:
-    body = {"model": "deep", "prompt": ["12 + 3 =", "4 + 5 ="], "max_tokens": 8, "temperature": 0}
-    choices = blocks.post("/v1/completions", json=body).raise_for_status().json()["choices"]
-    expected = blocks.post("/v1/completions", json=body | {"model": "built"}).raise_for_status().json()["choices"]
-    assert [choice["text"] for choice in choices] == [choice["text"] for choice in expected]
+    def texts(model: str) -> list[str]:
+        body = {"model": model, "prompt": ["12 + 3 =", "4 + 5 ="], "max_tokens": 8, "temperature": 0}
+        return [choice["text"] for choice in blocks.post("/v1/completions", json=body).raise_for_status().json()["choices"]]
+
+    expected, plain = texts("built"), texts("math:0.75+safety:-0.25")
+    assert texts("deep") == expected
+    assert all(one != other for one, other in zip(expected, plain, strict=True))
 
 
 def test_block_weights_stand_beside_other_adapters(blocks: httpx.Client) -> None:
     weights = [1, 0.5]
     beside = ask(blocks, adapter=["deep", "law"], weights=weights)["text"]
-    assert beside == ask(blocks, adapter=["built", "law"], weights=weights)["text"] != ask(blocks, adapter="deep")["text"]
-    error = refusal(blocks.post("/generate", json={"prompt": "1", "adapter": ["deep", "intent"], "weights": [1, 1]}), 400)
-    assert error["param"] == "adapter"
-    assert "a merge with block weights needs adapters on one basis, found math: " in error["message"]
-    error = refusal(blocks.post("/generate", json={"prompt": "1", "adapter": "deep", "weights": [16]}), 400)
-    assert "the weight 18, expected -16 to 16" in error["message"]
+    assert beside == ask(blocks, adapter=["built", "law"], weights=weights)["text"]
+    assert beside != ask(blocks, adapter=["math", "safety", "law"], weights=[*WEIGHTS, 0.5])["text"]
+    reply = ask(blocks, adapter=["deep", "intent"], weights=[0, 1])  # intent is on another basis
+    assert reply["text"] == ask(blocks, adapter="intent")["text"]
+    assert not any("block_weights" in adapter for adapter in reply["adapter"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        (
+            {"adapter": ["deep", "intent"], "weights": [1, 1]},
+            "adapter",
+            "names a merge with block weights, which needs one basis, found math: ",
+        ),
+        ({"adapter": "deep", "weights": [16]}, "weights", "the weight 18 in a block of layers, expected -16 to 16"),
+        (
+            {"adapter": ["law", "deep"], "weights": ["auto", 1]},
+            "weights",
+            "asks for 'auto' beside 'deep', which has block weights",
+        ),
+    ],
+)
+def test_what_does_not_fit_block_weights_is_refused(
+    blocks: httpx.Client, fields: dict[str, Any], param: str, message: str
+) -> None:
+    error = refusal(blocks.post("/generate", json={"prompt": "1"} | fields), 400)
+    assert error["param"] == param
+    assert message in error["message"]
 
 
 def test_the_root_of_a_merge_with_block_weights_is_its_name(blocks: httpx.Client) -> None:
     for name in ("deep", "deep:2", "deep:2+law:1"):
         assert blocks.get(f"/v1/models/{name}").raise_for_status().json()["root"] == name
+    assert refusal(blocks.get("/v1/models/deep:1+intent:1"), 400)["param"] == "model"

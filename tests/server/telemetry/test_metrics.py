@@ -261,6 +261,11 @@ def test_a_merge_is_listed_as_it_is_asked_for(
     assert [*_request_models(replace(request(), terms=terms))] == models
 
 
+def test_a_merge_with_block_weights_is_no_sum() -> None:
+    terms = (AdapterTerm("math", "1" * 64, 1.0, block_weights=(0.5, 2.0)), AdapterTerm("law", "2" * 64, 1.0))
+    assert [*_request_models(replace(request(), terms=terms))] == ["math", "law"]
+
+
 @pytest.mark.slow
 def test_scraping_is_safe_while_the_engine_changes() -> None:
     """Check that scraping reads atomic copies: a loop over a collection that another thread changes raises."""
