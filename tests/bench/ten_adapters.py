@@ -60,9 +60,10 @@ def as_plain(row: Mapping[str, Any]) -> dict[str, str]:
     return {"prompt": row["prompt"], "completion": row["completion"], "template": "plain"}
 
 
-def as_message(row: Mapping[str, Any]) -> dict[str, str]:
+def as_message(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a training row with the bare message of a row of `nlu`."""
-    return {"prompt": bare("nlu", row["prompt"]), "completion": row["completion"].strip(), "template": "chat"}
+    messages = [{"role": "user", "content": bare("nlu", row["prompt"])}]
+    return {"prompt": messages, "completion": row["completion"].strip(), "template": "chat"}
 
 
 def rows_for(name: str, form: str, arguments: argparse.Namespace) -> tuple[MetricName, list[Any]]:
