@@ -44,8 +44,8 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
         adapters = await find_model(service, caller, model, resolved.adapters)
         # Both raise if every request with this name would be refused.
         summaries = [adapter.summary for adapter in adapters]
-        weights = service.admission.weights.check(resolved, summaries) or ()
-        service.admission.check_merge(resolved, summaries, [0.0 if one == "auto" else one for one in weights], ())
+        weights = service.admission.weights.check(resolved, summaries) or (1.0,) * len(summaries)
+        service.admission.check_merge(resolved, summaries, [1.0 if one == "auto" else one for one in weights], ())
     except RefusedError as error:
         raise RefusedError("model", error.message) from error
     card = _card(service, adapters).model_copy(update={"id": model})

@@ -1,9 +1,9 @@
 """Bodies and replies of POST /generate."""
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from lori.merge_options import MergeMethod
 from lori.template import Message, Template
@@ -81,14 +81,10 @@ class ResolvedAdapter(Reply):
     name: str
     version: str
     weight: float
-    block_weights: list[float] = Field(default_factory=list)
+    block_weights: list[float] = Field(default_factory=list, exclude_if=lambda weights: not weights)
     """Factors of the weight in blocks of layers, from the first to the last. Absent unless a named merge has them."""
     policy: bool = False
     """The operator adds it to every request."""
-
-    @model_serializer(mode="wrap")
-    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in serialize(self).items() if key != "block_weights" or value}
 
 
 class MergeReply(Reply):
