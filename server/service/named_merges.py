@@ -96,7 +96,7 @@ class NamedMerges:
         if len(terms) > MAX_ADAPTERS:
             raise RefusedError("adapter", f"names {len(terms)} adapters with those of merges, expected at most {MAX_ADAPTERS}")
         if any(blocks for *_, blocks in terms) and any(requested == "auto" for _, requested, _ in terms):
-            merge = next(name for name in names if (found := self.find(name, may_use)) and found.has_block_weights)
+            merge = next(name for name in names if (own := self.find(name, may_use)) and own.has_block_weights)
             raise RefusedError(
                 request.weights_field, f"asks for 'auto' beside {merge!r}, which has block weights; expected numbers"
             )
@@ -104,8 +104,8 @@ class NamedMerges:
             largest = 0.0 if requested == "auto" else max((requested * block for block in blocks or (1.0,)), key=abs)
             if abs(largest) > MAX_WEIGHT:
                 limits = f"expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
-                where = " in a block of layers" if blocks else ""
-                raise RefusedError(request.weights_field, f"gives {reference} the weight {largest:g}{where}, {limits}")
+                scope = " in a block of layers" if blocks else ""
+                raise RefusedError(request.weights_field, f"gives {reference} the weight {largest:g}{scope}, {limits}")
         adapters, weights, block_weights = zip(*terms, strict=True)
         return replace(request, adapters=adapters, weights=weights, block_weights=block_weights if any(block_weights) else ())
 
