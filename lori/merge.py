@@ -138,9 +138,14 @@ class _Parent:
     @cached_property
     def weights_by_layer(self) -> Mapping[str, float]:
         """The weight in each layer that the adapter changes."""
-        layers = sorted({layer_of(module) for module in self.adapter.modules}, key=natural_key)
         blocks = self.block_weights or (1.0,)
-        return {layer: self.weight * blocks[i * len(blocks) // len(layers)] for i, layer in enumerate(layers)}
+        return {layer: self.weight * blocks[block] for layer, block in blocks_of_layers(self.adapter, len(blocks)).items()}
+
+
+def blocks_of_layers(adapter: Adapter, num_blocks: int) -> Mapping[str, int]:
+    """Return the block, from 0, of each layer that the adapter changes: `num_blocks` of about equal length, first to last."""
+    layers = sorted({layer_of(module) for module in adapter.modules}, key=natural_key)
+    return {layer: i * num_blocks // len(layers) for i, layer in enumerate(layers)}
 
 
 def merge(

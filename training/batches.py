@@ -59,7 +59,7 @@ def plan_steps(
     num_steps, num_passes = length
     num_items = max(1, round(num_passes * len(data)))
     rng = random.Random(seed)
-    data_order, mix_order = _shuffled_forever(len(data), rng), _shuffled_forever(len(mix), rng)
+    data_order, mix_order = shuffled_forever(len(data), rng), shuffled_forever(len(mix), rng)
     steps: list[Step] = []
     step: Step = []
     num_drawn = 0
@@ -75,7 +75,8 @@ def plan_steps(
     return [*steps, step] if step else steps
 
 
-def _shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
+def shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
+    """Yield the numbers below `count` in a random order, then all again in another order, without an end."""
     while True:
         yield from rng.sample(range(count), count)
 

@@ -11,7 +11,7 @@ from lori.template import Template, common_templates
 from training.data import DataError, Row
 from training.evaluation.local_adapters import AdapterSelection, apply_adapter
 from training.evaluation.local_answerer import row_log_likelihoods
-from training.weight_search import Weights, repeat_in_blocks, split_blocks, unit_weights
+from training.weight_trials import Weights, repeat_in_blocks, split_blocks, unit_weights
 
 MIN_GAIN = 0.005
 """Gain of the best single adapter, in nats a token, below which the shares of a source's gain would be noise."""
@@ -66,16 +66,22 @@ class MergeScorer:
 
         The first call also measures the base and each adapter alone. Raises `DataError` if no adapter alone gains on a source.
         """
-        base, merged = self.losses((0.0,) * len(weights)), self.losses(weights)
+        base, merged = self._base_losses(), self.losses(weights)
+        return {source: (base[source] - merged[source]) / gain for source, gain in self.gains().items()}
+
+    def gains(self) -> Mapping[str, float]:
+        """Return the gain of the best single adapter at weight 1 on each source. Raises as `shares`."""
+        base = self._base_losses()
         alone = [self.losses(repeat_in_blocks(unit, self.num_blocks)) for unit in unit_weights(len(self.adapters))]
-        shares = {}
-        for source in self.rows:
-            best_gain = base[source] - min(losses[source] for losses in alone)
-            if best_gain < MIN_GAIN:
-                difference = f"the best gains {best_gain:.3f} nats a token, expected {MIN_GAIN} at least"
+        gains = {source: base[source] - min(losses[source] for losses in alone) for source in self.rows}
+        for source, gain in gains.items():
+            if gain < MIN_GAIN:
+                difference = f"the best gains {gain:.3f} nats a token, expected {MIN_GAIN} at least"
                 raise DataError(f"{source}: no adapter alone raises the likelihood of its answers: {difference}")
-            shares[source] = (base[source] - merged[source]) / best_gain
-        return shares
+        return gains
+
+    def _base_losses(self) -> Mapping[str, float]:
+        return self.losses((0.0,) * len(self.adapters) * self.num_blocks)
 
     def score(self, weights: Weights) -> float:
         """Return the mean of the shares."""

@@ -1,4 +1,4 @@
-"""`python -m training.tune`: the weights of a merge, searched on a few rows, saved as a named merge.
+"""`python -m training.tune`: the weights of a merge, fitted to a few rows by their gradient, saved as a named merge.
 
 A request may use the merge's name like an adapter's, on a server that was started with `--merges FOLDER`.
 """
@@ -8,8 +8,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -17,34 +16,33 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from lori.adapter import Adapter
+from lori.base_model import BaseModel
 from lori.errors import AdapterError, LoriError
+from lori.merge import blocks_of_layers
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
-from lori.named_merge import SUFFIX, MergedAdapter, NamedMerge, repeated_references
+from lori.named_merge import MAX_BLOCKS, SUFFIX, MergedAdapter, NamedMerge, repeated_references
 from lori.names import NAME, check_name, is_name, weight_text
 from lori.store.files import replace_file
 from lori.store.store import AdapterStore
+from lori.template import common_templates
 from training.base import load_base
 from training.command_line import run_program
-from training.data import Faults, Source, read_rows
+from training.data import DataError, Example, Faults, Row, Source, read_rows, tokenize
 from training.evaluation.local_adapters import find_adapter
+from training.evaluation.local_answerer import row_template
 from training.merge_score import MergeScorer
+from training.packing import max_example_length
 from training.prompt_features import PromptsConfig
-from training.weight_search import (
-    Trial,
-    Weights,
-    best_of,
-    even_weights,
-    repeat_in_blocks,
-    search,
-    split_blocks,
-    starting_points,
-)
+from training.weight_descent import Descent, WeightDescent
+from training.weight_trials import Trial, Weights, best_of, even_weights, repeat_in_blocks, split_blocks, unit_weights
 
-Plot = Callable[[Sequence[str], Sequence[Trial], Path], None]
+Plot = Callable[[Sequence[str], int, Sequence[Trial], Path], None]
+NUM_SCORED = 8
+"""How many times the weights are scored during the descent."""
 
 
 class TuneConfig(PromptsConfig):
-    """Search the weights of a merge on a few rows, without gradients, and save them as a named merge."""
+    """Fit the weights of a merge to a few rows, by gradient descent, and save them as a named merge."""
 
     adapter: list[str] = Field(min_length=1, max_length=MAX_ADAPTERS)
     """The adapters: folders, or with --adapters names."""
@@ -54,15 +52,19 @@ class TuneConfig(PromptsConfig):
     """Rows with completions, one source for each thing that the merge has to do. All sources count the same."""
     output: Path
     """The file to write, NAME.json; beside it come NAME.png, a plot of the trials, and NAME.csv, their figures."""
-    num_rows: int = Field(default=64, ge=8)
+    num_rows: int = Field(default=128, ge=8)
     """Maximum number of rows of each source, drawn at random."""
-    num_trials: int = Field(default=40, ge=1)
-    """Maximum number of weights that are tried, the first ones too. The search may end earlier, once its steps are below 0.02."""
-    num_blocks: int = Field(default=1, ge=1, le=16)
-    """Blocks of layers, from the first to the last, in which each adapter has a weight of its own. The first third of the trials
-    has equal weights in all blocks. More blocks need more trials."""
-    max_weight: float = Field(default=1.5, ge=1, le=MAX_WEIGHT, multiple_of=0.01)
-    """The largest weight of an adapter; the smallest is 0."""
+    held_out_fraction: float = Field(default=0.25, gt=0, lt=1)
+    """Fraction of each source's rows that the gradient never sees. The weights are scored on them."""
+    steps: int = Field(default=80, ge=NUM_SCORED)
+    """Optimizer steps."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows of a step. Each source has an equal part of them, and one at least."""
+    num_blocks: int = Field(default=1, ge=1, le=MAX_BLOCKS)
+    """Blocks of layers, from the first to the last, in which each adapter has a weight of its own: as many as the layers that the
+    adapters change, or fewer."""
+    max_weight: float = Field(default=2, ge=1, le=MAX_WEIGHT, multiple_of=0.01)
+    """The largest weight of an adapter. The smallest is 0."""
 
     @model_validator(mode="after")
     def _check_flags(self) -> "TuneConfig":
@@ -71,22 +73,9 @@ class TuneConfig(PromptsConfig):
             faults.append(f"--output is {str(self.output)!r}, expected NAME{SUFFIX} with a NAME that matches {NAME.pattern}")
         if len({*paths}) < len(paths):
             faults.append("--data has one path twice, expected each once")
-        if self.num_trials < (min_trials := len(starting_points(len(self.adapter)))):
-            faults.append(f"--num-trials is {self.num_trials}, expected {min_trials} at least: so many weights are tried first")
-        # COBYQA first tries two points for each weight.
-        min_trials = self.num_equal_trials + 2 * len(self.adapter) * self.num_blocks + 1
-        if self.num_blocks > 1 and self.num_trials < min_trials:
-            faults.append(
-                f"--num-trials is {self.num_trials}, expected {min_trials} at least for {self.num_blocks} blocks of layers"
-            )
         if faults:
             raise ValueError("; ".join(faults))
         return self
-
-    @property
-    def num_equal_trials(self) -> int:
-        """Maximum number of trials of weights that are equal in all blocks."""
-        return self.num_trials if self.num_blocks == 1 else max(len(starting_points(len(self.adapter))), self.num_trials // 3)
 
     @property
     def files(self) -> tuple[Path, Path, Path]:
@@ -95,15 +84,15 @@ class TuneConfig(PromptsConfig):
 
 
 def tune(config: TuneConfig) -> str:
-    """Search, and write the named merge with its plot and table. Return what is best. Raises `LoriError` and `OSError`."""
+    """Fit the weights, write the named merge with its plot and table, and return a report. Raises `LoriError` and `OSError`."""
     plot = trial_plotter()
     if existing := [str(file) for file in config.files if os.path.lexists(file)]:
         raise LoriError(f"--output: {', '.join(existing)} is there already: remove it, or give another name")
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=config.output.parent):  # raises before the search, not after, if the folder cannot be written
+    with NamedTemporaryFile(dir=config.output.parent):  # raises before the descent, not after, if the folder cannot be written
         pass
     faults = Faults(config.on_bad)
-    rows = {source.path: config.draw(read_rows(source, faults=faults), config.num_rows) for source in config.data}
+    drawn = {source.path: config.draw(read_rows(source, faults=faults), config.num_rows) for source in config.data}
     faults.raise_or_warn()
     base = load_base(config.model, config.dtype, config.threads)
     adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
@@ -111,38 +100,90 @@ def tune(config: TuneConfig) -> str:
     references = [f"{name}@{adapter.version}" for name, adapter in zip(names, adapters, strict=True)]
     if repeated := repeated_references(references):
         raise AdapterError(f"--adapter names {', '.join(repeated)} twice, expected each adapter once")
-    if config.num_blocks > 1 and len({adapter.basis for adapter in adapters}) > 1:
-        bases = "; ".join(f"{adapter.name}: {adapter.basis}" for adapter in adapters)
-        raise AdapterError(f"--num-blocks needs adapters on one basis, found {bases}")
-    scorer = MergeScorer(base, adapters, rows, config.num_blocks)
-    trials = _search(config, scorer)
+    if config.num_blocks > 1:
+        _check_blocks(config.num_blocks, adapters)
+    usable = _tokenize(base, adapters, drawn, faults)
+    held_out, examples = _split(usable, config.held_out_fraction)
+    scorer = MergeScorer(base, adapters, held_out, config.num_blocks)
+    trials = _descend(config, scorer, examples)
     best = best_of(trials)
     merge = NamedMerge(
         base_digest=base.identity.digest,
         adapters=[*map(_merged_adapter, references, split_blocks(best.weights, config.num_blocks))],
-        about=f"python -m training.tune, {len(trials)} trials on {sum(map(len, rows.values()))} rows",
+        about=f"python -m training.tune, {config.steps} steps, scored on {sum(map(len, held_out.values()))} rows",
         scores={source: round(share, 4) for source, share in scorer.shares(best.weights).items()},
     )
     output, plot_file, table_file = config.files
     columns = names if config.num_blocks == 1 else [f"{name} {i}" for name in names for i in range(1, config.num_blocks + 1)]
     replace_file(table_file, _table(columns, scorer, trials).encode())
-    plot(columns, trials, plot_file)
+    plot(names, config.num_blocks, trials, plot_file)
     replace_file(output, merge.to_bytes())
     return "\n".join(_report(merge, scorer, trials, output))
 
 
-def _search(config: TuneConfig, scorer: MergeScorer) -> list[Trial]:
-    """Return what was tried: first weights that are equal in all blocks, then from the best of these on any weights."""
-    starts, num_blocks = starting_points(len(scorer.adapters)), config.num_blocks
-    with tqdm(total=config.num_trials, unit="trial", desc="weights", disable=None) as bar:
+def _check_blocks(num_blocks: int, adapters: Sequence[Adapter]) -> None:
+    if len({adapter.basis for adapter in adapters}) > 1:
+        bases = "; ".join(f"{adapter.name}: {adapter.basis}" for adapter in adapters)
+        raise AdapterError(f"--num-blocks needs adapters on one basis, found {bases}")
+    for adapter in adapters:
+        if num_blocks > (num_layers := len(blocks_of_layers(adapter, num_blocks))):
+            raise AdapterError(
+                f"--num-blocks is {num_blocks}, expected {num_layers} at most: so many layers {adapter.name!r} changes"
+            )
 
-        def score_equal(weights: Weights) -> float:
-            return scorer.score(repeat_in_blocks(weights, num_blocks))
 
-        equal = search(score_equal, starts, config.max_weight, config.num_equal_trials, bar.update)
-        trials = [Trial(repeat_in_blocks(trial.weights, num_blocks), trial.score) for trial in equal]
-        if num_blocks > 1:
-            trials += search(scorer.score, [], config.max_weight, config.num_trials - len(trials), bar.update, known=trials)
+def _tokenize(
+    base: BaseModel, adapters: Sequence[Adapter], rows: Mapping[str, Sequence[Row]], faults: Faults
+) -> dict[str, list[tuple[Row, Example]]]:
+    """Return the rows of each source that can be tokenized, each under one template, with their tokens.
+
+    Raises `DataError` if there are others, such as too long ones, unless `faults` skips them.
+    """
+    templates = common_templates([(adapter.name, adapter.config.lori.templates) for adapter in adapters])
+    config = base.model.config.get_text_config()
+    limits = (max_example_length(config), getattr(config, "max_position_embeddings", None))
+    max_length = min((limit for limit in limits if limit), default=sys.maxsize)
+    usable = {}
+    for source, own in rows.items():
+        with_template = [row.model_copy(update={"template": row_template(row, templates)}) for row in own]
+        examples = tokenize(base.tokenizer, with_template, templates, max_length, faults=faults)
+        by_origin = {example.origin: example for example in examples}
+        usable[source] = [(row, by_origin[row.origin]) for row in own if row.origin in by_origin]
+    faults.raise_or_warn()
+    return usable
+
+
+def _split(
+    usable: Mapping[str, Sequence[tuple[Row, Example]]], held_out_fraction: float
+) -> tuple[dict[str, list[Row]], dict[str, list[Example]]]:
+    """Return the rows of each source that are held out, and the examples of the others."""
+    held_out, examples = {}, {}
+    for source, own in usable.items():
+        count = max(1, round(held_out_fraction * len(own)))
+        if count >= len(own):
+            raise DataError(
+                f"{source}: --held-out-fraction {held_out_fraction:g} of {len(own)} rows leaves none for the gradient"
+            )
+        held_out[source] = [row for row, _ in own[:count]]
+        examples[source] = [example for _, example in own[count:]]
+    return held_out, examples
+
+
+def _descend(config: TuneConfig, scorer: MergeScorer, examples: Mapping[str, Sequence[Example]]) -> list[Trial]:
+    """Return what was scored: weights that people try first, then from the best even ones on those of the descent."""
+    num_blocks, num_adapters = config.num_blocks, len(scorer.adapters)
+    starts = [repeat_in_blocks(weights, num_blocks) for weights in (*unit_weights(num_adapters), *even_weights(num_adapters))]
+    descent = Descent(config.steps, config.batch_size, config.max_weight, config.seed)
+    with tqdm(total=config.steps, unit="step", desc="weights", disable=None) as bar:
+        trials = [Trial(weights, scorer.score(weights)) for weights in dict.fromkeys(starts)]
+        start = best_of(trials[-len(even_weights(num_adapters)) :]).weights
+        gradient = WeightDescent(scorer.base, scorer.adapters, examples, scorer.gains(), num_blocks)
+        scored_at = {config.steps * (i + 1) // NUM_SCORED for i in range(NUM_SCORED)}
+        for step, weights in enumerate(gradient.descend(start, descent), 1):
+            if step in scored_at:
+                trials.append(Trial(weights, scorer.score(weights), step))
+                bar.set_postfix(score=f"{best_of(trials).score:.3f}")
+            bar.update()
     return trials
 
 
@@ -153,13 +194,11 @@ def _merged_adapter(reference: str, weights: Weights) -> MergedAdapter:
 
 
 def trial_plotter() -> Plot:
-    """Return `plot_trials`. Raises `LoriError` if scipy or matplotlib is not installed; call it before the search, not after."""
+    """Return `plot_trials`. Raises `LoriError` if matplotlib is not installed; call it before the descent, not after."""
     try:
         from training.trial_plot import plot_trials  # noqa: PLC0415  # an extra
     except ImportError as error:
         raise LoriError(f"training.tune needs: pip install '.[train]' ({error})") from error
-    if find_spec("scipy") is None:
-        raise LoriError("training.tune needs: pip install '.[train]' (No module named 'scipy')")
     return plot_trials
 
 
@@ -171,9 +210,9 @@ def _own_name(store: Path | None, reference: str, adapter: Adapter) -> str:
 
 
 def _report(merge: NamedMerge, scorer: MergeScorer, trials: Sequence[Trial], output: Path) -> list[str]:
-    even = repeat_in_blocks(even_weights(len(scorer.adapters)), scorer.num_blocks)
+    even = repeat_in_blocks(even_weights(len(scorer.adapters))[0], scorer.num_blocks)
     even_shares = scorer.shares(even)
-    lines = [f"best of {len(trials)} trials: {' + '.join(map(_shown, merge.adapters))}"]
+    lines = [f"best of {len(trials)} weights: {' + '.join(map(_shown, merge.adapters))}"]
     lines += [
         f"{source}: {share:.2f} of the best single adapter's gain, {even_shares[source]:.2f} at {even[0]:g} each"
         for source, share in scorer.shares(best_of(trials).weights).items()
@@ -189,9 +228,11 @@ def _shown(adapter: MergedAdapter) -> str:
 def _table(names: Sequence[str], scorer: MergeScorer, trials: Sequence[Trial]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([*(f"weight of {name}" for name in names), "score", *(f"share of {source}" for source in scorer.rows)])
+    table.writerow(["step", *(f"weight of {name}" for name in names), "score", *(f"share of {source}" for source in scorer.rows)])
     for trial in trials:
-        table.writerow([*trial.weights, round(trial.score, 4), *(round(s, 4) for s in scorer.shares(trial.weights).values())])
+        table.writerow(
+            [trial.step, *trial.weights, round(trial.score, 4), *(round(s, 4) for s in scorer.shares(trial.weights).values())]
+        )
     return text.getvalue()
 
 

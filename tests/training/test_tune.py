@@ -1,6 +1,8 @@
 """`training.tune`: weights of a merge that are searched on rows, and what is written."""
 
 import csv
+import json
+import random
 import sys
 from pathlib import Path
 
@@ -64,7 +66,9 @@ def settings(place: Path, output: Path, **fields: object) -> TuneConfig:
         "data": [str(place / f"{name}.jsonl") for name in NAMES],
         "output": output,
         "dtype": "float32",
-        "num_trials": 12,
+        "num_rows": 8,
+        "steps": 8,
+        "batch_size": 4,
         "max_weight": 1.1,
     }
     return TuneConfig.model_validate(defaults | fields)
@@ -75,7 +79,7 @@ def output(place: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
     """Return the file of a merge that was searched."""
     output = tmp_path_factory.mktemp("merges") / "both.json"
     message = tune(settings(place, output, model=str(tiny_model)))
-    assert message.startswith("best of 12 trials: math@")
+    assert message.startswith("best of 12 weights: math@")
     assert message.endswith(f"wrote {output}: to serve it, python -m server --merges {output.parent}; its name is 'both'")
     return output
 
@@ -87,6 +91,7 @@ def test_the_best_trial_is_written(output: Path) -> None:
     best = max(trials, key=lambda trial: float(trial["score"]))
     assert [float(best[f"weight of {name}"]) for name in NAMES] == [adapter.weight for adapter in merge.adapters]
     assert float(best["score"]) == pytest.approx(sum(merge.scores.values()) / 2, abs=1e-3)
+    assert [int(trial["step"]) for trial in trials] == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
     first = [tuple(float(trial[f"weight of {name}"]) for name in NAMES) for trial in trials[:4]]
     assert first == [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1.0, 1.0)]
     assert float(best["score"]) > max(float(trial["score"]) for trial in trials[:4])
@@ -94,40 +99,64 @@ def test_the_best_trial_is_written(output: Path) -> None:
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_scores_are_those_of_an_evaluation(output: Path, place: Path, tiny_model: Path) -> None:
+def test_scores_are_those_of_an_evaluation_of_held_out_rows(output: Path, place: Path, tiny_model: Path, tmp_path: Path) -> None:
     merge = NamedMerge.from_bytes(output.read_bytes())
-    file, options = place / "math.jsonl", {"local": True, "model": str(tiny_model), "adapters": place, "dtype": "float32"}
+    lines = (place / "math.jsonl").read_text().splitlines()
+    held_out = random.Random(0).sample(lines, 8)[:2]  # a quarter of the rows that the seed draws
+    file = write(tmp_path / "held_out.jsonl", [json.loads(line) for line in held_out])
+    options = {"local": True, "model": str(tiny_model), "adapters": place, "dtype": "float32"}
 
     def loss(**fields: object) -> float:
         return evaluate(config("loss", file, **options, **fields)).figures["loss"]
 
     merged = loss(adapter=list(NAMES), weights=[adapter.weight for adapter in merge.adapters])
     gain = loss() - min(loss(adapter=[name]) for name in NAMES)
-    assert merge.scores[str(file)] == pytest.approx((loss() - merged) / gain, abs=1e-3)
+    assert merge.scores[str(place / "math.jsonl")] == pytest.approx((loss() - merged) / gain, abs=1e-3)
 
 
 def test_blocks_of_layers_have_weights_of_their_own(place: Path, tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "both.json"
-    message = tune(settings(place, output, model=str(tiny_model), num_blocks=2, num_trials=18))
+    message = tune(settings(place, output, model=str(tiny_model), num_blocks=2))
     merge = NamedMerge.from_bytes(output.read_bytes())
     with output.with_suffix(".csv").open() as file:
         trials = list(csv.DictReader(file))
     columns = [f"weight of {name} {block}" for name in NAMES for block in (1, 2)]
     equal = [all(trial[f"weight of {name} 1"] == trial[f"weight of {name} 2"] for name in NAMES) for trial in trials]
-    assert (len(trials), all(equal[:6]), any(equal[6:])) == (18, True, False)
+    assert equal == [True] * 4 + [False] * 8
     best = max(trials, key=lambda trial: float(trial["score"]))
     written = [one.weight * block for one in merge.adapters for block in one.block_weights or [1.0, 1.0]]
     assert [float(best[column]) for column in columns] == pytest.approx(written)
     assert float(best["score"]) == pytest.approx(sum(merge.scores.values()) / 2, abs=1e-3)
-    assert message.startswith(f"best of 18 trials: {merge.adapters[0].reference}:")
+    assert message.startswith(f"best of 12 weights: {merge.adapters[0].reference}:")
 
 
 def test_blocks_need_one_basis(place: Path, base: BaseModel, tiny_model: Path, tmp_path: Path) -> None:
     for stream, name in enumerate(("one", "two")):
         write_adapter(tmp_path / name, base, seed=5, stream=stream)
-    fields = {"adapters": tmp_path, "adapter": ["one", "two"], "num_blocks": 2, "num_trials": 20, "model": str(tiny_model)}
+    fields = {"adapters": tmp_path, "adapter": ["one", "two"], "num_blocks": 2, "model": str(tiny_model)}
     with pytest.raises(AdapterError, match="--num-blocks needs adapters on one basis, found one: "):
         tune(settings(place, tmp_path / "both.json", **fields))
+
+
+def test_more_blocks_than_layers_are_refused(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"--num-blocks is 3, expected 2 at most: so many layers 'math' changes"):
+        tune(settings(place, tmp_path / "both.json", model=str(tiny_model), num_blocks=3))
+
+
+def test_too_few_rows_for_two_parts_are_refused(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    fault = r"math\.jsonl: --held-out-fraction 0.95 of 8 rows leaves none for the gradient"
+    with pytest.raises(DataError, match=fault):
+        tune(settings(place, tmp_path / "both.json", model=str(tiny_model), held_out_fraction=0.95))
+
+
+def test_rows_that_are_too_long_are_refused_or_left_out(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (place / "math.jsonl").read_text().splitlines()][:8]
+    file = write(tmp_path / "long.jsonl", [*rows, {"prompt": "so " * 4096, "completion": " long"}])
+    fields = {"model": str(tiny_model), "data": [str(file)], "num_rows": 9}
+    with pytest.raises(DataError, match=r"too long: 1\n.*long\.jsonl line 9: \d+ tokens under 'plain', the limit is "):
+        tune(settings(place, tmp_path / "both.json", **fields))
+    tune(settings(place, tmp_path / "both.json", on_bad="skip", **fields))
+    assert NamedMerge.from_bytes((tmp_path / "both.json").read_bytes()).about.endswith("scored on 2 rows")
 
 
 @pytest.mark.parametrize("suffix", [".json", ".png", ".csv"])
@@ -161,7 +190,7 @@ def test_an_alias_is_written_as_its_adapter(place: Path, tiny_model: Path, tmp_p
         store.publish(place / name)
     store.alias("calc", "math")
     output = tmp_path / "both.json"
-    fields = {"model": str(tiny_model), "adapters": store.root, "num_rows": 8, "num_trials": 4}
+    fields = {"model": str(tiny_model), "adapters": store.root}
     tune(settings(place, output, **{"adapter": ["calc", "safety"]} | fields))
     assert [adapter.name for adapter in NamedMerge.from_bytes(output.read_bytes()).adapters] == [*NAMES]
     with pytest.raises(AdapterError, match="twice, expected each adapter once"):
@@ -176,10 +205,10 @@ def test_a_folder_that_cannot_be_written_is_found_first(place: Path) -> None:
 def test_folders_are_adapters_too(place: Path, tiny_model: Path, tmp_path: Path) -> None:
     folders = [str(place / name) for name in NAMES]
     output = tmp_path / "both.json"
-    tune(settings(place, output, model=str(tiny_model), adapters=None, adapter=folders, num_rows=8, num_trials=4))
+    tune(settings(place, output, model=str(tiny_model), adapters=None, adapter=folders))
     merge = NamedMerge.from_bytes(output.read_bytes())
     assert [adapter.name for adapter in merge.adapters] == [*NAMES]
-    assert "4 trials on 16 rows" in merge.about
+    assert merge.about == "python -m training.tune, 8 steps, scored on 4 rows"
 
 
 def test_adapters_without_a_common_template_are_refused(place: Path, base: BaseModel, tiny_model: Path, tmp_path: Path) -> None:
@@ -189,10 +218,9 @@ def test_adapters_without_a_common_template_are_refused(place: Path, base: BaseM
         tune(settings(place, tmp_path / "both.json", model=str(tiny_model), adapters=tmp_path, adapter=["one", "two"]))
 
 
-@pytest.mark.parametrize("package", ["scipy", "lori.compare.plots"])
-def test_a_missing_extra_is_said_first(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_a_missing_extra_is_said_first(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "training.trial_plot", raising=False)
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "lori.compare.plots", None)
     with pytest.raises(LoriError, match=r"training\.tune needs: pip install '\.\[train\]'"):
         tune(settings(place, tmp_path / "both.json", model="absent"))
 
@@ -204,8 +232,8 @@ def test_a_missing_extra_is_said_first(place: Path, tmp_path: Path, monkeypatch:
         ({"output": Path("Both.json")}, "expected NAME.json with a NAME that matches"),
         ({"output": Path("auto.json")}, "expected NAME.json with a NAME that matches"),
         ({"data": ["math.jsonl", "math.jsonl"]}, "--data has one path twice, expected each once"),
-        ({"num_trials": 3}, "--num-trials is 3, expected 4 at least"),
-        ({"num_blocks": 2}, "--num-trials is 12, expected 13 at least for 2 blocks of layers"),
+        ({"steps": 7}, "greater than or equal to 8"),
+        ({"held_out_fraction": 1}, "less than 1"),
         ({"max_weight": 0.5}, "greater than or equal to 1"),
         ({"adapter": []}, "at least 1 item"),
     ],

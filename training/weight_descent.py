@@ -1,0 +1,137 @@
+"""Gradient descent on the weights of a merge. The base and the adapters stay as they are.
+
+A merge computes y + sum_i w_i B_i (A_i x) in each layer, where w_i is the adapter's weight in the layer's block. So the weights
+have gradients as parameters do, at the cost of one backward pass through the base's layers.
+
+Shapes: N inputs, D outputs, R ranks of all adapters together.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lori.adapter import Adapter, common_shapes
+from lori.base_model import BaseModel
+from lori.identity import layer_of
+from lori.merge import blocks_of_layers
+from training.batches import MicroBatch, shuffled_forever
+from training.data import Example
+from training.loss import completion_logits
+from training.packing import ATTENTION, check_layers, pack, use_attention
+from training.weight_trials import NUM_DIGITS, Weights
+
+LR = 0.1
+"""Adam's learning rate, in weights a step. In the second half of the steps it falls to zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """The steps of a descent."""
+
+    num_steps: int
+    batch_size: int
+    """Examples of a step. The sources have equal parts, of one example at least."""
+    max_weight: float
+    """The largest weight. The smallest is 0."""
+    seed: int
+
+
+class WeightDescent:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) on the weights of `adapters` in `num_blocks` blocks of layers.
+
+    It lowers the mean over the sources of the loss, in nats a token, divided by the source's `gains`.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapters: Sequence[Adapter],
+        examples: Mapping[str, Sequence[Example]],
+        gains: Mapping[str, float],
+        num_blocks: int,
+    ) -> None:
+        check_layers(base.model.config.get_text_config())
+        self.model, self.examples, self.gains, self.num_blocks = base.model, examples, gains, num_blocks
+        shape = (len(adapters), num_blocks)
+        self.weights = nn.Parameter(torch.ones(shape, device=base.model.device))
+        self.hooks = _hooks(base, adapters, self.weights)
+
+    def descend(self, start: Weights, descent: Descent) -> Iterator[Weights]:
+        """Yield the weights after each step from `start`, with `NUM_DIGITS` decimal places.
+
+        Between the steps the model is as before, bit for bit.
+        """
+        with torch.no_grad():
+            self.weights.copy_(torch.tensor(start).view_as(self.weights))
+        optimizer = torch.optim.Adam([self.weights], lr=LR)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / descent.num_steps))
+        for batch in self._batches(descent):
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                self.weights.clamp_(0, descent.max_weight)
+            yield tuple(round(weight, NUM_DIGITS) for weight in self.weights.detach().flatten().tolist())
+
+    def loss(self, batch: Mapping[str, Sequence[Example]]) -> torch.Tensor:
+        """Return the loss at `weights`, with a gradient: of each source in `batch` divided by its gain, then the mean."""
+        factors = []
+        for source, examples in batch.items():
+            num_tokens = sum(len(example) - example.num_prompt for example in examples)
+            factors += [1 / (num_tokens * self.gains[source] * len(batch))] * num_tokens
+        examples = tuple(example for own in batch.values() for example in own)
+        packed = pack(MicroBatch(examples, 1.0)).to(self.model.device)
+        with ExitStack() as stack:
+            stack.enter_context(use_attention(self.model, ATTENTION))
+            for name, hook in self.hooks.items():
+                stack.callback(self.model.get_submodule(name).register_forward_hook(hook).remove)
+            losses = F.cross_entropy(completion_logits(self.model, packed), packed.targets, reduction="none")
+        return losses @ torch.tensor(factors, device=losses.device)
+
+    def _batches(self, descent: Descent) -> Iterator[Mapping[str, Sequence[Example]]]:
+        """Yield the examples of each step, by source. All of a source are seen before any is seen again."""
+        count = max(1, descent.batch_size // len(self.examples))
+        rng = random.Random(descent.seed)
+        orders = {source: shuffled_forever(len(own), rng) for source, own in self.examples.items()}
+        for _ in range(descent.num_steps):
+            yield {source: [own[next(orders[source])] for _ in range(count)] for source, own in self.examples.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightedHook:
+    """Forward hook that adds the weighted sum of B_i (A_i x) to a layer's output, with the sum in fp32."""
+
+    a: torch.Tensor  # (R, N): the adapters' A's, one after the other
+    scaled_b: torch.Tensor  # (D, R) fp32
+    weights: nn.Parameter
+    indices: torch.Tensor  # (R,): the weight of each rank, in the flattened weights
+
+    def __call__(self, _: nn.Module, inputs: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+        s = F.linear(inputs[0], self.a).float() * self.weights.flatten()[self.indices]  # (…, R)
+        return (y + F.linear(s, self.scaled_b)).to(y.dtype)
+
+
+def _hooks(base: BaseModel, adapters: Sequence[Adapter], weights: nn.Parameter) -> dict[str, _WeightedHook]:
+    """Return the hook of each module that an adapter changes."""
+    blocks = [blocks_of_layers(adapter, weights.shape[1]) for adapter in adapters]
+    hooks = {}
+    for module, shape in common_shapes(adapters).items():
+        parts = [(i, adapter) for i, adapter in enumerate(adapters) if module in adapter.modules]
+        ranks = [adapter.modules[module].shape[1] for _, adapter in parts]
+        a = torch.cat([one.basis.draw(module, rank, shape[1]) for (_, one), rank in zip(parts, ranks, strict=True)])
+        b = torch.cat([adapter.config.scale_of(module) * adapter.modules[module].dense().float() for _, adapter in parts], 1)
+        indices = [i * weights.shape[1] + blocks[i][layer_of(module)] for i, _ in parts]
+        hooks[module] = _WeightedHook(
+            a.to(base.model.device, base.model.dtype),
+            b.to(base.model.device),
+            weights,
+            torch.tensor(indices, device=base.model.device).repeat_interleave(torch.tensor(ranks, device=base.model.device)),
+        )
+    return hooks
