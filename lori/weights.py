@@ -49,8 +49,22 @@ def read_modules(
         elif all(name in tensors for name in tensor_names):
             mask, values, *scales = (tensors[name] for name in tensor_names)
             b = _read_module(module, (shape[0], config.rank_of(module)), mask, values, scales, config.lori.values, faults)
-            modules |= {module: b} if b else {}
+            if b:
+                modules[module] = b
+    modules = _finite(modules, faults)
     return modules if config.lori.values != "int8" else _canonical(modules, tensors, faults)
+
+
+def _finite(modules: Mapping[str, SparseB], faults: list[str]) -> dict[str, SparseB]:
+    """Return the `modules` whose values are finite. Adds faults for the others.
+
+    The sums of finite values are finite, except where they overflow. Only if one is not, the values are checked one by one.
+    """
+    if not modules or torch.stack([b.values.sum(dtype=torch.float32) for b in modules.values()]).isfinite().all():
+        return dict(modules)
+    counts = {name: b.values.numel() - int(b.values.isfinite().sum()) for name, b in modules.items()}
+    faults += [f"{name}.values: {num_bad} values are not finite" for name, num_bad in counts.items() if num_bad]
+    return {name: b for name, b in modules.items() if not counts[name]}
 
 
 def _canonical(modules: Mapping[str, SparseB], tensors: Mapping[str, torch.Tensor], faults: list[str]) -> dict[str, SparseB]:
@@ -101,8 +115,4 @@ def _read_module(
         return None
     if scales:
         values = dequantize(values, scales[0], indices // np.int32(shape[1]))
-    b = SparseB(shape, torch.from_numpy(indices), values)
-    if num_bad := values.numel() - int(b.values.isfinite().sum()):
-        faults.append(f"{module}.values: {num_bad} values are not finite")
-        return None
-    return b
+    return SparseB(shape, torch.from_numpy(indices), values)

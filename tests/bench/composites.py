@@ -158,7 +158,8 @@ def main() -> int:
     parser.add_argument("--weights", nargs="*", type=parse_weights, default=[(1.0, 1.0), (0.5, 0.5), ("auto", 1.0)])
     arguments = parser.parse_args()
     split = "train" if arguments.write_rows else "test"
-    lines = (arguments.data / arguments.content / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    with (arguments.data / arguments.content / f"{split}.jsonl").open(encoding="utf-8") as file:
+        lines = [*file]  # `splitlines` would also end lines at characters that JSON strings may have
     rows = [json.loads(line) for line in lines[arguments.first_row :][: arguments.num_rows]]
     if arguments.write_rows:
         arguments.write_rows.write_text("".join(json.dumps(row_of(arguments, row)) + "\n" for row in rows), encoding="utf-8")
