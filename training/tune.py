@@ -14,6 +14,7 @@ from tempfile import NamedTemporaryFile
 
 from pydantic import Field, model_validator
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
@@ -35,6 +36,8 @@ from training.packing import max_example_length
 from training.prompt_features import PromptsConfig
 from training.weight_descent import Descent, WeightDescent
 from training.weight_trials import Trial, Weights, best_of, even_weights, repeat_in_blocks, split_blocks, unit_weights
+
+logger = logging.getLogger(__name__)
 
 Plot = Callable[[Sequence[str], int, Sequence[Trial], Path], None]
 NUM_SCORED = 8
@@ -63,8 +66,8 @@ class TuneConfig(PromptsConfig):
     num_blocks: int = Field(default=1, ge=1, le=MAX_BLOCKS)
     """Blocks of layers, from the first to the last, in which each adapter has a weight of its own: as many as the layers that the
     adapters change, or fewer."""
-    max_weight: float = Field(default=2, ge=1, le=MAX_WEIGHT, multiple_of=0.01)
-    """The largest weight of an adapter. The smallest is 0."""
+    max_weight: float = Field(default=4, ge=1, le=MAX_WEIGHT, multiple_of=0.01)
+    """The largest weight of an adapter. The smallest is its negative."""
 
     @model_validator(mode="after")
     def _check_flags(self) -> "TuneConfig":
@@ -174,15 +177,16 @@ def _descend(config: TuneConfig, scorer: MergeScorer, examples: Mapping[str, Seq
     num_blocks, num_adapters = config.num_blocks, len(scorer.adapters)
     starts = [repeat_in_blocks(weights, num_blocks) for weights in (*unit_weights(num_adapters), *even_weights(num_adapters))]
     descent = Descent(config.steps, config.batch_size, config.max_weight, config.seed)
-    with tqdm(total=config.steps, unit="step", desc="weights", disable=None) as bar:
+    with logging_redirect_tqdm(), tqdm(total=config.steps, unit="step", desc="weights", disable=None) as bar:
         trials = [Trial(weights, scorer.score(weights)) for weights in dict.fromkeys(starts)]
-        start = best_of(trials[-len(even_weights(num_adapters)) :]).weights
+        start = best_of(trials[-len(even_weights(num_adapters)) :])
+        logger.info("before the first step: score %.3f", start.score)
         gradient = WeightDescent(scorer.base, scorer.adapters, examples, scorer.gains(), num_blocks)
         scored_at = {config.steps * (i + 1) // NUM_SCORED for i in range(NUM_SCORED)}
-        for step, weights in enumerate(gradient.descend(start, descent), 1):
+        for step, weights in enumerate(gradient.descend(start.weights, descent), 1):
             if step in scored_at:
                 trials.append(Trial(weights, scorer.score(weights), step))
-                bar.set_postfix(score=f"{best_of(trials).score:.3f}")
+                logger.info("step %d of %d: score %.3f", step, config.steps, trials[-1].score)
             bar.update()
     return trials
 

@@ -38,7 +38,7 @@ class Descent:
     batch_size: int
     """Examples of a step. The sources have equal parts, of one example at least."""
     max_weight: float
-    """The largest weight. The smallest is 0."""
+    """The largest weight. The smallest is its negative."""
     seed: int
 
 
@@ -77,7 +77,7 @@ class WeightDescent:
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                self.weights.clamp_(0, descent.max_weight)
+                self.weights.clamp_(-descent.max_weight, descent.max_weight)
             yield tuple(round(weight, NUM_DIGITS) for weight in self.weights.detach().flatten().tolist())
 
     def loss(self, batch: Mapping[str, Sequence[Example]]) -> torch.Tensor:
