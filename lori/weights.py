@@ -55,13 +55,13 @@ def read_modules(
     return modules if config.lori.values != "int8" else _canonical(modules, tensors, faults)
 
 
-def _finite(modules: Mapping[str, SparseB], faults: list[str]) -> dict[str, SparseB]:
+def _finite(modules: dict[str, SparseB], faults: list[str]) -> dict[str, SparseB]:
     """Return the `modules` whose values are finite. Adds faults for the others.
 
     The sums of finite values are finite, except where they overflow. Only if one is not, the values are checked one by one.
     """
     if not modules or torch.stack([b.values.sum(dtype=torch.float32) for b in modules.values()]).isfinite().all():
-        return dict(modules)
+        return modules
     counts = {name: b.values.numel() - int(b.values.isfinite().sum()) for name, b in modules.items()}
     faults += [f"{name}.values: {num_bad} values are not finite" for name, num_bad in counts.items() if num_bad]
     return {name: b for name, b in modules.items() if not counts[name]}

@@ -14,7 +14,7 @@ def plot_trials(names: Sequence[str], num_blocks: int, trials: Sequence[Trial], 
     """Draw the score of each trial, and the best weights of the adapters `names`, to the file at `path`."""
     figure = new_figure(WIDTH, HEIGHT)
     scores, weights = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    starts, later = ([trial for trial in trials if (trial.step > 0) == is_later] for is_later in (False, True))
+    starts, later = [trial for trial in trials if not trial.step], [trial for trial in trials if trial.step]
     scores.plot([0] * len(starts), [trial.score for trial in starts], "o", markersize=4, color="grey", label="tried first")
     scores.plot(
         [trial.step for trial in later], [trial.score for trial in later], "o-", markersize=4, color="C0", label="descent"

@@ -34,7 +34,7 @@ from training.evaluation.local_answerer import row_template
 from training.merge_score import MergeScorer
 from training.packing import max_example_length
 from training.prompt_features import PromptsConfig
-from training.weight_descent import Descent, WeightDescent
+from training.weight_descent import DescentOptions, WeightDescent
 from training.weight_trials import Trial, Weights, best_of, even_weights, repeat_in_blocks, split_blocks, unit_weights
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 Plot = Callable[[Sequence[str], int, Sequence[Trial], Path], None]
 NUM_SCORED = 8
 """How many times the weights are scored during the descent."""
+MIN_ROWS = 8
+"""Minimum number of rows of a source that are held out, and of those that are not."""
 
 
 class TuneConfig(PromptsConfig):
@@ -55,17 +57,19 @@ class TuneConfig(PromptsConfig):
     """Rows with completions, one source for each thing that the merge has to do. All sources count the same."""
     output: Path
     """The file to write, NAME.json; beside it come NAME.png, a plot of the trials, and NAME.csv, their figures."""
-    num_rows: int = Field(default=128, ge=8)
+    num_rows: int = Field(default=128, ge=32)
     """Maximum number of rows of each source, drawn at random."""
+    max_length: int = Field(default=1024, ge=2)
+    """Maximum tokens of a row. Longer rows are bad rows; none is cut."""
     held_out_fraction: float = Field(default=0.25, gt=0, lt=1)
-    """Fraction of each source's rows that the gradient never sees. The weights are scored on them."""
+    """Fraction of each source's rows that are not descended on. The weights are scored on them."""
     steps: int = Field(default=80, ge=NUM_SCORED)
     """Optimizer steps."""
     batch_size: int = Field(default=8, ge=1)
     """Rows of a step. Each source has an equal part of them, and one at least."""
     num_blocks: int = Field(default=1, ge=1, le=MAX_BLOCKS)
-    """Blocks of layers, from the first to the last, in which each adapter has a weight of its own: as many as the layers that the
-    adapters change, or fewer."""
+    """Blocks of layers, from the first to the last, in which each adapter has a weight of its own; at most as many as the layers
+    that each adapter changes."""
     max_weight: float = Field(default=4, ge=1, le=MAX_WEIGHT, multiple_of=0.01)
     """The largest weight of an adapter. The smallest is its negative."""
 
@@ -95,7 +99,7 @@ def tune(config: TuneConfig) -> str:
     with NamedTemporaryFile(dir=config.output.parent):  # raises before the descent, not after, if the folder cannot be written
         pass
     faults = Faults(config.on_bad)
-    drawn = {source.path: config.draw(read_rows(source, faults=faults), config.num_rows) for source in config.data}
+    drawn = {source.path: config.draw(_distinct(read_rows(source, faults=faults)), config.num_rows) for source in config.data}
     faults.raise_or_warn()
     base = load_base(config.model, config.dtype, config.threads)
     adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
@@ -105,8 +109,7 @@ def tune(config: TuneConfig) -> str:
         raise AdapterError(f"--adapter names {', '.join(repeated)} twice, expected each adapter once")
     if config.num_blocks > 1:
         _check_blocks(config.num_blocks, adapters)
-    usable = _tokenize(base, adapters, drawn, faults)
-    held_out, examples = _split(usable, config.held_out_fraction)
+    examples, held_out = _split(drawn, _tokenize(config, base, adapters, drawn, faults), config.held_out_fraction)
     scorer = MergeScorer(base, adapters, held_out, config.num_blocks)
     trials = _descend(config, scorer, examples)
     best = best_of(trials)
@@ -135,55 +138,63 @@ def _check_blocks(num_blocks: int, adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _tokenize(
-    base: BaseModel, adapters: Sequence[Adapter], rows: Mapping[str, Sequence[Row]], faults: Faults
-) -> dict[str, list[tuple[Row, Example]]]:
-    """Return the rows of each source that can be tokenized, each under one template, with their tokens.
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    # A row must not be descended on and held out, too.
+    return [*{row.content: row for row in rows}.values()]
 
-    Raises `DataError` if there are others, such as too long ones, unless `faults` skips them.
+
+def _tokenize(
+    config: TuneConfig, base: BaseModel, adapters: Sequence[Adapter], rows: Mapping[str, Sequence[Row]], faults: Faults
+) -> dict[str, list[Example]]:
+    """Return the rows of each source as tokens, each under one template, with the end of text.
+
+    Raises `DataError` for rows that cannot be used, such as too long ones, unless `config` says that they are left out.
     """
     templates = common_templates([(adapter.name, adapter.config.lori.templates) for adapter in adapters])
-    config = base.model.config.get_text_config()
-    limits = (max_example_length(config), getattr(config, "max_position_embeddings", None))
-    max_length = min((limit for limit in limits if limit), default=sys.maxsize)
-    usable = {}
-    for source, own in rows.items():
-        with_template = [row.model_copy(update={"template": row_template(row, templates)}) for row in own]
-        examples = tokenize(base.tokenizer, with_template, templates, max_length, faults=faults)
-        by_origin = {example.origin: example for example in examples}
-        usable[source] = [(row, by_origin[row.origin]) for row in own if row.origin in by_origin]
+    text_config = base.model.config.get_text_config()
+    limits = (config.max_length, max_example_length(text_config), getattr(text_config, "max_position_embeddings", None))
+    max_length = min(limit for limit in limits if limit)
+    examples = {}
+    for source, source_rows in rows.items():
+        with_template = [row.model_copy(update={"template": row_template(row, templates)}) for row in source_rows]
+        examples[source] = tokenize(base.tokenizer, with_template, templates, max_length, faults=faults)
     faults.raise_or_warn()
-    return usable
+    return examples
 
 
 def _split(
-    usable: Mapping[str, Sequence[tuple[Row, Example]]], held_out_fraction: float
-) -> tuple[dict[str, list[Row]], dict[str, list[Example]]]:
-    """Return the rows of each source that are held out, and the examples of the others."""
-    held_out, examples = {}, {}
-    for source, own in usable.items():
-        count = max(1, round(held_out_fraction * len(own)))
-        if count >= len(own):
-            raise DataError(
-                f"{source}: --held-out-fraction {held_out_fraction:g} of {len(own)} rows leaves none for the gradient"
-            )
-        held_out[source] = [row for row, _ in own[:count]]
-        examples[source] = [example for _, example in own[count:]]
-    return held_out, examples
+    rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Sequence[Example]], held_out_fraction: float
+) -> tuple[dict[str, Sequence[Example]], dict[str, Sequence[Row]]]:
+    """Return the examples of each source to descend on, and the rows of the others, which are held out.
+
+    Raises `DataError` if a part would have fewer than `MIN_ROWS`.
+    """
+    descended, held_out = dict[str, Sequence[Example]](), dict[str, Sequence[Row]]()
+    for source, source_examples in examples.items():
+        count = round(held_out_fraction * len(source_examples))
+        if min(count, len(source_examples) - count) < MIN_ROWS:
+            fault = f"--held-out-fraction {held_out_fraction:g} of {len(source_examples)} distinct rows is {count}"
+            raise DataError(f"{source}: {fault}, expected {MIN_ROWS} at least that are held out, and as many that are not")
+        origins = {example.origin for example in source_examples[:count]}
+        descended[source] = source_examples[count:]
+        held_out[source] = [row for row in rows[source] if row.origin in origins]
+    return descended, held_out
 
 
 def _descend(config: TuneConfig, scorer: MergeScorer, examples: Mapping[str, Sequence[Example]]) -> list[Trial]:
-    """Return what was scored: weights that people try first, then from the best even ones on those of the descent."""
+    """Return the trials: weights that people try first, then those of the descent, which starts from the best even ones."""
     num_blocks, num_adapters = config.num_blocks, len(scorer.adapters)
-    starts = [repeat_in_blocks(weights, num_blocks) for weights in (*unit_weights(num_adapters), *even_weights(num_adapters))]
-    descent = Descent(config.steps, config.batch_size, config.max_weight, config.seed)
+    alone, even = (
+        [repeat_in_blocks(weights, num_blocks) for weights in first(num_adapters)] for first in (unit_weights, even_weights)
+    )
+    options = DescentOptions(config.steps, config.batch_size, config.max_weight, config.seed)
     with logging_redirect_tqdm(), tqdm(total=config.steps, unit="step", desc="weights", disable=None) as bar:
-        trials = [Trial(weights, scorer.score(weights)) for weights in dict.fromkeys(starts)]
-        start = best_of(trials[-len(even_weights(num_adapters)) :])
-        logger.info("before the first step: score %.3f", start.score)
-        gradient = WeightDescent(scorer.base, scorer.adapters, examples, scorer.gains(), num_blocks)
+        trials = [Trial(weights, scorer.score(weights)) for weights in dict.fromkeys([*alone, *even])]
+        start = max(even, key=scorer.score)
+        logger.info("before the first step: score %.3f", scorer.score(start))
+        descent = WeightDescent(scorer.base, scorer.adapters, examples, scorer.gains(), num_blocks)
         scored_at = {config.steps * (i + 1) // NUM_SCORED for i in range(NUM_SCORED)}
-        for step, weights in enumerate(gradient.descend(start.weights, descent), 1):
+        for step, weights in enumerate(descent.descend(start, options), 1):
             if step in scored_at:
                 trials.append(Trial(weights, scorer.score(weights), step))
                 logger.info("step %d of %d: score %.3f", step, config.steps, trials[-1].score)
@@ -216,7 +227,7 @@ def _own_name(store: Path | None, reference: str, adapter: Adapter) -> str:
 def _report(merge: NamedMerge, scorer: MergeScorer, trials: Sequence[Trial], output: Path) -> list[str]:
     even = repeat_in_blocks(even_weights(len(scorer.adapters))[0], scorer.num_blocks)
     even_shares = scorer.shares(even)
-    lines = [f"best of {len(trials)} weights: {' + '.join(map(_shown, merge.adapters))}"]
+    lines = [f"best of {len(trials)} trials: {' + '.join(map(_shown, merge.adapters))}"]
     lines += [
         f"{source}: {share:.2f} of the best single adapter's gain, {even_shares[source]:.2f} at {even[0]:g} each"
         for source, share in scorer.shares(best_of(trials).weights).items()

@@ -6,9 +6,10 @@ have gradients as parameters do, at the cost of one backward pass through the ba
 Shapes: N inputs, D outputs, R ranks of all adapters together.
 """
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,24 @@ from lori.adapter import Adapter, common_shapes
 from lori.base_model import BaseModel
 from lori.identity import layer_of
 from lori.merge import blocks_of_layers
-from training.batches import MicroBatch, shuffled_forever
+from training.batches import MicroBatch, group_by_length, shuffled_forever
 from training.data import Example
 from training.loss import completion_logits
 from training.packing import ATTENTION, check_layers, pack, use_attention
+from training.progress import TrainingError
 from training.weight_trials import NUM_DIGITS, Weights
 
 LR = 0.1
 """Adam's learning rate, in weights a step. In the second half of the steps it falls to zero."""
 
 
+BATCH_TOKENS = 4096
+"""Tokens whose gradient is computed at once, unless one example is longer."""
+
+
 @dataclass(frozen=True, slots=True)
-class Descent:
-    """The steps of a descent."""
+class DescentOptions:
+    """Options of the steps."""
 
     num_steps: int
     batch_size: int
@@ -40,6 +46,7 @@ class Descent:
     max_weight: float
     """The largest weight. The smallest is its negative."""
     seed: int
+    """Seed for the order of the examples."""
 
 
 class WeightDescent:
@@ -57,51 +64,61 @@ class WeightDescent:
         num_blocks: int,
     ) -> None:
         check_layers(base.model.config.get_text_config())
-        self.model, self.examples, self.gains, self.num_blocks = base.model, examples, gains, num_blocks
-        shape = (len(adapters), num_blocks)
-        self.weights = nn.Parameter(torch.ones(shape, device=base.model.device))
+        self.model, self.examples, self.gains = base.model, examples, gains
+        self.weights = nn.Parameter(torch.ones(len(adapters), num_blocks, device=base.model.device))
         self.hooks = _hooks(base, adapters, self.weights)
 
-    def descend(self, start: Weights, descent: Descent) -> Iterator[Weights]:
+    def descend(self, start: Weights, options: DescentOptions) -> Iterator[Weights]:
         """Yield the weights after each step from `start`, with `NUM_DIGITS` decimal places.
 
-        Between the steps the model is as before, bit for bit.
+        Between the steps the model is as before, bit for bit. Raises `TrainingError` at a loss that is not finite.
         """
         with torch.no_grad():
             self.weights.copy_(torch.tensor(start).view_as(self.weights))
         optimizer = torch.optim.Adam([self.weights], lr=LR)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / descent.num_steps))
-        for batch in self._batches(descent):
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / options.num_steps))
+        for step, batch in enumerate(self._batches(options), 1):
             optimizer.zero_grad()
-            self.loss(batch).backward()
+            if not math.isfinite(loss := self.backward(batch)):
+                raise TrainingError(f"the loss is {loss} at step {step}: lower --max-weight, now {options.max_weight:g}")
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                self.weights.clamp_(-descent.max_weight, descent.max_weight)
-            yield tuple(round(weight, NUM_DIGITS) for weight in self.weights.detach().flatten().tolist())
+                self.weights.clamp_(-options.max_weight, options.max_weight)
+            yield tuple(round(weight, NUM_DIGITS) + 0.0 for weight in self.weights.detach().flatten().tolist())  # never -0.0
 
-    def loss(self, batch: Mapping[str, Sequence[Example]]) -> torch.Tensor:
-        """Return the loss at `weights`, with a gradient: of each source in `batch` divided by its gain, then the mean."""
-        factors = []
-        for source, examples in batch.items():
-            num_tokens = sum(len(example) - example.num_prompt for example in examples)
-            factors += [1 / (num_tokens * self.gains[source] * len(batch))] * num_tokens
-        examples = tuple(example for own in batch.values() for example in own)
-        packed = pack(MicroBatch(examples, 1.0)).to(self.model.device)
+    def backward(self, batch: Mapping[str, Sequence[Example]]) -> float:
+        """Add the gradient of the loss at `weights` to theirs, and return the loss: the mean over the sources in `batch`."""
+        examples, factors = list[Example](), list[float]()
+        for source, source_examples in batch.items():
+            num_tokens = sum(len(example) - example.num_prompt for example in source_examples)
+            examples += source_examples
+            factors += [1 / (num_tokens * self.gains[source] * len(batch))] * len(source_examples)
+        total = 0.0
+        for indices in group_by_length([len(example) for example in examples], BATCH_TOKENS):
+            packed = pack(MicroBatch(tuple(examples[i] for i in indices), 1.0)).to(self.model.device)
+            with self._applied():
+                losses = F.cross_entropy(completion_logits(self.model, packed), packed.targets, reduction="none")
+            loss = packed.sum_by_example(losses) @ torch.tensor([factors[i] for i in indices], device=losses.device)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    @contextmanager
+    def _applied(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(use_attention(self.model, ATTENTION))
             for name, hook in self.hooks.items():
                 stack.callback(self.model.get_submodule(name).register_forward_hook(hook).remove)
-            losses = F.cross_entropy(completion_logits(self.model, packed), packed.targets, reduction="none")
-        return losses @ torch.tensor(factors, device=losses.device)
+            yield
 
-    def _batches(self, descent: Descent) -> Iterator[Mapping[str, Sequence[Example]]]:
+    def _batches(self, options: DescentOptions) -> Iterator[Mapping[str, Sequence[Example]]]:
         """Yield the examples of each step, by source. All of a source are seen before any is seen again."""
-        count = max(1, descent.batch_size // len(self.examples))
-        rng = random.Random(descent.seed)
-        orders = {source: shuffled_forever(len(own), rng) for source, own in self.examples.items()}
-        for _ in range(descent.num_steps):
-            yield {source: [own[next(orders[source])] for _ in range(count)] for source, own in self.examples.items()}
+        count = max(1, options.batch_size // len(self.examples))
+        rng = random.Random(options.seed)
+        orders = {source: shuffled_forever(len(examples), rng) for source, examples in self.examples.items()}
+        for _ in range(options.num_steps):
+            yield {source: [examples[next(orders[source])] for _ in range(count)] for source, examples in self.examples.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +139,16 @@ def _hooks(base: BaseModel, adapters: Sequence[Adapter], weights: nn.Parameter) 
     """Return the hook of each module that an adapter changes."""
     blocks = [blocks_of_layers(adapter, weights.shape[1]) for adapter in adapters]
     hooks = {}
-    for module, shape in common_shapes(adapters).items():
-        parts = [(i, adapter) for i, adapter in enumerate(adapters) if module in adapter.modules]
-        ranks = [adapter.modules[module].shape[1] for _, adapter in parts]
-        a = torch.cat([one.basis.draw(module, rank, shape[1]) for (_, one), rank in zip(parts, ranks, strict=True)])
-        b = torch.cat([adapter.config.scale_of(module) * adapter.modules[module].dense().float() for _, adapter in parts], 1)
-        indices = [i * weights.shape[1] + blocks[i][layer_of(module)] for i, _ in parts]
+    for module, (_, num_inputs) in common_shapes(adapters).items():
+        users = [(i, adapter) for i, adapter in enumerate(adapters) if module in adapter.modules]
+        ranks = [adapter.modules[module].shape[1] for _, adapter in users]
+        a = torch.cat([adapter.basis.draw(module, rank, num_inputs) for (_, adapter), rank in zip(users, ranks, strict=True)])
+        b = torch.cat([adapter.config.scale_of(module) * adapter.modules[module].dense() for _, adapter in users], 1)
+        indices = [i * weights.shape[1] + blocks[i][layer_of(module)] for i, _ in users]
         hooks[module] = _WeightedHook(
             a.to(base.model.device, base.model.dtype),
             b.to(base.model.device),
             weights,
-            torch.tensor(indices, device=base.model.device).repeat_interleave(torch.tensor(ranks, device=base.model.device)),
+            torch.tensor(indices).repeat_interleave(torch.tensor(ranks)).to(base.model.device),
         )
     return hooks

@@ -76,6 +76,13 @@ def test_values_are_rounded_to_the_nearest_bf16_and_masks_are_kept(tmp_path: Pat
         torch.testing.assert_close(loaded[module].values.float(), b.values, rtol=2**-8, atol=1e-40)
 
 
+def test_finite_values_whose_sum_overflows_come_back(tmp_path: Path) -> None:
+    modules = make_modules()
+    modules[Q] = SparseB((9, RANK), torch.arange(2, dtype=torch.int32), torch.full((2,), 3e38))
+    saved = save(tmp_path / "a", make_config(), modules)
+    assert effect(load(tmp_path / "a")) == effect(saved)
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_an_empty_or_full_module_comes_back(tmp_path: Path, density: float) -> None:
     modules = make_modules() | {"layers.1.q_proj": make_modules(density=density)["layers.1.q_proj"]}

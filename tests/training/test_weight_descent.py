@@ -1,5 +1,6 @@
 """`training.weight_descent`: losses of weighted adapters are those of the merge, and gradients those of the losses."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,8 +11,12 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from tests.server.rig import write_adapter
 from training.data import Example, Row, tokenize
+from training.evaluation.answerer import Sampling
+from training.evaluation.local_adapters import AdapterSelection, apply_adapter
+from training.evaluation.local_answerer import LocalAnswerer
 from training.merge_score import MergeScorer
-from training.weight_descent import Descent, WeightDescent
+from training.progress import TrainingError
+from training.weight_descent import DescentOptions, WeightDescent
 from training.weight_trials import Weights
 
 GAINS = {"one": 0.5, "two": 2.0}
@@ -49,6 +54,12 @@ def descent_of(base: BaseModel, adapters: Sequence[Adapter], rows: Mapping[str, 
     return WeightDescent(base, adapters, examples_of(base, rows), GAINS, num_blocks)
 
 
+def at(descent: WeightDescent, weights: Weights) -> WeightDescent:
+    with torch.no_grad():
+        descent.weights.copy_(torch.tensor(weights).view_as(descent.weights))
+    return descent
+
+
 def examples_of(base: BaseModel, rows: Mapping[str, Sequence[Row]]) -> Mapping[str, Sequence[Example]]:
     return {source: tokenize(base.tokenizer, own, ["plain"], 512) for source, own in rows.items()}
 
@@ -63,27 +74,42 @@ def merged_loss(base: BaseModel, adapters: Sequence[Adapter], rows: Mapping[str,
 def test_losses_are_those_of_the_merge(
     base: BaseModel, adapters: list[Adapter], rows: Mapping[str, Sequence[Row]], weights: Weights
 ) -> None:
-    descent = descent_of(base, adapters, rows, len(weights) // 2)
-    with torch.no_grad():
-        descent.weights.copy_(torch.tensor(weights).view_as(descent.weights))
-    loss = descent.loss(examples_of(base, rows)).item()
+    descent = at(descent_of(base, adapters, rows, len(weights) // 2), weights)
+    loss = descent.backward(examples_of(base, rows))
     assert loss == pytest.approx(merged_loss(base, adapters, rows, weights), rel=1e-5)
+
+
+def test_losses_in_bfloat16_are_those_of_the_merge(
+    tiny_model: Path, adapters: list[Adapter], rows: Mapping[str, Sequence[Row]]
+) -> None:
+    base = load_base_model(str(tiny_model), torch.bfloat16, "eager")
+    descent = at(descent_of(base, adapters, rows, 2), PAIR_IN_BLOCKS)
+    loss = descent.backward(examples_of(base, rows))
+    assert loss == pytest.approx(merged_loss(base, adapters, rows, PAIR_IN_BLOCKS), rel=0.01)
+    assert descent.weights.grad is not None
+    assert descent.weights.grad.isfinite().all()
+
+
+def test_a_batch_in_parts_has_the_same_loss_and_gradient(
+    base: BaseModel, adapters: list[Adapter], rows: Mapping[str, Sequence[Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, in_parts = (at(descent_of(base, adapters, rows, 2), PAIR_IN_BLOCKS) for _ in range(2))
+    loss = whole.backward(examples_of(base, rows))
+    monkeypatch.setattr("training.weight_descent.BATCH_TOKENS", 1)
+    assert in_parts.backward(examples_of(base, rows)) == pytest.approx(loss, rel=1e-5)
+    assert whole.weights.grad is not None
+    torch.testing.assert_close(in_parts.weights.grad, whole.weights.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_adapters_on_several_bases_can_be_weighted(base: BaseModel, rows: Mapping[str, Sequence[Row]], tmp_path: Path) -> None:
     adapters = [write_adapter(tmp_path / f"on{i}", base, seed=i, stream=i, templates=("plain",)) for i in range(2)]
-    descent = descent_of(base, adapters, rows, 1)
-    with torch.no_grad():
-        descent.weights.copy_(torch.tensor([[0.7], [1.2]]))
-    loss = descent.loss(examples_of(base, rows)).item()
+    loss = at(descent_of(base, adapters, rows, 1), (0.7, 1.2)).backward(examples_of(base, rows))
     assert loss == pytest.approx(merged_loss(base, adapters, rows, (0.7, 1.2)), rel=1e-5)
 
 
 def test_gradients_are_those_of_the_losses(base: BaseModel, adapters: list[Adapter], rows: Mapping[str, Sequence[Row]]) -> None:
-    descent, step = descent_of(base, adapters, rows, 2), 0.01
-    with torch.no_grad():
-        descent.weights.copy_(torch.tensor(PAIR_IN_BLOCKS).view(2, 2))
-    descent.loss(examples_of(base, rows)).backward()
+    descent, step = at(descent_of(base, adapters, rows, 2), PAIR_IN_BLOCKS), 0.01
+    descent.backward(examples_of(base, rows))
     assert descent.weights.grad is not None
 
     def moved(index: int, difference: float) -> Weights:
@@ -100,12 +126,12 @@ def test_a_descent_comes_down_and_leaves_the_model_as_it_was(
     prompt = base.tokenizer("red", return_tensors="pt").input_ids
     before, start = base.model(prompt).logits, (0.5, 0.5, 0.5, 0.5)
     descent = descent_of(base, adapters, rows, 2)
-    steps = [*descent.descend(start, Descent(num_steps=30, batch_size=6, max_weight=1.25, seed=0))]
+    steps = [*descent.descend(start, DescentOptions(num_steps=30, batch_size=6, max_weight=1.25, seed=0))]
     assert len(steps) == 30
     assert all(-1.25 <= weight <= 1.25 and weight == round(weight, 2) for weights in steps for weight in weights)
     assert merged_loss(base, adapters, rows, steps[-1]) < merged_loss(base, adapters, rows, start) - 0.05
     assert torch.equal(base.model(prompt).logits, before)
-    again = descent.descend(start, Descent(num_steps=30, batch_size=6, max_weight=1.25, seed=0))
+    again = descent.descend(start, DescentOptions(num_steps=30, batch_size=6, max_weight=1.25, seed=0))
     assert [*again] == steps, "a second descent depends on nothing of the first"
 
 
@@ -113,12 +139,35 @@ def test_every_row_is_seen_before_any_is_seen_again(
     base: BaseModel, adapters: list[Adapter], rows: Mapping[str, Sequence[Row]]
 ) -> None:
     descent, seen = descent_of(base, adapters, rows, 1), list[Example]()
-    compute = descent.loss
+    compute = descent.backward
 
-    def note(batch: Mapping[str, Sequence[Example]]) -> torch.Tensor:
+    def note(batch: Mapping[str, Sequence[Example]]) -> float:
         seen.extend(batch["one"])
         return compute(batch)
 
-    descent.loss = note  # type: ignore[method-assign]  # to see its batches
-    assert len([*descent.descend((1.0, 1.0), Descent(num_steps=6, batch_size=2, max_weight=2, seed=0))]) == 6
+    descent.backward = note  # type: ignore[method-assign]  # to see its batches
+    assert len([*descent.descend((1.0, 1.0), DescentOptions(num_steps=6, batch_size=2, max_weight=2, seed=0))]) == 6
     assert len({*seen[:3]}) == len({*seen[3:]}) == 3
+
+
+def test_an_adapter_that_harms_is_subtracted(base: BaseModel, adapters: list[Adapter]) -> None:
+    merged = AdapterSelection(adapters, (-1.0, 0.0)).merged()
+    prompts = [f"red {i}:" for i in range(6)]
+    with apply_adapter(base.model, merged):
+        answers = LocalAnswerer(base.model, base.tokenizer).complete(prompts, Sampling(6))
+    rows = {
+        "one": [
+            Row(prompt=p, completion=a, template="plain", truncated=True) for p, [a] in zip(prompts, answers, strict=True) if a
+        ]
+    }
+    options = DescentOptions(num_steps=60, batch_size=6, max_weight=0.75, seed=0)
+    *_, weights = descent_of(base, adapters, rows, 1).descend((-0.25, 0.0), options)
+    assert weights[0] == -0.75, "it would be less"
+
+
+def test_a_loss_that_is_not_finite_ends_the_descent(
+    base: BaseModel, adapters: list[Adapter], rows: Mapping[str, Sequence[Row]]
+) -> None:
+    descent = WeightDescent(base, adapters, examples_of(base, rows), {"one": math.nan, "two": 1.0}, 1)
+    with pytest.raises(TrainingError, match="the loss is nan at step 1: lower --max-weight, now 2"):
+        next(descent.descend((1.0, 1.0), DescentOptions(num_steps=6, batch_size=2, max_weight=2, seed=0)))
