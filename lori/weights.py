@@ -58,7 +58,7 @@ def read_modules(
 def _finite(modules: dict[str, SparseB], faults: list[str]) -> dict[str, SparseB]:
     """Return the `modules` whose values are finite. Adds faults for the others.
 
-    The sums of finite values are finite, except where they overflow. Only if one is not, the values are checked one by one.
+    The sums of finite values are finite, except where they overflow. Only if a sum is not are the values checked one by one.
     """
     if not modules or torch.stack([b.values.sum(dtype=torch.float32) for b in modules.values()]).isfinite().all():
         return modules

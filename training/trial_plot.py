@@ -28,8 +28,8 @@ def plot_trials(names: Sequence[str], num_blocks: int, trials: Sequence[Trial], 
         weights.set_xticks(range(len(names)), names, parse_math=False)
     else:
         edges = [i + 0.5 for i in range(num_blocks + 1)]
-        for i, own in enumerate(blocks):
-            weights.stairs(own, edges, baseline=None, linewidth=2, color=f"C{i}")
+        for i, block_weights in enumerate(blocks):
+            weights.stairs(block_weights, edges, baseline=None, linewidth=2, color=f"C{i}")
         weights.legend(names, fontsize=FONT_SIZE)
         weights.set_xlabel("block of layers")
     weights.set_ylabel("weight")

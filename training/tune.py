@@ -56,7 +56,8 @@ class TuneConfig(PromptsConfig):
     data: list[Source] = Field(min_length=1)
     """Rows with completions, one source for each thing that the merge has to do. All sources count the same."""
     output: Path
-    """The file to write, NAME.json; beside it come NAME.png, a plot of the trials, and NAME.csv, their figures."""
+    """The file to write, NAME.json; beside it come NAME.png, a plot of the scores and the best weights, and NAME.csv, the
+    trials."""
     num_rows: int = Field(default=128, ge=32)
     """Maximum number of rows of each source, drawn at random."""
     max_length: int = Field(default=1024, ge=2)
@@ -99,8 +100,9 @@ def tune(config: TuneConfig) -> str:
     with NamedTemporaryFile(dir=config.output.parent):  # raises before the descent, not after, if the folder cannot be written
         pass
     faults = Faults(config.on_bad)
-    drawn = {source.path: config.draw(_distinct(read_rows(source, faults=faults)), config.num_rows) for source in config.data}
+    rows = _distinct({source.path: read_rows(source, faults=faults) for source in config.data})
     faults.raise_or_warn()
+    drawn = {source: config.draw(source_rows, config.num_rows) for source, source_rows in rows.items()}
     base = load_base(config.model, config.dtype, config.threads)
     adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
     names = [_own_name(config.adapters, *pair) for pair in zip(config.adapter, adapters, strict=True)]
@@ -134,13 +136,22 @@ def _check_blocks(num_blocks: int, adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         if num_blocks > (num_layers := len(blocks_of_layers(adapter, num_blocks))):
             raise AdapterError(
-                f"--num-blocks is {num_blocks}, expected {num_layers} at most: so many layers {adapter.name!r} changes"
+                f"--num-blocks is {num_blocks}, expected {num_layers} at most: {adapter.name!r} changes {num_layers} layers"
             )
 
 
-def _distinct(rows: Sequence[Row]) -> list[Row]:
-    # A row must not be descended on and held out, too.
-    return [*{row.content: row for row in rows}.values()]
+def _distinct(rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    """Return the rows of each source without those that came before, in it or in another: none is descended on and held out."""
+    seen = set[object]()
+    distinct: dict[str, list[Row]] = {source: [] for source in rows}
+    for source, source_rows in rows.items():
+        for row in source_rows:
+            if (key := (row.content, row.template)) not in seen:
+                seen.add(key)
+                distinct[source].append(row)
+        if num_left_out := len(source_rows) - len(distinct[source]):
+            logger.info("%s: rows left out that came before: %d", source, num_left_out)
+    return distinct
 
 
 def _tokenize(
@@ -169,24 +180,23 @@ def _split(
 
     Raises `DataError` if a part would have fewer than `MIN_ROWS`.
     """
-    descended, held_out = dict[str, Sequence[Example]](), dict[str, Sequence[Row]]()
+    fitted, held_out = dict[str, Sequence[Example]](), dict[str, Sequence[Row]]()
     for source, source_examples in examples.items():
         count = round(held_out_fraction * len(source_examples))
         if min(count, len(source_examples) - count) < MIN_ROWS:
             fault = f"--held-out-fraction {held_out_fraction:g} of {len(source_examples)} distinct rows is {count}"
             raise DataError(f"{source}: {fault}, expected {MIN_ROWS} at least that are held out, and as many that are not")
         origins = {example.origin for example in source_examples[:count]}
-        descended[source] = source_examples[count:]
+        fitted[source] = source_examples[count:]
         held_out[source] = [row for row in rows[source] if row.origin in origins]
-    return descended, held_out
+    return fitted, held_out
 
 
 def _descend(config: TuneConfig, scorer: MergeScorer, examples: Mapping[str, Sequence[Example]]) -> list[Trial]:
     """Return the trials: weights that people try first, then those of the descent, which starts from the best even ones."""
     num_blocks, num_adapters = config.num_blocks, len(scorer.adapters)
-    alone, even = (
-        [repeat_in_blocks(weights, num_blocks) for weights in first(num_adapters)] for first in (unit_weights, even_weights)
-    )
+    alone = [repeat_in_blocks(weights, num_blocks) for weights in unit_weights(num_adapters)]
+    even = [repeat_in_blocks(weights, num_blocks) for weights in even_weights(num_adapters)]
     options = DescentOptions(config.steps, config.batch_size, config.max_weight, config.seed)
     with logging_redirect_tqdm(), tqdm(total=config.steps, unit="step", desc="weights", disable=None) as bar:
         trials = [Trial(weights, scorer.score(weights)) for weights in dict.fromkeys([*alone, *even])]

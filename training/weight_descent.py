@@ -30,10 +30,8 @@ from training.weight_trials import NUM_DIGITS, Weights
 
 LR = 0.1
 """Adam's learning rate, in weights a step. In the second half of the steps it falls to zero."""
-
-
 BATCH_TOKENS = 4096
-"""Tokens whose gradient is computed at once, unless one example is longer."""
+"""Maximum tokens of one forward and backward pass, unless one example is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ class WeightDescent:
             yield tuple(round(weight, NUM_DIGITS) + 0.0 for weight in self.weights.detach().flatten().tolist())  # never -0.0
 
     def backward(self, batch: Mapping[str, Sequence[Example]]) -> float:
-        """Add the gradient of the loss at `weights` to theirs, and return the loss: the mean over the sources in `batch`."""
+        """Add the loss's gradient at `weights` to `weights.grad`, and return the loss: the mean over the sources in `batch`."""
         examples, factors = list[Example](), list[float]()
         for source, source_examples in batch.items():
             num_tokens = sum(len(example) - example.num_prompt for example in source_examples)
@@ -128,10 +126,10 @@ class _WeightedHook:
     a: torch.Tensor  # (R, N): the adapters' A's, one after the other
     scaled_b: torch.Tensor  # (D, R) fp32
     weights: nn.Parameter
-    indices: torch.Tensor  # (R,): the weight of each rank, in the flattened weights
+    weight_indices: torch.Tensor  # (R,): the weight of each rank, in the flattened weights
 
     def __call__(self, _: nn.Module, inputs: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
-        s = F.linear(inputs[0], self.a).float() * self.weights.flatten()[self.indices]  # (…, R)
+        s = F.linear(inputs[0], self.a).float() * self.weights.flatten()[self.weight_indices]  # (…, R)
         return (y + F.linear(s, self.scaled_b)).to(y.dtype)
 
 
@@ -140,11 +138,11 @@ def _hooks(base: BaseModel, adapters: Sequence[Adapter], weights: nn.Parameter) 
     blocks = [blocks_of_layers(adapter, weights.shape[1]) for adapter in adapters]
     hooks = {}
     for module, (_, num_inputs) in common_shapes(adapters).items():
-        users = [(i, adapter) for i, adapter in enumerate(adapters) if module in adapter.modules]
-        ranks = [adapter.modules[module].shape[1] for _, adapter in users]
-        a = torch.cat([adapter.basis.draw(module, rank, num_inputs) for (_, adapter), rank in zip(users, ranks, strict=True)])
-        b = torch.cat([adapter.config.scale_of(module) * adapter.modules[module].dense() for _, adapter in users], 1)
-        indices = [i * weights.shape[1] + blocks[i][layer_of(module)] for i, _ in users]
+        indexed = [(i, adapter) for i, adapter in enumerate(adapters) if module in adapter.modules]
+        ranks = [adapter.modules[module].shape[1] for _, adapter in indexed]
+        a = torch.cat([adapter.basis.draw(module, rank, num_inputs) for (_, adapter), rank in zip(indexed, ranks, strict=True)])
+        b = torch.cat([adapter.config.scale_of(module) * adapter.modules[module].dense() for _, adapter in indexed], 1)
+        indices = [i * weights.shape[1] + blocks[i][layer_of(module)] for i, _ in indexed]
         hooks[module] = _WeightedHook(
             a.to(base.model.device, base.model.dtype),
             b.to(base.model.device),

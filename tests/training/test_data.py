@@ -169,7 +169,7 @@ def test_duplicates_are_kept_and_counted(tmp_path: Path, caplog: pytest.LogCaptu
     source = write(tmp_path / "d.jsonl", GOOD, GOOD, GOOD | {"label": 1}, {"prompt": "p", "completion": " d"})
     with caplog.at_level(logging.INFO):
         rows = read_rows(source)
-    assert caplog.messages == [f"{source}: rows that repeat another's prompt and completion, and are kept: 2"]
+    assert caplog.messages == [f"{source}: rows that repeat another's prompt and completion: 2"]
     assert len(tokenize(tiny_tokenizer(), rows, ["plain"], 100)) == 4
 
 

@@ -147,7 +147,7 @@ def test_blocks_need_one_basis(place: Path, base: BaseModel, tiny_model: Path, t
 
 
 def test_more_blocks_than_layers_are_refused(place: Path, tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"--num-blocks is 3, expected 2 at most: so many layers 'math' changes"):
+    with pytest.raises(AdapterError, match=r"--num-blocks is 3, expected 2 at most: 'math' changes 2 layers"):
         tune(settings(place, tmp_path / "both.json", model=str(tiny_model), num_blocks=3))
 
 
@@ -157,6 +157,14 @@ def test_too_few_rows_for_two_parts_are_refused(place: Path, tiny_model: Path, t
     fault = r"few\.jsonl: --held-out-fraction 0.25 of 16 distinct rows is 4, expected 8 at least that are held out, and as many"
     with pytest.raises(DataError, match=fault):
         tune(settings(place, tmp_path / "both.json", model=str(tiny_model), data=[str(file)]))
+
+
+def test_a_row_in_two_sources_counts_in_the_first(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (place / "math.jsonl").read_text().splitlines()]
+    file = write(tmp_path / "again.jsonl", [*lines[:12], *({"prompt": f"so {i}:", "completion": " red"} for i in range(16))])
+    fields = {"model": str(tiny_model), "data": [str(place / "math.jsonl"), str(file)]}
+    with pytest.raises(DataError, match=r"again\.jsonl: --held-out-fraction 0.25 of 16 distinct rows is 4"):
+        tune(settings(place, tmp_path / "both.json", **fields))
 
 
 def test_rows_that_are_too_long_are_refused_or_left_out(place: Path, tiny_model: Path, tmp_path: Path) -> None:

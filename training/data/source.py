@@ -139,7 +139,7 @@ def read_rows(source: str | Source, needs: Needs = "text", faults: Faults | None
         collected.raise_or_warn()
         raise DataError(f"{source.path} has no usable row")
     if num_repeated := len(rows) - len({row.content for row in rows}):
-        logger.info("%s: rows that repeat another's prompt and completion, and are kept: %d", source.path, num_repeated)
+        logger.info("%s: rows that repeat another's prompt and completion: %d", source.path, num_repeated)
     return rows
 
 
