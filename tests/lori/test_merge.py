@@ -323,3 +323,12 @@ def test_unsound_block_weights_are_refused() -> None:
         merge(adapters, weights, block_weights=[(math.nan,)] * len(adapters))
     with pytest.raises(AdapterError, match="block weights are for linear merges, found ties"):
         merge(adapters, weights, "ties", block_weights=[(1.0,)] * len(adapters))
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_an_unsealed_merge_differs_only_in_its_digests(method: MergeMethod) -> None:
+    terms = ON_ONE_BASIS["three ranks"]
+    sealed, unsealed = merged(terms, method), merged(terms, method, is_sealed=False)
+    assert are_same(sealed.modules, unsealed.modules)
+    digests = {"lori": {"content_digest", "config_digest"}}
+    assert unsealed.config.model_dump(exclude=digests) == sealed.config.model_dump(exclude=digests)
