@@ -22,7 +22,7 @@ from training.evaluation.local_adapters import AdapterSelection, apply_adapter, 
 from training.evaluation.local_answerer import LocalAnswerer
 from training.evaluation.measurement import MeasuredAdapter, Measurement, record_measurement
 from training.evaluation.metrics import measure, read_metric_rows
-from training.evaluation.server_answerer import Server, ServerAnswerer
+from training.evaluation.server_answerer import ServedAdapter, Server, ServerAnswerer
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,19 @@ def server_subject(config: EvaluateConfig) -> Subject:
         names = {"method": "merge", "density": "density", "seed": "merge_seed"}
         selection |= {names[option]: value for option, value in config.merge_options.used.items() if option in names}
     server = Server(str(config.url), config.concurrency, os.environ.get(config.api_key_variable))
-    served_adapters = {name: server.adapter(name) for name in config.adapter}
-    templates_by_name = {name: adapter.templates for name, adapter in served_adapters.items()}
-    adapters = [MeasuredAdapter(name.partition("@")[0], adapter.version) for name, adapter in served_adapters.items()]
-    answerer = ServerAnswerer(server, selection, [adapter.version for adapter in adapters], _template(config, templates_by_name))
+    served = {name: server.adapters(name) for name in config.adapter}
+    templates_by_name = {adapter.name: adapter.templates for adapters in served.values() for adapter in adapters}
+    versions = [adapter.version for adapters in served.values() for adapter in adapters]
+    answerer = ServerAnswerer(server, selection, versions, _template(config, templates_by_name))
+    adapters = [_measured_adapter(name.partition("@")[0], meant) for name, meant in served.items()]
     return Subject(answerer, f"the server at {config.url}", adapters)
+
+
+def _measured_adapter(name: str, adapters: Sequence[ServedAdapter]) -> MeasuredAdapter:
+    """Return the adapter `name`, or the merge of this name if its `adapters` have other names."""
+    if [adapter.name for adapter in adapters] == [name]:
+        return MeasuredAdapter(name, adapters[0].version)
+    return MeasuredAdapter(name, "", tuple(f"{adapter.name}@{adapter.version}" for adapter in adapters))
 
 
 @contextmanager
@@ -101,6 +109,8 @@ def _check_record(folder: Path, subject: Subject) -> None:
     if subject.base_digest not in (None, record.base_digest):
         raise AnswerError(f"--record {folder} is an adapter of another base than {subject.base}, which would be measured")
     for adapter in subject.adapters:
+        if adapter.name == name and adapter.parts:
+            raise AnswerError(f"{adapter.reference} is a named merge, expected the adapter of --record {folder}")
         if adapter.name == name and not digest.startswith(adapter.version):
             version = digest[: len(adapter.version)]
             raise AnswerError(

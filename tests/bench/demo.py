@@ -107,7 +107,8 @@ def answerer_for(url: str, template: Template, adapters: Sequence[str] = (), wei
     server = Server(url)
     selection: dict[str, Any] = {"adapter": list(adapters)} if adapters else {}
     selection |= {"weights": list(weights)} if weights else {}
-    return ServerAnswerer(server, selection, [server.adapter(name).version for name in adapters], template)
+    versions = [adapter.version for name in adapters for adapter in server.adapters(name)]
+    return ServerAnswerer(server, selection, versions, template)
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -225,9 +225,9 @@ def test_our_own_clients_ask_this_machine_without_a_proxy(served: Live, host: st
 
 @pytest.mark.usefixtures("_behind_a_proxy")
 def test_an_evaluation_asks_this_machine_without_a_proxy(served: Live) -> None:
-    assert Server(f"http://127.0.0.1:{served.port}").adapter("calm").version
+    assert Server(f"http://127.0.0.1:{served.port}").adapters("calm")
     with pytest.raises(AnswerError):
-        Server("http://lori.invalid:8000", 1).adapter("calm")
+        Server("http://lori.invalid:8000", 1).adapters("calm")
 
 
 @pytest.mark.parametrize(

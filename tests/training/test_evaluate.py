@@ -14,7 +14,10 @@ import torch
 from lori.base_model import load_base_model
 from lori.config import AdapterConfig
 from lori.errors import AdapterError, TemplateError
-from lori.format import read_config
+from lori.format import read_config, save_adapter
+from lori.merge import merge
+from lori.named_merge import MergedAdapter, NamedMerge
+from lori.store.store import AdapterStore
 from lori.template import encode
 from server.loading import load_service
 from server.settings import Settings
@@ -66,6 +69,7 @@ CHOICES: dict[str, dict[str, object]] = {
 }
 
 POLICY = "policy = { blue = 0.5 }"
+DEEP_WEIGHTS, DEEP_BLOCKS = (0.9, 0.4), ([1.0, 0.5], [0.0, 2.0])
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +92,24 @@ def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the address of a server in this process, with keys."""
-    keys = write_keys(tmp_path_factory.mktemp("keys"), POLICY)
-    settings = Settings(model=str(tiny_model), adapters=str(store), dtype="float32", threads=1, kv_cache_gib=0.05, keys=keys)
+    """Yield the address of a server in this process, with keys and the named merge `deep`."""
+    keys, merges = write_keys(tmp_path_factory.mktemp("keys"), POLICY), tmp_path_factory.mktemp("merges")
+    entries = [AdapterStore(store).find(name) for name in ("all", "blue")]
+    merged_adapters = [
+        MergedAdapter(reference=f"{entry.name}@{entry.version}", weight=weight, block_weights=block_weights)
+        for entry, weight, block_weights in zip(entries, DEEP_WEIGHTS, DEEP_BLOCKS, strict=True)
+    ]
+    digest = read_config(store / "all").lori.base_digest
+    (merges / "deep.json").write_bytes(NamedMerge(base_digest=digest, adapters=merged_adapters).to_bytes())
+    settings = Settings(
+        model=str(tiny_model),
+        adapters=str(store),
+        merges=merges,
+        dtype="float32",
+        threads=1,
+        kv_cache_gib=0.05,
+        keys=keys,
+    )
     with pytest.MonkeyPatch.context() as patch, serve_here(load_service(settings)) as client:
         patch.setenv("LORI_API_KEY", ADMIN)
         yield str(client.base_url).rstrip("/")
@@ -111,6 +130,28 @@ def test_a_server_and_a_local_model_give_the_same_figures(
     locally = figures_of(config(metric, data, **local(tiny_model, store), **CHOICES[subject]))
     assert through_server == pytest.approx(locally, abs=1e-4 if metric == "loss" else 0)
     assert locally["rows"] == len(MEASURED[metric])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["loss", "exact"])
+def test_a_named_merge_is_measured_by_its_name(url: str, tiny_model: Path, store: Path, tmp_path: Path, metric: str) -> None:
+    adapters = [AdapterStore(store).find(name).load() for name in ("all", "blue")]
+    built = merge(adapters, DEEP_WEIGHTS, block_weights=DEEP_BLOCKS)
+    save_adapter(built, tmp_path / "built")
+    data = write(tmp_path / "rows.jsonl", MEASURED[metric])
+    measurement = evaluate(config(metric, data, url=url, adapter=["deep"]))
+    locally = figures_of(config(metric, data, **local(tiny_model, tmp_path), adapter=["built"]))
+    assert measurement.figures == pytest.approx(locally, abs=1e-4 if metric == "loss" else 0)
+    references = [f"{adapter.name}@{adapter.version}" for adapter in adapters]
+    assert measurement.lines[0].split(maxsplit=1)[1] == f"1 deep ({', '.join(references)})"
+
+
+@pytest.mark.slow
+def test_figures_of_a_named_merge_are_not_recorded_in_an_adapter_of_its_name(url: str, store: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(store / "all", tmp_path / "deep")
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
+    with pytest.raises(AnswerError, match=r"deep \(all@.*\) is a named merge, expected the adapter of --record"):
+        evaluate(config("loss", data, url=url, adapter=["deep"], record=folder))
 
 
 @pytest.mark.slow
@@ -221,7 +262,8 @@ def test_answers_of_additional_adapters_are_not_measured(
 @pytest.mark.slow
 def test_a_version_that_was_published_meanwhile_is_not_measured(url: str) -> None:
     client = Server(url, api_key=ADMIN)
-    version = client.adapter("all").version
+    [adapter] = client.adapters("all")
+    version = adapter.version
     assert ServerAnswerer(client, {"adapter": "all"}, [version]).complete(["x"], Sampling(max_tokens=1))
     with pytest.raises(AnswerError, match=f"all@{version} answered, and 0123 is measured"):
         ServerAnswerer(client, {"adapter": "all"}, ["0123"]).complete(["x"], Sampling(max_tokens=1))

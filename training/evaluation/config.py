@@ -33,7 +33,8 @@ class EvaluateConfig(CommandLine):
     is `answer`. refusal: fraction refused of the rows with `harmful` true and false. pass: pass@k of programs, by a row's `test`
     and `entry_point`."""
     adapter: list[str] = Field(default=[])
-    """Names of adapters, or with --local and no --adapters, folders of adapters. If absent, the base is evaluated."""
+    """Names of adapters, through a server also of named merges; with --local and no --adapters, folders of adapters. If absent,
+    the base is evaluated."""
     weights: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(default=[])
     """Weights in a merge, one for each adapter; 1/n each if absent."""
     merge: MergeMethod = DEFAULTS.method

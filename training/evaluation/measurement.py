@@ -18,10 +18,18 @@ WIDTH = 40
 
 @dataclass(frozen=True, slots=True)
 class MeasuredAdapter:
-    """The name and version of an adapter that was measured."""
+    """An adapter, or a named merge, that was measured."""
 
     name: str
     version: str
+    """Empty for a merge, which has none."""
+    parts: tuple[str, ...] = ()
+    """A merge's adapters, as `name@version`."""
+
+    @property
+    def reference(self) -> str:
+        """The name with the version, or the names with the versions of a merge's adapters."""
+        return f"{self.name} ({', '.join(self.parts)})" if self.parts else f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ class Measurement:
         """The measurement as lines: its settings, each figure with its standard error, the numbers of rows."""
         figures = self.figures
         values = {
-            "measured": self._subject([f"{adapter.name}@{adapter.version}" for adapter in self.adapters]),
+            "measured": self._subject([adapter.reference for adapter in self.adapters]),
             "on": self.base,
             "data": self.config.data_name,
             "template": self.template,

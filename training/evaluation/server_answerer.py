@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -24,6 +25,7 @@ OutputT = TypeVar("OutputT")
 class ServedAdapter:
     """An adapter of the server."""
 
+    name: str
     version: str
     templates: Sequence[Template]
     """Templates that the adapter was trained on, the preferred one first."""
@@ -37,15 +39,22 @@ class Server:
     concurrency: int = 32
     api_key: str | None = None
 
-    def adapter(self, name: str) -> ServedAdapter:
-        """Return the version and templates of the adapter `name` on the server. Raises `AnswerError`."""
+    def adapters(self, name: str) -> list[ServedAdapter]:
+        """Return the adapters that `name` means on the server: one, or those of a named merge. Raises `AnswerError`."""
+        return asyncio.run(self._adapters(name))
 
-        async def request() -> dict[str, Any]:
-            async with self._client() as http:
-                return await self._send(http.get(f"/adapters/{quote(name)}"))
-
-        reply = asyncio.run(request())
-        return ServedAdapter(reply["version"], reply["templates"])
+    async def _adapters(self, name: str) -> list[ServedAdapter]:
+        async with self._client() as http:
+            reply = await self._send(http.get(f"/adapters/{quote(name)}"))
+            if reply.status_code == HTTPStatus.NOT_FOUND:  # perhaps a named merge: the answer to a request tells its adapters
+                fields = {"prompt": "?", "adapter": name, "max_tokens": 1}
+                answer = self._content(await self._send(http.post("/generate", json=fields)))
+                references = [f"{one['name']}@{one['version']}" for one in answer["adapter"] if not one["policy"]]
+                replies = [await self._send(http.get(f"/adapters/{quote(reference)}")) for reference in references]
+            else:
+                replies = [reply]
+        contents = map(self._content, replies)
+        return [ServedAdapter(content["name"], content["version"], content["templates"]) for content in contents]
 
     def ask_all(self, measure: Callable[[Ask, InputT], Awaitable[OutputT]], items: Sequence[InputT]) -> list[OutputT]:
         """Return the result of `measure` for each of `items`. The first failure cancels the others and raises `AnswerError`."""
@@ -63,7 +72,7 @@ class Server:
                     return result
 
                 async def ask(path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-                    return await self._send(http.post(path, json=fields))
+                    return self._content(await self._send(http.post(path, json=fields)))
 
                 try:
                     async with asyncio.TaskGroup() as group:
@@ -78,26 +87,29 @@ class Server:
         mounts = direct_mounts(self.url)
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=TIMEOUT_S, limits=limits, mounts=mounts)
 
-    async def _send(self, request: Awaitable[httpx.Response]) -> dict[str, Any]:
+    async def _send(self, request: Awaitable[httpx.Response]) -> httpx.Response:
         try:
-            reply = await request
+            return await request
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise AnswerError(f"no answer from {self.url} ({reason}): is `python -m server` running there?") from error
+
+    def _content(self, reply: httpx.Response) -> dict[str, Any]:
         if reply.is_error:
             is_json = "json" in reply.headers.get("content-type", "")
             raise AnswerError(
                 f"the server answered {reply.status_code}: {reply.json()['error']['message'] if is_json else reply.text}"
             )
-        answer: dict[str, Any] = reply.json()
-        return answer
+        content: dict[str, Any] = reply.json()
+        return content
 
 
 @dataclass(frozen=True, slots=True)
 class ServerAnswerer:
     """A server as an answerer.
 
-    `selection`: the fields of each request that select the adapters. `versions`: the versions of these adapters. Raises
+    `selection`: the fields of each request that select the adapters. `versions`: the versions of these adapters in their order,
+    and in place of a named merge those of its adapters. Raises
     `AnswerError` if other adapters answered, because a new version was published or the key's policy adds adapters.
 
     `template`: prompts are sent as they are (plain), or as a conversation, which the server formats by the base's chat template.
