@@ -69,6 +69,11 @@ class MergedAdapter(BaseModel):
         """The adapter's name, without its version."""
         return self.reference.partition("@")[0]
 
+    @property
+    def version(self) -> str:
+        """The adapter's version."""
+        return self.reference.partition("@")[2]
+
 
 class NamedMerge(BaseModel):
     """A weighted sum of adapters."""

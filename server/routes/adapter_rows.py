@@ -4,7 +4,7 @@ Thread-safe. Building thousands of rows takes a while, so call it off the event 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from pydantic import TypeAdapter
@@ -15,13 +15,14 @@ from server.access.caller import Caller
 from server.catalog.files import Details
 from server.engine.adapters.registry import Registered
 from server.engine.adapters.residents import TierUsage
-from server.schemas.adapters import AdapterDetail, AdapterInfo, FaultyAdapter, ModuleInfo
+from server.schemas.adapters import AdapterDetail, AdapterInfo, FaultyAdapter, MergedAdapterInfo, ModuleInfo, NamedMergeInfo
 from server.service.service import Service
 
 NUM_AT_ONCE = 32
 """Rows that are written before other threads may run: about half a millisecond."""
 ROWS = TypeAdapter(list[AdapterInfo])
 FAULTY = TypeAdapter(list[FaultyAdapter])
+MERGES = TypeAdapter(list[NamedMergeInfo])
 NO_USAGE = TierUsage()
 
 
@@ -84,19 +85,40 @@ def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit
     rows = (describe(service, adapter, usage, shows_usage=shows_usage) for adapter, usage in pairs)
     written = b",".join(_write(rows))
     end = shown[-1] if len(shown) < len(names) else ""
-    faulty = FAULTY.dump_json(_faulty(service, caller, prefix, after, end))
-    return b'{"base_model":%b,"adapters":[%b],"faulty":%b,"next":%b}' % (to_json(service.base_model), written, faulty, last)
+
+    def is_on_page(name: str) -> bool:
+        return name.startswith(prefix) and name > after and (not end or name <= end)
+
+    faulty = FAULTY.dump_json(_faulty(service, caller, is_on_page))
+    merges = MERGES.dump_json(_merges(service, caller, is_on_page))
+    parts = (to_json(service.base_model), written, faulty, merges, last)
+    return b'{"base_model":%b,"adapters":[%b],"faulty":%b,"merges":%b,"next":%b}' % parts
 
 
-def _faulty(service: Service, caller: Caller, prefix: str, after: str, end: str) -> list[FaultyAdapter]:
+def _faulty(service: Service, caller: Caller, is_on_page: Callable[[str], bool]) -> list[FaultyAdapter]:
     faulty_adapters = sorted(service.registry.faulty.values(), key=lambda faulty: faulty.reference)
     return [
         FaultyAdapter(name=faulty.reference, faults=list(faulty.faults))
         for faulty in faulty_adapters
-        if faulty.reference.startswith(prefix)
-        and faulty.reference > after
-        and (not end or faulty.reference <= end)
-        and caller.may_use(faulty.name)
+        if is_on_page(faulty.reference) and caller.may_use(faulty.name)
+    ]
+
+
+def _merges(service: Service, caller: Caller, is_on_page: Callable[[str], bool]) -> list[NamedMergeInfo]:
+    return [
+        NamedMergeInfo(
+            name=name,
+            adapters=[
+                MergedAdapterInfo(
+                    name=adapter.name, version=adapter.version, weight=adapter.weight, block_weights=adapter.block_weights
+                )
+                for adapter in merge.adapters
+            ],
+            about=merge.about,
+            scores=merge.scores,
+        )
+        for name, merge in service.merges.usable(caller.may_use).items()
+        if is_on_page(name)
     ]
 
 

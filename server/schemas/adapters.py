@@ -87,6 +87,31 @@ class FaultyAdapter(BaseModel):
     """The faults of the adapter."""
 
 
+class MergedAdapterInfo(BaseModel):
+    """An adapter of a named merge."""
+
+    model_config = {"use_attribute_docstrings": True}
+
+    name: str
+    version: str
+    weight: float
+    block_weights: list[float] = Field(default_factory=list, exclude_if=lambda weights: not weights)
+    """Factors of the weight in blocks of layers, from the first to the last. Absent if the weight is the same in all layers."""
+
+
+class NamedMergeInfo(BaseModel):
+    """A named merge, which requests can name like an adapter."""
+
+    model_config = {"use_attribute_docstrings": True}
+
+    name: str
+    adapters: list[MergedAdapterInfo]
+    about: str
+    """How the weights were chosen."""
+    scores: dict[str, float]
+    """Share of the best single adapter's gain that the merge keeps, by source, on the rows that the weights were chosen on."""
+
+
 class AdapterList(BaseModel):
     """The reply of GET /adapters, in order of name."""
 
@@ -96,6 +121,8 @@ class AdapterList(BaseModel):
     adapters: list[AdapterInfo]
     faulty: list[FaultyAdapter] = []
     """The damaged adapters, in order of name. With `limit`, those up to the last of `adapters`."""
+    merges: list[NamedMergeInfo] = []
+    """The named merges, in order of name. With `limit`, those up to the last of `adapters`."""
     next: str | None = None
     """The value of `after` for the next page, if there are more than `limit`."""
 

@@ -45,14 +45,13 @@ class Server:
 
     async def _adapters(self, name: str) -> list[ServedAdapter]:
         async with self._client() as http:
-            reply = await self._send(http.get(f"/adapters/{quote(name)}"))
-            if reply.status_code == HTTPStatus.NOT_FOUND:  # perhaps a named merge: the answer to a request tells its adapters
-                fields = {"prompt": "?", "adapter": name, "max_tokens": 1}
-                answer = self._content(await self._send(http.post("/generate", json=fields)))
-                references = [f"{one['name']}@{one['version']}" for one in answer["adapter"] if not one["policy"]]
-                replies = [await self._send(http.get(f"/adapters/{quote(reference)}")) for reference in references]
-            else:
-                replies = [reply]
+            replies = [await self._send(http.get(f"/adapters/{quote(name)}"))]
+            if replies[0].status_code == HTTPStatus.NOT_FOUND:
+                # A name is the first of those that begin with it.
+                page = self._content(await self._send(http.get("/adapters", params={"prefix": name, "limit": 1})))
+                for adapters in [merge["adapters"] for merge in page["merges"] if merge["name"] == name]:
+                    references = [quote(f"{adapter['name']}@{adapter['version']}") for adapter in adapters]
+                    replies = [await self._send(http.get(f"/adapters/{reference}")) for reference in references]
         contents = map(self._content, replies)
         return [ServedAdapter(content["name"], content["version"], content["templates"]) for content in contents]
 

@@ -1,8 +1,8 @@
-// The list of the server's adapters: searched, picked from, and kept as it is now. Of thousands only some are drawn.
+// The list of the server's adapters and named merges: searched, picked from, and kept as it is now. Of thousands only some are drawn.
 
 import { getJson } from "./api.js";
 import { byId, el, setText } from "./elements.js";
-import { bytes, count, percent } from "./numbers.js";
+import { bytes, count, percent, short } from "./numbers.js";
 
 const STEP = 50;
 const TIERS = { disk: "read when a request names it", loaded: "in memory, packed", resident: "in the kernels’ operands" };
@@ -10,6 +10,7 @@ const TIERS = { disk: "read when a request names it", loaded: "in memory, packed
 /** The rows of GET /adapters; says "change" when they were asked for again. */
 export class Catalogue extends EventTarget {
   rows = new Map();
+  merges = [];
   faulty = [];
   baseModel = "";
   fault = "";
@@ -19,11 +20,11 @@ export class Catalogue extends EventTarget {
     try {
       const reply = await getJson("adapters");
       this.rows = new Map(reply.adapters.map((row) => [row.name, row]));
-      [this.faulty, this.baseModel, this.fault] = [reply.faulty ?? [], reply.base_model, ""];
+      [this.merges, this.faulty, this.baseModel, this.fault] = [reply.merges ?? [], reply.faulty ?? [], reply.base_model, ""];
     } catch (error) {
       this.fault = error.message;
       // What another key may see is none of this one's business.
-      if (error.status === 401 || error.status === 403) [this.rows, this.faulty] = [new Map(), []];
+      if (error.status === 401 || error.status === 403) [this.rows, this.merges, this.faulty] = [new Map(), [], []];
     }
     this.dispatchEvent(new Event("change"));
   }
@@ -50,7 +51,8 @@ export class AdapterList {
 
   #draw() {
     const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const found = [...this.catalogue.rows.values()].filter((row) => hasAll(words, row));
+    const { merges, rows } = this.catalogue;
+    const found = [...merges, ...rows.values()].filter((row) => hasAll(words, row));
     const shown = found.slice(0, this.#limit);
     const items = shown.map((row) => this.#item(row));
     const list = byId("adapters");
@@ -58,7 +60,7 @@ export class AdapterList {
       keepFocus(list, () => list.replaceChildren(...items));
     }
     byId("adapters-more").hidden = shown.length === found.length;
-    setText(byId("adapters-note"), this.catalogue.fault || told(shown.length, found.length, this.catalogue.rows.size));
+    setText(byId("adapters-note"), this.catalogue.fault || told(shown.length, found.length, rows.size, merges.length));
     this.#drawFaulty(words);
     byId("adapters-note").classList.toggle("fault", Boolean(this.catalogue.fault));
   }
@@ -80,8 +82,8 @@ export class AdapterList {
     setText(tier, row.tier ?? "");
     tier.dataset.tier = row.tier ?? "";
     tier.title = TIERS[row.tier] ?? "";
-    item.querySelector("label").title = `${row.name}@${row.version}`;
-    setText(item.querySelector(".detail"), details(row));
+    item.querySelector("label").title = row.adapters ? mergeTitle(row) : `${row.name}@${row.version}`;
+    setText(item.querySelector(".detail"), row.adapters ? mergeDetails(row) : details(row));
     item.querySelector("input").checked = this.mix.has(row.name);
     return item;
   }
@@ -144,11 +146,28 @@ function details(row) {
     .join(" · ");
 }
 
-function told(numShown, numFound, numAll) {
+/** The sum, such as "named merge: 0.75 math − 0.5 safety"; weights that depend on the layer are counted. */
+function mergeDetails({ adapters }) {
+  const numBlocks = Math.max(...adapters.map(({ block_weights: blocks }) => blocks?.length ?? 0));
+  const terms = adapters.map(({ name, weight }, i) => {
+    const sign = weight < 0 ? "− " : i ? "+ " : "";
+    return numBlocks && weight === 1 ? `${sign}${name}` : `${sign}${short(Math.abs(weight))} ${name}`;
+  });
+  return `named merge: ${terms.join(" ")}${numBlocks ? ` · weights in ${count(numBlocks)} blocks` : ""}`;
+}
+
+function mergeTitle({ adapters, about }) {
+  return [adapters.map(({ name, version }) => `${name}@${version}`).join(" + "), about].filter(Boolean).join("\n");
+}
+
+function told(numShown, numFound, numAdapters, numMerges) {
+  const numAll = numAdapters + numMerges;
   if (!numAll) return "This server has no adapters.";
   if (!numFound) return "None is called so.";
-  const found = numFound === numAll ? count(numAll) : `${count(numFound)} of ${count(numAll)}`;
-  return numShown < numFound ? `The first ${numShown} of ${count(numFound)}: search for the others.` : `${found} ${numAll === 1 ? "adapter" : "adapters"}`;
+  if (numShown < numFound) return `The first ${numShown} of ${count(numFound)}: search for the others.`;
+  if (numFound < numAll) return `${count(numFound)} of ${count(numAll)} adapters${numMerges ? " and merges" : ""}`;
+  const adapters = `${count(numAdapters)} ${numAdapters === 1 ? "adapter" : "adapters"}`;
+  return numMerges ? `${adapters}, ${count(numMerges)} ${numMerges === 1 ? "merge" : "merges"}` : adapters;
 }
 
 function keepFocus(list, change) {

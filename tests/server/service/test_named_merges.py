@@ -288,6 +288,27 @@ def test_a_merge_with_block_weights_answers_as_the_adapter_that_it_makes(blocks:
     assert ask(blocks, adapter="deep", weights=[0.5])["text"] == ask(blocks, adapter="built", weights=[0.5])["text"]
 
 
+def test_the_merges_are_listed_with_their_weights(client: httpx.Client, blocks: httpx.Client) -> None:
+    [listed] = client.get("/adapters", params={"prefix": "b", "limit": 1}).raise_for_status().json()["merges"]
+    versions = {adapter["name"]: adapter["version"] for adapter in ask(client, adapter="both")["adapter"]}
+    parts = [{"name": name, "version": versions[name], "weight": weight} for name, weight in zip(versions, WEIGHTS, strict=True)]
+    assert listed == {"name": "both", "adapters": parts, "about": "", "scores": {}}
+    [deep] = blocks.get("/adapters").raise_for_status().json()["merges"]
+    assert [adapter["block_weights"] for adapter in deep["adapters"]] == [*BLOCKS]
+    other = client.get("/adapters", headers=bearer(OTHER)).raise_for_status().json()
+    assert other["merges"] == [], "it may not use `safety`"
+
+
+def test_a_page_of_adapters_has_the_merges_between_its_names(client: httpx.Client) -> None:
+    names: list[str] = []
+    after: str | None = ""
+    while after is not None:
+        page = client.get("/adapters", params={"limit": 1, "after": after}).raise_for_status().json()
+        names += [merge["name"] for merge in page["merges"]]
+        after = page["next"]
+    assert names == ["both"]
+
+
 def test_the_log_has_the_block_weights(blocks: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "server.request")
     ask(blocks, adapter="deep")
