@@ -7,6 +7,7 @@ for adapters that came without, and for forms of prompts that were not in the tr
 import logging
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -22,6 +23,8 @@ from training.prompt_statistics import MIN_ROWS, Form, measure, write_statistics
 
 class CalibrateConfig(PromptsConfig):
     """Measure the prompts that an adapter is for. The adapter's folder gets a file `prompt_statistics.safetensors`."""
+
+    USAGE: ClassVar[str] = "ADAPTER [--FLAG VALUE ...]"
 
     adapter: CliPositionalArg[Path]
     """The adapter's folder."""

@@ -114,6 +114,7 @@ class CommandLine(BaseSettings):
     )
     GROUPS: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Fields under each heading of `--help`; without any, all flags are in one list."""
+    USAGE: ClassVar[str] = "[--FLAG VALUE ...]"  # all flags would fill a page
 
     @classmethod
     def settings_customise_sources(
@@ -144,7 +145,7 @@ class CommandLine(BaseSettings):
                     add_argument_method=Headings(cls.GROUPS).add_argument,
                     formatter_class=help_formatter,
                 )
-                flags.root_parser.usage = "%(prog)s [--FLAG VALUE ...]"  # all flags would fill a page
+                flags.root_parser.usage = f"%(prog)s {cls.USAGE}"
                 return cls(_cli_settings_source=flags(args=True))
         except RecipeError as error:
             print(f"error: {error}", file=sys.stderr)

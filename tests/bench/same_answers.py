@@ -9,7 +9,6 @@ of prompts were found in the prefix cache, and how many sequences were preempted
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from lori.template import Message
 from server.engine.generate_request import GenerateRequest, Prompt, RefusedError
 from server.engine.request import SamplingParams
 from tests.server.rig import Rig, build
+from training.demo.__main__ import rows_of
 
 ADAPTERS = Path(__file__).parents[2] / "server" / "adapters"
 NAMES = ("intent", "math", "nlu", "safety")
@@ -113,7 +113,7 @@ def draw_requests(rig: Rig, data: Path, count: int) -> list[GenerateRequest]:
     """Return `count` requests that the engine admits."""
     rng, requests = random.Random(3), list[GenerateRequest]()
     files = [data / name / "test.jsonl" for name in NAMES]
-    prompts = [json.loads(line)["prompt"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    prompts = [row["prompt"] for file in files for row in rows_of(file)]
     while len(requests) < count:
         adapters = tuple(rng.sample(NAMES, rng.choice([0, 1, 1, 2, 3])))
         request = GenerateRequest(

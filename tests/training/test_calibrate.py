@@ -106,3 +106,10 @@ def test_another_base_s_background_is_refused(tiny_model: Path, place: Path, tmp
     settings = config(place, tiny_model, rows()).model_copy(update={"background": tmp_path / "absent"})
     with pytest.raises(AdapterError, match="absent cannot be read: No such file"):
         calibrate.calibrate(settings)
+
+
+def test_the_help_says_that_an_adapter_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["calibrate", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        CalibrateConfig.from_arguments()
+    assert capsys.readouterr().out.splitlines()[0].endswith(" ADAPTER [--FLAG VALUE ...]")

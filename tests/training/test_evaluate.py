@@ -26,7 +26,7 @@ from tests.server.live import serve_here
 from tests.tiny import save_tiny_model
 from tests.training.evaluations import RED_ROWS, Rows, config, figures_of, write
 from training.config import FitConfig
-from training.evaluate import evaluate, main
+from training.evaluate import evaluate, main, server_subject
 from training.evaluation.answerer import AnswerError, Sampling
 from training.evaluation.figures import Figures
 from training.evaluation.measurement import MeasuredAdapter, Measurement, record_measurement
@@ -294,6 +294,14 @@ def test_figures_are_not_recorded_in_an_adapter_that_was_replaced_meanwhile(
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
     with pytest.raises(AnswerError, match=r"of all would be measured, and --record .*all is "):
         evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], record=folder))
+
+
+@pytest.mark.slow
+def test_a_server_is_sent_1_n_each_without_weights(url: str, tmp_path: Path) -> None:
+    """Without weights the server would weigh adapters by the prompt."""
+    answerer = server_subject(config("loss", write(tmp_path / "rows.jsonl", RED_ROWS), url=url, adapter=["all", "blue"])).answerer
+    assert isinstance(answerer, ServerAnswerer)
+    assert answerer.selection["weights"] == [0.5, 0.5]
 
 
 @pytest.mark.slow

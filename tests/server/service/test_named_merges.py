@@ -288,6 +288,27 @@ def test_a_merge_with_block_weights_answers_as_the_adapter_that_it_makes(blocks:
     assert ask(blocks, adapter="deep", weights=[0.5])["text"] == ask(blocks, adapter="built", weights=[0.5])["text"]
 
 
+def test_a_merge_with_block_weights_on_several_bases_is_warned_of(
+    writer_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_base_model(str(writer_model), torch.float32, "eager")
+    adapters = [write_adapter(tmp_path / "adapters" / name, base, seed=stream, stream=stream) for stream, name in enumerate("ab")]
+    named = [MergedAdapter(reference=f"{one.name}@{one.version}", weight=1.0, block_weights=[1.0, 2.0]) for one in adapters]
+    (tmp_path / "merges").mkdir()
+    (tmp_path / "merges" / "deep.json").write_bytes(NamedMerge(base_digest=base.identity.digest, adapters=named).to_bytes())
+    load_service(
+        Settings(
+            model=str(writer_model),
+            adapters=str(tmp_path / "adapters"),
+            merges=tmp_path / "merges",
+            demo_adapters=False,
+            dtype="float32",
+            kv_cache_gib=0.05,
+        )
+    )
+    assert "'deep' will fail: it has block weights, and its adapters are on several bases" in caplog.text
+
+
 def test_the_merges_are_listed_with_their_weights(client: httpx.Client, blocks: httpx.Client) -> None:
     [listed] = client.get("/adapters", params={"prefix": "b", "limit": 1}).raise_for_status().json()["merges"]
     versions = {adapter["name"]: adapter["version"] for adapter in ask(client, adapter="both")["adapter"]}
