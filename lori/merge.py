@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from lori.adapter import Adapter, common_shapes
 from lori.basis import Basis, Explicit
-from lori.config import AdapterConfig, new_config
+from lori.config import UNSEALED, AdapterConfig, new_config
 from lori.errors import AdapterError, MergeCancelledError, TemplateError
 from lori.format import seal
 from lori.identity import BaseIdentity, layer_of, natural_key
@@ -106,12 +106,17 @@ def disjoint_merge(deltas: Sequence[SparseB], weights: Sequence[float], sign: Si
 
 
 def _align(deltas: Sequence[SparseB]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices (U,) at which a delta is not zero, ascending, and the values of each delta there, (n, U) float64."""
-    dense = torch.zeros(len(deltas), deltas[0].num_entries, dtype=torch.float64)
-    for row, b in zip(dense, deltas, strict=True):
-        row.index_add_(0, b.indices, b.values.double())
-    indices = _nonzero((dense != 0).any(0))
-    return indices, dense[:, indices]
+    """Return the union (U,) of the indices of `deltas`, ascending, and the values of each delta there, (n, U) float64."""
+    mask = torch.zeros(deltas[0].num_entries, dtype=torch.bool)
+    for b in deltas:
+        mask[b.indices.long()] = True
+    indices = _nonzero(mask)
+    places = torch.empty(len(mask), dtype=torch.int32)
+    places[indices] = torch.arange(len(indices), dtype=torch.int32)
+    values = torch.zeros(len(deltas), len(indices), dtype=torch.float64)
+    for row, b in zip(values, deltas, strict=True):
+        row[places[b.indices.long()].long()] = b.values.double()
+    return indices, values
 
 
 def _nonzero(mask: torch.Tensor) -> torch.Tensor:
@@ -190,11 +195,11 @@ def merge(
     that the adapter changes are divided into as many blocks of about equal length, from the first to the last. An empty sequence
     is 1 in all layers.
 
-    `is_sealed`: whether the result has its digests, as an adapter that is saved or inspected must. They take about as long as
-    the rest of the merge.
+    `is_sealed`: whether the result has its digests, as an adapter that is saved, inspected or merged again must. They take about
+    as long as the rest of the merge.
 
-    `is_cancelled` is called in this thread before each module and before the result is sealed. The merge stops as soon as it
-    returns True.
+    `is_cancelled` is called in this thread before each module, and once after the last. The merge stops as soon as it returns
+    True.
 
     Raises `AdapterError` for options, weights and adapters that do not go together, and for results that `values` cannot hold;
     `MergeCancelledError` if the merge was cancelled.
@@ -233,6 +238,7 @@ def _parents(adapters: Sequence[Adapter], weights: Sequence[float], block_weight
         raise AdapterError(f"{len(block_weights)} lists of block weights for {len(adapters)} adapters, expected one for each")
     if not all(math.isfinite(weight) for blocks in block_weights for weight in blocks):
         raise AdapterError("a block weight is not finite")
+    assert all(adapter.config.lori.content_digest != UNSEALED for adapter in adapters), "they are told apart by their digests"
     named: dict[tuple[str, str, tuple[float, ...]], tuple[Adapter, list[float]]] = {}
     for adapter, weight, blocks in zip(adapters, weights, block_weights, strict=True):
         key = (adapter.config.lori.content_digest, adapter.name, tuple(map(float, blocks)))

@@ -46,19 +46,20 @@ def server_subject(config: EvaluateConfig) -> Subject:
         names = {"method": "merge", "density": "density", "seed": "merge_seed"}
         selection |= {names[option]: value for option, value in config.merge_options.used.items() if option in names}
     server = Server(str(config.url), config.concurrency, os.environ.get(config.api_key_variable))
-    served = {name: server.adapters(name) for name in config.adapter}
-    templates_by_name = {adapter.name: adapter.templates for adapters in served.values() for adapter in adapters}
-    versions = [adapter.version for adapters in served.values() for adapter in adapters]
-    answerer = ServerAnswerer(server, selection, versions, _template(config, templates_by_name))
-    adapters = [_measured_adapter(name.partition("@")[0], meant) for name, meant in served.items()]
-    return Subject(answerer, f"the server at {config.url}", adapters)
+    adapters_by_name = {name: server.adapters(name) for name in config.adapter}
+    served_adapters = [adapter for adapters in adapters_by_name.values() for adapter in adapters]
+    template = _template(config, {adapter.reference: adapter.templates for adapter in served_adapters})
+    answerer = ServerAnswerer(server, selection, [adapter.version for adapter in served_adapters], template)
+    measured_adapters = [_measured_adapter(name.partition("@")[0], adapters) for name, adapters in adapters_by_name.items()]
+    return Subject(answerer, f"the server at {config.url}", measured_adapters)
 
 
 def _measured_adapter(name: str, adapters: Sequence[ServedAdapter]) -> MeasuredAdapter:
-    """Return the adapter `name`, or the merge of this name if its `adapters` have other names."""
-    if [adapter.name for adapter in adapters] == [name]:
+    """Return the adapter `name`, or the merge of this name if `adapters` are parts of one."""
+    if not adapters[0].merge_weights:
         return MeasuredAdapter(name, adapters[0].version)
-    return MeasuredAdapter(name, "", tuple(f"{adapter.name}@{adapter.version}" for adapter in adapters))
+    terms = [f"{' '.join(f'{weight:g}' for weight in adapter.merge_weights)} {adapter.reference}" for adapter in adapters]
+    return MeasuredAdapter(name, "", terms)
 
 
 @contextmanager
@@ -109,8 +110,8 @@ def _check_record(folder: Path, subject: Subject) -> None:
     if subject.base_digest not in (None, record.base_digest):
         raise AnswerError(f"--record {folder} is an adapter of another base than {subject.base}, which would be measured")
     for adapter in subject.adapters:
-        if adapter.name == name and adapter.parts:
-            raise AnswerError(f"{adapter.reference} is a named merge, expected the adapter of --record {folder}")
+        if adapter.terms:
+            raise AnswerError(f"{adapter.label} is a named merge, whose figures cannot be recorded: expected adapters")
         if adapter.name == name and not digest.startswith(adapter.version):
             version = digest[: len(adapter.version)]
             raise AnswerError(

@@ -79,19 +79,18 @@ def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit
     by_name, usages = service.registry.by_name, service.engine.tier_usage()
     names = sorted(name for name in by_name if name.startswith(prefix) and name > after and caller.may_use(name))
     shown = names if limit is None else names[:limit]
-    last = to_json(shown[-1] if len(shown) < len(names) else None)
+    end = shown[-1] if len(shown) < len(names) else ""
     shows_usage = _shows_usage(service, caller)
     pairs = ((adapter, usages.get(adapter.summary.digest, NO_USAGE)) for adapter in map(by_name.__getitem__, shown))
     rows = (describe(service, adapter, usage, shows_usage=shows_usage) for adapter, usage in pairs)
     written = b",".join(_write(rows))
-    end = shown[-1] if len(shown) < len(names) else ""
 
     def is_on_page(name: str) -> bool:
         return name.startswith(prefix) and name > after and (not end or name <= end)
 
     faulty = FAULTY.dump_json(_faulty(service, caller, is_on_page))
     merges = MERGES.dump_json(_merges(service, caller, is_on_page))
-    parts = (to_json(service.base_model), written, faulty, merges, last)
+    parts = (to_json(service.base_model), written, faulty, merges, to_json(end or None))
     return b'{"base_model":%b,"adapters":[%b],"faulty":%b,"merges":%b,"next":%b}' % parts
 
 
@@ -108,14 +107,8 @@ def _merges(service: Service, caller: Caller, is_on_page: Callable[[str], bool])
     return [
         NamedMergeInfo(
             name=name,
-            adapters=[
-                MergedAdapterInfo(
-                    name=adapter.name, version=adapter.version, weight=adapter.weight, block_weights=adapter.block_weights
-                )
-                for adapter in merge.adapters
-            ],
+            adapters=[MergedAdapterInfo.model_validate(adapter, from_attributes=True) for adapter in merge.adapters],
             about=merge.about,
-            scores=merge.scores,
         )
         for name, merge in service.merges.usable(caller.may_use).items()
         if is_on_page(name)

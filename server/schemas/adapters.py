@@ -108,8 +108,6 @@ class NamedMergeInfo(BaseModel):
     adapters: list[MergedAdapterInfo]
     about: str
     """How the weights were chosen."""
-    scores: dict[str, float]
-    """Share of the best single adapter's gain that the merge keeps, by source, on the rows that the weights were chosen on."""
 
 
 class AdapterList(BaseModel):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit
+from lori.config import UNSEALED
 from lori.errors import AdapterError, MergeCancelledError
 from lori.merge import MergeMethod, _Parent, merge
 from lori.merge_options import MERGE_METHODS
@@ -330,5 +331,8 @@ def test_an_unsealed_merge_differs_only_in_its_digests(method: MergeMethod) -> N
     terms = ON_ONE_BASIS["three ranks"]
     sealed, unsealed = merged(terms, method), merged(terms, method, is_sealed=False)
     assert are_same(sealed.modules, unsealed.modules)
+    assert unsealed.config.lori.content_digest == UNSEALED
     digests = {"lori": {"content_digest", "config_digest"}}
     assert unsealed.config.model_dump(exclude=digests) == sealed.config.model_dump(exclude=digests)
+    with pytest.raises(AssertionError, match="told apart by their digests"):
+        merge([unsealed, adapter("d")], [1, 1])

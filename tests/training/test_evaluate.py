@@ -142,16 +142,18 @@ def test_a_named_merge_is_measured_by_its_name(url: str, tiny_model: Path, store
     measurement = evaluate(config(metric, data, url=url, adapter=["deep"]))
     locally = figures_of(config(metric, data, **local(tiny_model, tmp_path), adapter=["built"]))
     assert measurement.figures == pytest.approx(locally, abs=1e-4 if metric == "loss" else 0)
-    references = [f"{adapter.name}@{adapter.version}" for adapter in adapters]
-    assert measurement.lines[0].split(maxsplit=1)[1] == f"1 deep ({', '.join(references)})"
+    terms = f"0.9 0.45 all@{adapters[0].version}, 0 0.8 blue@{adapters[1].version}"
+    assert measurement.lines[0].split(maxsplit=1)[1] == f"1 deep ({terms})"
 
 
 @pytest.mark.slow
-def test_figures_of_a_named_merge_are_not_recorded_in_an_adapter_of_its_name(url: str, store: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(store / "all", tmp_path / "deep")
+@pytest.mark.parametrize("adapters", [["deep"], ["all", "deep"]])
+def test_figures_of_a_named_merge_are_not_recorded(url: str, store: Path, tmp_path: Path, adapters: list[str]) -> None:
+    """They would be those of other adapters than a card names."""
+    folder = shutil.copytree(store / "all", tmp_path / adapters[0])
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
-    with pytest.raises(AnswerError, match=r"deep \(all@.*\) is a named merge, expected the adapter of --record"):
-        evaluate(config("loss", data, url=url, adapter=["deep"], record=folder))
+    with pytest.raises(AnswerError, match=r"deep \(0.9 0.45 all@.*\) is a named merge, whose figures cannot be recorded"):
+        evaluate(config("loss", data, url=url, adapter=adapters, record=folder))
 
 
 @pytest.mark.slow

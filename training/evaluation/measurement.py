@@ -23,13 +23,13 @@ class MeasuredAdapter:
     name: str
     version: str
     """Empty for a merge, which has none."""
-    parts: tuple[str, ...] = ()
-    """A merge's adapters, as `name@version`."""
+    terms: Sequence[str] = ()
+    """A merge's adapters: the weights of each, and `name@version`."""
 
     @property
-    def reference(self) -> str:
-        """The name with the version, or the names with the versions of a merge's adapters."""
-        return f"{self.name} ({', '.join(self.parts)})" if self.parts else f"{self.name}@{self.version}"
+    def label(self) -> str:
+        """The name with the version, or with a merge's terms."""
+        return f"{self.name} ({', '.join(self.terms)})" if self.terms else f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Measurement:
         """The measurement as lines: its settings, each figure with its standard error, the numbers of rows."""
         figures = self.figures
         values = {
-            "measured": self._subject([adapter.reference for adapter in self.adapters]),
+            "measured": self._subject([adapter.label for adapter in self.adapters]),
             "on": self.base,
             "data": self.config.data_name,
             "template": self.template,

@@ -29,6 +29,13 @@ class ServedAdapter:
     version: str
     templates: Sequence[Template]
     """Templates that the adapter was trained on, the preferred one first."""
+    merge_weights: Sequence[float] = ()
+    """Its weights in the named merge that it is a part of: one, or one for each block of layers. Empty if it stands alone."""
+
+    @property
+    def reference(self) -> str:
+        """The adapter as `name@version`."""
+        return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +52,21 @@ class Server:
 
     async def _adapters(self, name: str) -> list[ServedAdapter]:
         async with self._client() as http:
-            replies = [await self._send(http.get(f"/adapters/{quote(name)}"))]
-            if replies[0].status_code == HTTPStatus.NOT_FOUND:
-                # A name is the first of those that begin with it.
-                page = self._content(await self._send(http.get("/adapters", params={"prefix": name, "limit": 1})))
-                for adapters in [merge["adapters"] for merge in page["merges"] if merge["name"] == name]:
-                    references = [quote(f"{adapter['name']}@{adapter['version']}") for adapter in adapters]
-                    replies = [await self._send(http.get(f"/adapters/{reference}")) for reference in references]
-        contents = map(self._content, replies)
-        return [ServedAdapter(content["name"], content["version"], content["templates"]) for content in contents]
+            reply = await self._send(http.get(f"/adapters/{quote(name)}"))
+            if reply.status_code != HTTPStatus.NOT_FOUND or not (merge := await self._merge(http, name)):
+                content = self._content(reply)
+                return [ServedAdapter(content["name"], content["version"], content["templates"])]
+            adapters = []
+            for term in merge["adapters"]:
+                content = self._content(await self._send(http.get(f"/adapters/{term['name']}@{term['version']}")))
+                weights = [term["weight"] * block for block in term.get("block_weights", [1.0])]
+                adapters.append(ServedAdapter(content["name"], content["version"], content["templates"], weights))
+        return adapters
+
+    async def _merge(self, http: httpx.AsyncClient, name: str) -> dict[str, Any] | None:
+        # A name is the first of those that begin with it.
+        page = self._content(await self._send(http.get("/adapters", params={"prefix": name, "limit": 1})))
+        return next((merge for merge in page.get("merges", ()) if merge["name"] == name), None)
 
     def ask_all(self, measure: Callable[[Ask, InputT], Awaitable[OutputT]], items: Sequence[InputT]) -> list[OutputT]:
         """Return the result of `measure` for each of `items`. The first failure cancels the others and raises `AnswerError`."""
@@ -107,9 +120,9 @@ class Server:
 class ServerAnswerer:
     """A server as an answerer.
 
-    `selection`: the fields of each request that select the adapters. `versions`: the versions of these adapters in their order,
-    and in place of a named merge those of its adapters. Raises
-    `AnswerError` if other adapters answered, because a new version was published or the key's policy adds adapters.
+    `selection`: the fields of each request that select the adapters. `versions`: the versions of these adapters in their order;
+    in place of a named merge those of its adapters. Raises `AnswerError` if other adapters answered, because a new version was
+    published or the key's policy adds adapters.
 
     `template`: prompts are sent as they are (plain), or as a conversation, which the server formats by the base's chat template.
     """

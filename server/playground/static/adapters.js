@@ -2,7 +2,7 @@
 
 import { getJson } from "./api.js";
 import { byId, el, setText } from "./elements.js";
-import { bytes, count, percent, short } from "./numbers.js";
+import { bytes, count, percent } from "./numbers.js";
 
 const STEP = 50;
 const TIERS = { disk: "read when a request names it", loaded: "in memory, packed", resident: "in the kernels’ operands" };
@@ -52,7 +52,7 @@ export class AdapterList {
   #draw() {
     const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const { merges, rows } = this.catalogue;
-    const found = [...merges, ...rows.values()].filter((row) => hasAll(words, row));
+    const found = inOrder([...rows.values()], merges).filter((row) => hasAll(words, row));
     const shown = found.slice(0, this.#limit);
     const items = shown.map((row) => this.#item(row));
     const list = byId("adapters");
@@ -146,14 +146,20 @@ function details(row) {
     .join(" · ");
 }
 
+/** Both in one list by name; the server sends each in order. */
+function inOrder(rows, merges) {
+  if (!merges.length) return rows;
+  return [...rows, ...merges].sort((one, other) => (one.name < other.name ? -1 : 1));
+}
+
 /** The sum, such as "named merge: 0.75 math − 0.5 safety"; weights that depend on the layer are counted. */
 function mergeDetails({ adapters }) {
   const numBlocks = Math.max(...adapters.map(({ block_weights: blocks }) => blocks?.length ?? 0));
   const terms = adapters.map(({ name, weight }, i) => {
-    const sign = weight < 0 ? "− " : i ? "+ " : "";
-    return numBlocks && weight === 1 ? `${sign}${name}` : `${sign}${short(Math.abs(weight))} ${name}`;
+    const sign = i ? ` ${weight < 0 ? "−" : "+"} ` : weight < 0 ? "−" : "";
+    return `${sign}${Number(Math.abs(weight).toPrecision(3))} ${name}`;
   });
-  return `named merge: ${terms.join(" ")}${numBlocks ? ` · weights in ${count(numBlocks)} blocks` : ""}`;
+  return `named merge: ${terms.join("")}${numBlocks ? ` · times weights in ${count(numBlocks)} blocks` : ""}`;
 }
 
 function mergeTitle({ adapters, about }) {

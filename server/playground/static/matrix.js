@@ -56,9 +56,9 @@ export class Matrix {
   }
 
   get #names() {
-    const { names } = this.mix;
-    const chosen = names.length > 1 ? names : [...this.catalogue.rows.keys()].slice(0, NUM_FIRST);
-    return chosen.filter((name) => this.catalogue.rows.has(name)).slice(0, MAX_NAMES);
+    const { rows } = this.catalogue;
+    const picked = this.mix.names.filter((name) => rows.has(name)); // others are named merges, or gone
+    return picked.length > 1 ? picked.slice(0, MAX_NAMES) : [...rows.keys()].slice(0, NUM_FIRST);
   }
 
   /** Asks for what is not shown yet. One request at a time: the server reads every adapter for it. */

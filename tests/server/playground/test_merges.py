@@ -18,7 +18,7 @@ from tests.server.playground.conftest import Visiting
 from tests.server.replies import FOX
 from tests.server.rig import write_adapters
 
-TERMS = {"both": {"math": (0.75, []), "safety": (-0.25, [])}, "deep": {"math": (1.0, [0.5, 1.5]), "safety": (1.0, [2.0, -1.0])}}
+TERMS = {"both": {"math": (0.75, []), "safety": (-0.25, [])}, "deep": {"math": (-0.5, [0.5, 1.5]), "safety": (1.0, [2.0, -1.0])}}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_named_merges_are_listed_and_searched(visiting: Visiting, client: httpx.
     expect(page.locator("#adapters-note")).to_have_text("3 adapters, 2 merges")
     details = page.locator("#adapters .detail")
     expect(details.nth(0)).to_have_text("named merge: 0.75 math − 0.25 safety")
-    expect(details.nth(1)).to_have_text("named merge: math + safety · weights in 2 blocks")
+    expect(details.nth(1)).to_have_text("named merge: −0.5 math + 1 safety · times weights in 2 blocks")
     page.get_by_role("searchbox", name="Search adapters").fill("dee")
     expect(page.locator("#adapters .name")).to_have_text(["deep"])
     expect(page.locator("#adapters-note")).to_have_text("1 of 5 adapters and merges")
@@ -63,9 +63,20 @@ def test_a_named_merge_is_asked_by_its_name(visiting: Visiting, client: httpx.Cl
     visit = visiting(f"{str(client.base_url).rstrip('/')}/")
     for name in TERMS:
         visit.page.get_by_role("checkbox", name=name, exact=True).check()
-        expect(visit.page.locator("#auto-row")).to_be_hidden()
         visit.ask(prompt=FOX, max_tokens="12")
         reply = client.post("/generate", json={"prompt": FOX, "max_tokens": 12, "adapter": name}).raise_for_status().json()
         assert visit.text("mix") == reply["text"]
         assert [body["adapter"] for body in visit.bodies() if "adapter" in body][-1] == name
         visit.page.get_by_role("checkbox", name=name, exact=True).uncheck()
+
+
+def test_the_comparison_leaves_out_merges(visiting: Visiting, client: httpx.Client) -> None:
+    visit = visiting(f"{str(client.base_url).rstrip('/')}/")
+    visit.page.locator("#compare").scroll_into_view_if_needed()
+    names = visit.page.locator("#matrix thead th")
+    expect(names).to_have_text(["intent", "math", "safety"])
+    visit.pick("both", "math")
+    expect(names).to_have_text(["intent", "math", "safety"])
+    visit.pick("safety")
+    visit.page.locator("#compare").scroll_into_view_if_needed()
+    expect(names).to_have_text(["math", "safety"])

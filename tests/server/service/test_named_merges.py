@@ -33,7 +33,7 @@ WEIGHTS = [0.75, -0.25]
 def write_merge(folder: Path, name: str, base_digest: str, references: list[str]) -> None:
     adapters = [MergedAdapter(reference=one, weight=weight) for one, weight in zip(references, WEIGHTS, strict=True)]
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_bytes(NamedMerge(base_digest=base_digest, adapters=adapters).to_bytes())
+    (folder / f"{name}.json").write_bytes(NamedMerge(base_digest=base_digest, adapters=adapters, about="by hand").to_bytes())
 
 
 def make_service(
@@ -313,7 +313,7 @@ def test_the_merges_are_listed_with_their_weights(client: httpx.Client, blocks: 
     [listed] = client.get("/adapters", params={"prefix": "b", "limit": 1}).raise_for_status().json()["merges"]
     versions = {adapter["name"]: adapter["version"] for adapter in ask(client, adapter="both")["adapter"]}
     parts = [{"name": name, "version": versions[name], "weight": weight} for name, weight in zip(versions, WEIGHTS, strict=True)]
-    assert listed == {"name": "both", "adapters": parts, "about": "", "scores": {}}
+    assert listed == {"name": "both", "adapters": parts, "about": "by hand"}
     [deep] = blocks.get("/adapters").raise_for_status().json()["merges"]
     assert [adapter["block_weights"] for adapter in deep["adapters"]] == [*BLOCKS]
     other = client.get("/adapters", headers=bearer(OTHER)).raise_for_status().json()
