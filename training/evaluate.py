@@ -47,9 +47,13 @@ def server_subject(config: EvaluateConfig) -> Subject:
         selection |= {names[option]: value for option, value in config.merge_options.used.items() if option in names}
     server = Server(str(config.url), config.concurrency, os.environ.get(config.api_key_variable))
     adapters_by_name = {name: server.adapters(name) for name in config.adapter}
-    served_adapters = [adapter for adapters in adapters_by_name.values() for adapter in adapters]
-    template = _template(config, {adapter.reference: adapter.templates for adapter in served_adapters})
-    answerer = ServerAnswerer(server, selection, [adapter.version for adapter in served_adapters], template)
+    templates_by_name = {
+        adapter.reference if adapter.merge_weights else name: adapter.templates
+        for name, adapters in adapters_by_name.items()
+        for adapter in adapters
+    }
+    versions = [adapter.version for adapters in adapters_by_name.values() for adapter in adapters]
+    answerer = ServerAnswerer(server, selection, versions, _template(config, templates_by_name))
     measured_adapters = [_measured_adapter(name.partition("@")[0], adapters) for name, adapters in adapters_by_name.items()]
     return Subject(answerer, f"the server at {config.url}", measured_adapters)
 
