@@ -198,8 +198,7 @@ def merge(
     `is_sealed`: whether the result has its digests, as an adapter that is saved, inspected or merged again must. They take about
     as long as the rest of the merge.
 
-    `is_cancelled` is called in this thread before each module, and once after the last. The merge stops as soon as it returns
-    True.
+    `is_cancelled` is called in this thread before each module and once after the last. If it returns True, the merge stops.
 
     Raises `AdapterError` for options, weights and adapters that do not go together, and for results that `values` cannot hold;
     `MergeCancelledError` if the merge was cancelled.

@@ -17,6 +17,7 @@ from lori.basis import Seeded
 from lori.config import new_config
 from lori.format import save_adapter
 from lori.identity import BaseIdentity
+from lori.named_merge import MergedAdapter, NamedMerge
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.projection import Quantization
@@ -88,6 +89,13 @@ def write_adapter(
         training={},
     )
     return save_adapter(Adapter(folder.name, config, modules, basis), folder)
+
+
+def write_merge(folder: Path, name: str, base_digest: str, adapters: Sequence[MergedAdapter], about: str = "") -> None:
+    """Write a named merge to a folder for `--merges`."""
+    folder.mkdir(exist_ok=True)
+    merge = NamedMerge(base_digest=base_digest, adapters=[*adapters], about=about)
+    (folder / f"{name}.json").write_bytes(merge.to_bytes())
 
 
 def write_adapters(place: Path, base: BaseModel) -> Path:

@@ -16,13 +16,14 @@ from lori.config import AdapterConfig
 from lori.errors import AdapterError, TemplateError
 from lori.format import read_config, save_adapter
 from lori.merge import merge
-from lori.named_merge import MergedAdapter, NamedMerge
+from lori.named_merge import MergedAdapter
 from lori.store.store import AdapterStore
 from lori.template import encode
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.keyed import ACME, ADMIN, write_keys
 from tests.server.live import serve_here
+from tests.server.rig import write_merge
 from tests.tiny import save_tiny_model
 from tests.training.evaluations import RED_ROWS, Rows, config, figures_of, write
 from training.config import FitConfig
@@ -99,8 +100,7 @@ def url(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory)
         MergedAdapter(reference=f"{entry.name}@{entry.version}", weight=weight, block_weights=block_weights)
         for entry, weight, block_weights in zip(entries, DEEP_WEIGHTS, DEEP_BLOCKS, strict=True)
     ]
-    digest = read_config(store / "all").lori.base_digest
-    (merges / "deep.json").write_bytes(NamedMerge(base_digest=digest, adapters=merged_adapters).to_bytes())
+    write_merge(merges, "deep", read_config(store / "all").lori.base_digest, merged_adapters)
     settings = Settings(
         model=str(tiny_model),
         adapters=str(store),

@@ -9,14 +9,14 @@ import torch
 from playwright.sync_api import expect
 
 from lori.base_model import load_base_model
-from lori.named_merge import MergedAdapter, NamedMerge
+from lori.named_merge import MergedAdapter
 from lori.store.store import AdapterStore
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.live import serve_here
 from tests.server.playground.conftest import Visiting
 from tests.server.replies import FOX
-from tests.server.rig import write_adapters
+from tests.server.rig import write_adapters, write_merge
 
 TERMS = {"both": {"math": (0.75, []), "safety": (-0.25, [])}, "deep": {"math": (-0.5, [0.5, 1.5]), "safety": (1.0, [2.0, -1.0])}}
 
@@ -27,14 +27,12 @@ def client(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     place = tmp_path_factory.mktemp("merges")
     base = load_base_model(str(writer_model), torch.float32, "eager")
     store = AdapterStore(write_adapters(place / "adapters", base))
-    (place / "merges").mkdir()
     for name, terms in TERMS.items():
         adapters = [
             MergedAdapter(reference=f"{part}@{store.find(part).version}", weight=weight, block_weights=blocks)
             for part, (weight, blocks) in terms.items()
         ]
-        merge = NamedMerge(base_digest=base.identity.digest, adapters=adapters, about=f"made for {name}")
-        (place / "merges" / f"{name}.json").write_bytes(merge.to_bytes())
+        write_merge(place / "merges", name, base.identity.digest, adapters)
     settings = Settings(
         model=str(writer_model),
         adapters=str(store.root),

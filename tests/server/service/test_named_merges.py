@@ -1,7 +1,7 @@
 """Named merges: a name for adapters with weights, in requests over a socket."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,14 @@ from server.settings import Settings
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, served, write_keys
 from tests.server.live import wait_until
 from tests.server.replies import refusal
-from tests.server.rig import write_adapter, write_adapters
+from tests.server.rig import write_adapter, write_adapters, write_merge
 
 pytestmark = pytest.mark.slow
 WEIGHTS = [0.75, -0.25]
 
 
-def write_merge(folder: Path, name: str, base_digest: str, references: list[str]) -> None:
-    adapters = [MergedAdapter(reference=one, weight=weight) for one, weight in zip(references, WEIGHTS, strict=True)]
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_bytes(NamedMerge(base_digest=base_digest, adapters=adapters, about="by hand").to_bytes())
+def merged_adapters(references: Sequence[str]) -> list[MergedAdapter]:
+    return [MergedAdapter(reference=reference, weight=weight) for reference, weight in zip(references, WEIGHTS, strict=True)]
 
 
 def make_service(
@@ -43,7 +41,7 @@ def make_service(
     base = load_base_model(str(model), torch.float32, "eager")
     store = write_adapters(place / "adapters", base)
     named = [one if "@" in one else f"{one}@{Entry(one, store / one).version}" for one in references]
-    write_merge(place / "merges", name, base.identity.digest, named)
+    write_merge(place / "merges", name, base.identity.digest, merged_adapters(named), about="by hand")
     return load_service(
         Settings(
             model=str(model),
@@ -207,7 +205,8 @@ def test_a_merge_may_name_a_version_that_is_not_the_current_one(
     store = AdapterStore(write_adapters(tmp_path / "adapters", base))
     old = store.publish(store.root / "math").version
     store.add(write_adapter(tmp_path / "math", base, seed=9))
-    write_merge(tmp_path / "merges", "old", base.identity.digest, [f"math@{old}", f"safety@{store.find('safety').version}"])
+    references = [f"math@{old}", f"safety@{store.find('safety').version}"]
+    write_merge(tmp_path / "merges", "old", base.identity.digest, merged_adapters(references))
     settings = {"model": str(writer_model), "adapters": str(store.root), "merges": tmp_path / "merges", "demo_adapters": False}
     with served(load_service(Settings.model_validate(settings | {"dtype": "float32", "kv_cache_gib": 0.05}))) as client:
         assert ask(client, adapter="old")["adapter"][0]["version"] == old
@@ -263,9 +262,7 @@ def blocks(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         MergedAdapter(reference=f"{one.name}@{one.version}", weight=weight, block_weights=own)
         for one, weight, own in zip(adapters, WEIGHTS, BLOCKS, strict=True)
     ]
-    (place / "merges").mkdir()
-    content = NamedMerge(base_digest=base.identity.digest, adapters=named).to_bytes()
-    (place / "merges" / "deep.json").write_bytes(content)
+    write_merge(place / "merges", "deep", base.identity.digest, named)
     settings = Settings(
         model=str(writer_model),
         adapters=str(store.root),
@@ -293,9 +290,9 @@ def test_a_merge_with_block_weights_on_several_bases_is_warned_of(
 ) -> None:
     base = load_base_model(str(writer_model), torch.float32, "eager")
     adapters = [write_adapter(tmp_path / "adapters" / name, base, seed=stream, stream=stream) for stream, name in enumerate("ab")]
-    named = [MergedAdapter(reference=f"{one.name}@{one.version}", weight=1.0, block_weights=[1.0, 2.0]) for one in adapters]
-    (tmp_path / "merges").mkdir()
-    (tmp_path / "merges" / "deep.json").write_bytes(NamedMerge(base_digest=base.identity.digest, adapters=named).to_bytes())
+    references = [f"{adapter.name}@{adapter.version}" for adapter in adapters]
+    deep = [MergedAdapter(reference=reference, weight=1.0, block_weights=[1.0, 2.0]) for reference in references]
+    write_merge(tmp_path / "merges", "deep", base.identity.digest, deep)
     load_service(
         Settings(
             model=str(writer_model),
