@@ -12,8 +12,9 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -155,13 +156,15 @@ class _Parent:
     def weights_by_layer(self) -> Mapping[str, float]:
         """The weight in each layer that the adapter changes."""
         blocks = self.block_weights or (1.0,)
-        return {layer: self.weight * blocks[block] for layer, block in blocks_of_layers(self.adapter, len(blocks)).items()}
+        layers = blocks_of_layers(tuple(self.adapter.modules), len(blocks))
+        return {layer: self.weight * blocks[block] for layer, block in layers.items()}
 
 
-def blocks_of_layers(adapter: Adapter, num_blocks: int) -> Mapping[str, int]:
-    """Return the block, from 0, of each layer that the adapter changes: `num_blocks` of about equal length, first to last."""
-    layers = sorted({layer_of(module) for module in adapter.modules}, key=natural_key)
-    return {layer: i * num_blocks // len(layers) for i, layer in enumerate(layers)}
+@lru_cache(maxsize=256)
+def blocks_of_layers(modules: tuple[str, ...], num_blocks: int) -> Mapping[str, int]:
+    """Return the block, from 0, of each layer of an adapter's `modules`: `num_blocks` of about equal length, first to last."""
+    layers = sorted({layer_of(module) for module in modules}, key=natural_key)
+    return MappingProxyType({layer: i * num_blocks // len(layers) for i, layer in enumerate(layers)})
 
 
 def merge(

@@ -9,10 +9,12 @@ import torch
 
 from lori.basis import Basis
 from lori.errors import AdapterError
-from lori.kernels import Operands
+from lori.identity import layer_of, natural_key
+from lori.kernels import Operands, Weight
 from lori.kernels.layout import MAX_RANK, UNIT
 from lori.kernels.packed_modules import clear_modules, put_modules
 from lori.kernels.pages import zeros
+from lori.merge import blocks_of_layers
 from lori.packed_adapter import Layouts, PackedAdapter
 
 
@@ -37,6 +39,8 @@ class AdapterPool:
         self._device = torch.device(device)
         self._shapes = dict(shapes) if rank and num_slots and bases else {}
         self._operands = {name: Operands(num_slots, rank, d, dtype, device) for name, (d, _) in self._shapes.items()}
+        self._layers = sorted({layer_of(name) for name in self._shapes}, key=natural_key)
+        self._modules: dict[int, tuple[str, ...]] = {}  # that the adapter in each slot changes
 
     def operands_of(self, names: Sequence[str]) -> list[Operands]:
         """Return the operands of the modules `names`; modules without operands are left out."""
@@ -56,9 +60,16 @@ class AdapterPool:
         if adapter.basis not in self.bases:
             raise ValueError(f"{adapter.name!r} is on a basis ({adapter.basis}) that nothing was prepared for")
         put_modules(self._operands, slot, adapter.modules, self.bases.index(adapter.basis))
+        self._modules[slot] = tuple(adapter.modules.layouts)
+
+    def layer_weights(self, slot: int, block_weights: Sequence[float]) -> Weight:
+        """Return, for each layer, the weight of the adapter in `slot` that has `block_weights`, as in `lori.merge.merge`."""
+        blocks = blocks_of_layers(self._modules[slot], len(block_weights))
+        return tuple(block_weights[blocks[layer]] if layer in blocks else 0.0 for layer in self._layers)
 
     def clear(self, slot: int) -> None:
         """Empty a slot, which no running step may use."""
+        self._modules.pop(slot, None)
         clear_modules(self._operands.values(), slot)
 
     def reserve(self, num_bytes: int) -> None:

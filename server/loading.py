@@ -366,11 +366,6 @@ def _warn_of_merges(merges: Mapping[str, NamedMerge], registry: Registry) -> Non
     for name, merge in sorted(merges.items()):
         if absent := [one.reference for one in merge.adapters if not candidates(registry, one.reference)]:
             logger.warning("requests for the merge %r will fail, since there is no %s", name, ", ".join(absent))
-        summaries = [one.summary for part in merge.adapters for one in candidates(registry, part.reference)]
-        if merge.has_block_weights and len({summary.basis for summary in summaries}) > 1:
-            logger.warning(
-                "requests for the merge %r will fail: it has block weights, and its adapters are on several bases", name
-            )
 
 
 def fingerprint(dtype: torch.dtype, device: torch.device, quantization: Quantization | None, weighing: str = "") -> str:

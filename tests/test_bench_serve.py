@@ -55,7 +55,7 @@ def stage(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 @pytest.fixture(scope="module")
 def results(stage: Stage) -> Results:
     """Return the results of two rounds of the servers' cases, for few users, over sockets."""
-    chosen = [Trial(case, 4) for case in own_cases(40) if case.slug in ("off", "unused", "1", "merge2", "zipf")]
+    chosen = [Trial(case, 4) for case in own_cases(40) if case.slug in ("off", "unused", "1", "merge2", "blocks2", "zipf")]
     chosen += [Trial(case, NUM_DISTINCT) for case in own_cases(40) if case.slug == str(NUM_DISTINCT)]
     plan = Plan(chosen, ["open", "cold", "long"], TINY, num_warm=4)
     ticks: list[str] = []
@@ -68,7 +68,7 @@ def results(stage: Stage) -> Results:
 @pytest.mark.slow
 def test_a_row_has_every_figure(results: Results) -> None:
     rows = {(row.case, row.concurrency): row for row in results.rows()}
-    assert len(rows) == 7
+    assert len(rows) == 8
     assert all(row.tokens_per_s > 0 and row.ttft_p50 and row.itl_p99 for row in rows.values())
     assert rows["LoRI off", 4].ratio == 1
     assert rows["1 adapter", 4].ratio is not None

@@ -130,11 +130,8 @@ def tune(config: TuneConfig) -> str:
 
 
 def _check_blocks(num_blocks: int, adapters: Sequence[Adapter]) -> None:
-    if len({adapter.basis for adapter in adapters}) > 1:
-        bases = "; ".join(f"{adapter.name}: {adapter.basis}" for adapter in adapters)
-        raise AdapterError(f"--num-blocks needs adapters on one basis, found {bases}")
     for adapter in adapters:
-        if num_blocks > (num_layers := len(blocks_of_layers(adapter, num_blocks))):
+        if num_blocks > (num_layers := len(blocks_of_layers(tuple(adapter.modules), num_blocks))):
             raise AdapterError(
                 f"--num-blocks is {num_blocks}, expected {num_layers} at most: {adapter.name!r} changes {num_layers} layers"
             )

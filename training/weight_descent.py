@@ -135,7 +135,7 @@ class _WeightedHook:
 
 def _hooks(base: BaseModel, adapters: Sequence[Adapter], weights: nn.Parameter) -> dict[str, _WeightedHook]:
     """Return the hook of each module that an adapter changes."""
-    blocks = [blocks_of_layers(adapter, weights.shape[1]) for adapter in adapters]
+    blocks = [blocks_of_layers(tuple(adapter.modules), weights.shape[1]) for adapter in adapters]
     hooks = {}
     for module, (_, num_inputs) in common_shapes(adapters).items():
         indexed = [(i, adapter) for i, adapter in enumerate(adapters) if module in adapter.modules]

@@ -14,6 +14,6 @@ kernels have one signature: `reference` is a loop, `stacked` a matrix product in
 from lori.kernels.dispatch import KERNELS, add_delta, default_kernel
 from lori.kernels.layout import Packed
 from lori.kernels.operands import Operands
-from lori.kernels.route import Route, Term
+from lori.kernels.route import Route, Term, Weight
 
-__all__ = ["KERNELS", "Operands", "Packed", "Route", "Term", "add_delta", "default_kernel"]
+__all__ = ["KERNELS", "Operands", "Packed", "Route", "Term", "Weight", "add_delta", "default_kernel"]

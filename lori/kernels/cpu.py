@@ -25,7 +25,7 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     and the route, `RuntimeError` if the kernel is not installed.
     """
     dtype = operands.layout.dtype
-    if not (y.dtype is s.dtype is dtype and y.is_cpu and s.is_cpu and operands.is_cpu):
+    if not (y.dtype is s.dtype is dtype and y.is_cpu and s.is_cpu and operands.is_cpu and route.weights.dim() == 1):
         raise mismatch(y, s, operands, route)
     bound = bound_operands(operands) if instruction_set is None else bind(operands, instruction_set)
     num_threads = torch.get_num_threads()

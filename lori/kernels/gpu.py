@@ -67,9 +67,9 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
         raise mismatch(y, s, operands, route)
     if not len(route.segments):
         return
-    plan = route.gpu if dense_tokens is None else make_plan(route, dense_tokens)
+    plan = route.gpu.get("plan") if dense_tokens is None else make_plan(route, dense_tokens)
     if not isinstance(plan, Plan):
-        plan = route.gpu = make_plan(route)
+        plan = route.gpu["plan"] = make_plan(route)
     layout = operands.layout
     arrays = (operands.pool, operands.starts, operands.basis_of, route.slots, route.weights)
     shapes = (y.stride(0), s.stride(0), layout.num_outputs, layout.rank, layout.step_bytes)

@@ -1,20 +1,30 @@
 """The adapters of a step's tokens: terms, and segments of consecutive tokens with the same terms.
 
-Shapes: T tokens, G segments, M terms of segments, U slots that a step uses.
+Shapes: T tokens, G segments, M terms of segments, U slots that a step uses, L layers of the model.
 """
 
+import operator
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lori.device import to_device
 
 if TYPE_CHECKING:
     import _lori_cpu
+
+
+Weight = float | tuple[float, ...]
+"""The weight of a term: one number, or one for each layer of the model."""
+ALIGNMENT = 4
+"""Alignment of a layer's weights in values: 16 bytes, as Triton prefers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +37,7 @@ class Term:
     start: int
     stop: int
     slot: int
-    weight: float
+    weight: Weight
 
 
 class Route:
@@ -36,6 +46,8 @@ class Route:
     `segments` (G, 4) int32, ascending, holds `start, stop, first, last`: the tokens start <= t < stop have the terms
     first <= m < last of `slots` (M,) int32 and `weights` (M,) fp32. Tokens without terms are in no segment. Consecutive tokens
     with the same terms share a segment. A token has at most one term for a slot.
+
+    Where a weight depends on the layer, `weights` is (L, M). Kernels take the route of one layer, see `by_layer`.
     """
 
     def __init__(self, segments: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, num_tokens: int) -> None:
@@ -43,21 +55,22 @@ class Route:
         self.is_by_token = False
         """Whether segment t holds exactly token t, see `by_token`."""
         self.cpu: _lori_cpu.Route | None = None
-        self.gpu: object = None
-        """Cache of the kernel of that name: its view or plan of the arrays."""
+        """Cache of the kernel `cpu`: its view of the arrays."""
+        self.gpu: dict[str, object] = {}
+        """Cache of the kernel `gpu`: its plan of the segments, which the routes of all layers share."""
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"cpu": None, "gpu": None}
+        return self.__dict__ | {"cpu": None, "gpu": {}}
 
     @classmethod
     def from_terms(cls, terms: Iterable[Term], num_tokens: int, device: torch.device | str = "cpu") -> "Route":
         """Build the route of `terms`, which must lie within the step's tokens."""
         segments: list[tuple[int, int, int, int]] = []
         slots: list[int] = []
-        weights: list[float] = []
+        weights: list[Weight] = []
         terms = sorted(terms, key=lambda term: term.start)
         assert all(0 <= term.start < term.stop <= num_tokens and 0 <= term.slot < 2**31 for term in terms)
-        previous: dict[int, float] = {}
+        previous: dict[int, Weight] = {}
         for start, stop, slot_weights in _segments(terms):
             if slot_weights == previous and segments[-1][1] == start:
                 segments[-1] = (segments[-1][0], stop, *segments[-1][2:])
@@ -66,11 +79,11 @@ class Route:
             segments.append((start, stop, len(slots), len(slots) + len(slot_weights)))
             slots += slot_weights.keys()
             weights += slot_weights.values()
-        target = torch.device(device)
+        target, padding = torch.device(device), [0.0] * (-len(weights) % ALIGNMENT)
         route = cls(
             to_device(torch.tensor(segments, dtype=torch.int32).view(-1, 4), target),
             to_device(torch.tensor(slots, dtype=torch.int32), target),
-            to_device(torch.tensor(weights, dtype=torch.float32), target),
+            to_device(torch.from_numpy(weight_array([*weights, *padding])), target)[..., : len(weights)],
             num_tokens,
         )
         route.segment_list = segments
@@ -81,11 +94,25 @@ class Route:
         """Return a route with one segment for each token; a token without terms has `first` = `last`.
 
         The shapes do not depend on the terms, so a captured launch stays valid when the content of the arrays changes. Only for
-        kernels that accept segments without terms: `gpu` and `reference`.
+        kernels that accept segments without terms: `gpu` and `reference`. `weights` may be (L, M).
         """
         route = cls(segments, slots, weights, len(segments))
         route.is_by_token = True
         return route
+
+    def by_layer(self, num_layers: int) -> Sequence["Route"]:
+        """Return the route of each of the model's `num_layers` layers: this one in all, if no weight depends on the layer."""
+        if self.weights.dim() == 1:
+            return [self] * num_layers
+        assert len(self.weights) == num_layers, f"weights for {len(self.weights)} layers, expected {num_layers}"
+        return self._layer_routes
+
+    @cached_property
+    def _layer_routes(self) -> list["Route"]:
+        routes = [copy(self) for _ in self.weights]
+        for route, weights in zip(routes, self.weights, strict=True):
+            route.weights, route.gpu = weights, self.gpu
+        return routes
 
     @cached_property
     def segment_list(self) -> list[tuple[int, int, int, int]]:
@@ -114,7 +141,25 @@ class Route:
         return used, weights
 
 
-def _segments(terms: Sequence[Term]) -> Iterable[tuple[int, int, dict[int, float]]]:
+def weight_array(weights: Sequence[Weight]) -> NDArray[np.float32]:
+    """Return M weights as an array (M,), or (L, M) if one of them depends on the layer."""
+    num_layers = next((len(weight) for weight in weights if isinstance(weight, tuple)), 0)
+    if not num_layers:
+        return np.array(weights, np.float32)
+    return np.stack([np.asarray(_repeated(weight, num_layers), np.float32) for weight in weights], 1)
+
+
+def _repeated(weight: Weight, num_layers: int) -> tuple[float, ...]:
+    return weight if isinstance(weight, tuple) else (weight,) * num_layers
+
+
+def _sum(weight: Weight, other: Weight) -> Weight:
+    if isinstance(weight, tuple):
+        return tuple(map(operator.add, weight, _repeated(other, len(weight))))
+    return _sum(other, weight) if isinstance(other, tuple) else weight + other
+
+
+def _segments(terms: Sequence[Term]) -> Iterable[tuple[int, int, dict[int, Weight]]]:
     """Yield start, stop and the weight of each slot for each range of tokens between two cuts that has terms.
 
     A cut is the start or the stop of a term. `terms` must be sorted by start.
@@ -127,8 +172,8 @@ def _segments(terms: Sequence[Term]) -> Iterable[tuple[int, int, dict[int, float
         while following < len(terms) and terms[following].start == start:
             active.append(terms[following])
             following += 1
-        slot_weights: dict[int, float] = {}
+        slot_weights: dict[int, Weight] = {}
         for term in active:
-            slot_weights[term.slot] = slot_weights.get(term.slot, 0.0) + term.weight
+            slot_weights[term.slot] = _sum(slot_weights[term.slot], term.weight) if term.slot in slot_weights else term.weight
         if slot_weights:
             yield start, stop, slot_weights

@@ -21,6 +21,7 @@ def fits(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> 
         and rank == layout.rank
         and num_bases >= operands.num_bases
         and s_tokens == num_tokens == route.num_tokens
+        and route.weights.dim() == 1
         and (y.stride(0) >= num_outputs or num_tokens <= 1)
         and (y.stride(1) == 1 or num_outputs == 1)
         and (s.stride(2) == 1 or rank == 1)
@@ -34,5 +35,5 @@ def mismatch(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route)
     return ValueError(
         f"y is {tuple(y.shape)} {y.dtype} with strides {y.stride()} on {y.device}, s {tuple(s.shape)} {s.dtype} with strides "
         f"{s.stride()} on {s.device}; expected ({num_tokens}, {layout.num_outputs}) and ({num_tokens}, {operands.num_bases} "
-        f"or more, {layout.rank}), both {layout.dtype} on {operands.pool.device}, rows contiguous"
+        f"or more, {layout.rank}), both {layout.dtype} on {operands.pool.device}, rows contiguous, and the route of one layer"
     )

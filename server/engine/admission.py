@@ -180,8 +180,6 @@ class Admission:
             raise RefusedError("merge", f"is {request.merge.method!r} without adapters, which it would merge; expected 'linear'")
         if not is_sum and len(bases) > 1:
             bases_text = "; ".join(f"{adapter.name}: {adapter.basis}" for adapter in adapters)
-            if request.block_weights:
-                raise RefusedError("adapter", f"names a merge with block weights, which needs one basis, found {bases_text}")
             raise RefusedError("merge", f"{method} needs adapters on one basis, found {bases_text}; 'linear' needs none")
         num_terms = (len(adapters) if is_sum else min(1, len(adapters))) + len(policy)
         if num_terms > self._max_terms:
@@ -191,11 +189,7 @@ class Admission:
         summed = [*(zip(adapters, weights, strict=True) if is_sum else ()), *policy]
         _check_nnz(summed, self._max_nnz)
         if not is_sum:  # all parts are in memory during the merge, even those of weight 0
-            _check_nnz(
-                [(adapter, 1.0) for adapter in adapters],
-                self._max_merge_nnz,
-                f" for {'block weights' if request.block_weights else repr(method)}",
-            )
+            _check_nnz([(adapter, 1.0) for adapter in adapters], self._max_merge_nnz, f" for {method!r}")
 
     def _check_grammar(self, sampling: SamplingParams) -> None:
         if not (grammar := sampling.grammar):

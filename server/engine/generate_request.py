@@ -88,7 +88,7 @@ class GenerateRequest:
     @property
     def is_sum(self) -> bool:
         """Whether the kernels sum the adapters. Otherwise their merge is built."""
-        return self.merge.method == "linear" and not self.block_weights
+        return self.merge.method == "linear"
 
 
 def check_caps(request: GenerateRequest) -> None:

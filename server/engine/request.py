@@ -17,6 +17,7 @@ from server.engine.grammar import Grammar
 
 if TYPE_CHECKING:  # a cluster's ingress need not import numpy
     from lori.auto_weights import Shares, WeightQuery
+    from lori.kernels import Weight
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
 RequestedWeight = float | Literal["auto"]
@@ -25,6 +26,10 @@ RequestedWeights = tuple[RequestedWeight, ...] | Literal["auto"] | None
 server's default."""
 ErrorKind = Literal["engine", "adapter", "grammar", "timeout", "stop"]
 """The cause of a failure: the engine, an adapter, the request's grammar, the timeout, or the server's shutdown."""
+
+
+ResidentWeight = float | tuple[float, ...]
+"""The weight of a resident adapter: one number, or one for each block of layers, as in `lori.merge.merge`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,16 @@ class AdapterTerm:
     """Whether the weight comes from the prompt."""
     block_weights: tuple[float, ...] = ()
     """Factors of the weight in blocks of layers, see `lori.merge.merge`; 1 in all layers if empty."""
+
+    @property
+    def resident_weight(self) -> ResidentWeight:
+        """The weight in all layers, or in each block of them."""
+        return tuple(self.weight * factor for factor in self.block_weights) if self.block_weights else self.weight
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the adapter has a weight in any layer."""
+        return self.weight != 0 and any(self.block_weights or (1.0,))
 
     @property
     def version(self) -> str:
@@ -110,8 +125,8 @@ class Request:
     """Template of the conversation; None if the client sent a prompt."""
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
-    """Method that combines the adapters of `terms`. Unless they are summed (`is_sum`), the merge is built once and cached as a
-    resident adapter."""
+    """Method that combines the adapters of `terms`. `linear` sums them; any other merge is built once, and cached as a resident
+    adapter."""
     auto: "WeightQuery | None" = None
     """Set while the automatic weights of `terms` are still to be computed from the prompt. Until then they are 0."""
     base_share: float | None = None
@@ -136,26 +151,21 @@ class Request:
         return replace(self, terms=terms, auto=None, base_share=shares.base)
 
     @property
-    def residents(self) -> tuple[tuple[str, float], ...]:
+    def residents(self) -> tuple[tuple[str, ResidentWeight], ...]:
         """Adapters that must be resident while the request runs: digest and weight of each, sorted by digest.
 
         Summed adapters are listed one by one. Any other merge is one entry, with its own digest and weight 1.
         """
         merged = self.merged_digest
         summed = self.policy if merged else (*self.terms, *self.policy)
-        pairs = [(term.digest, term.weight) for term in summed if term.weight]
-        return tuple(sorted([*pairs, (merged, 1.0)] if merged else pairs))
-
-    @property
-    def is_sum(self) -> bool:
-        """Whether the kernels sum the terms. Otherwise their merge is built."""
-        return self.merge.method == "linear" and not any(term.block_weights for term in self.terms if term.weight)
+        pairs = [(term.digest, term.resident_weight) for term in summed if term.has_weight]
+        return tuple(sorted([*pairs, (merged, 1.0)] if merged else pairs, key=str))
 
     @property
     def merged_digest(self) -> str | None:
         """Digest of the merged adapter built from `terms`; None if the terms are summed or all have weight 0."""
-        parts = sorted((term.digest, term.weight, term.block_weights) for term in self.terms if term.weight)
-        if self.is_sum or not parts:
+        parts = sorted((term.digest, term.weight) for term in self.terms if term.weight)
+        if self.merge.method == "linear" or not parts:
             return None
         content = json.dumps([dict(self.merge.used), parts], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -249,7 +259,7 @@ class Sequence:
     """Keys of the sequence's full blocks in the prefix cache, as far as they were needed yet."""
     deadline: float | None = None
     """Time at which the sequence expires, in monotonic seconds."""
-    residents: tuple[tuple[str, float], ...] = field(init=False)
+    residents: tuple[tuple[str, ResidentWeight], ...] = field(init=False)
     """Same as `request.residents`: the adapters that must be resident while the sequence runs."""
     merged_digest: str | None = field(init=False)
     """Same as `request.merged_digest`: the entry of `residents` that is a merge."""
@@ -258,7 +268,7 @@ class Sequence:
     waited."""
     is_overdue: bool = False
     """Whether the sequence has waited longer than a lower priority may make it wait."""
-    terms: list[tuple[int, float]] | None = None
+    terms: "list[tuple[int, Weight]] | None" = None
     """Slot of each resident adapter, and its weight times the adapter's alpha / r. Set while the sequence has acquired its
     adapters."""
 

@@ -61,8 +61,8 @@ class NamedMerges:
         """Return the request with each merge replaced by its adapters.
 
         Their weights are the merge's times the request's weight for the merge. Raises `RefusedError` if the request names a merge
-        and has another method than `linear`, an automatic weight for a merge or beside one with block weights, no weights beside
-        other adapters, too many adapters in all, or too large a weight.
+        and has another method than `linear`, an automatic weight for a merge, no weights beside other adapters, too many adapters
+        in all, or too large a weight.
         """
         may_use, names = request.may_use, request.adapters
         name = next((name for name in names if self.find(name, may_use)), None)
@@ -95,11 +95,6 @@ class NamedMerges:
                 terms.append((name, factor, ()))
         if len(terms) > MAX_ADAPTERS:
             raise RefusedError("adapter", f"names {len(terms)} adapters with those of merges, expected at most {MAX_ADAPTERS}")
-        if any(blocks for *_, blocks in terms) and any(requested == "auto" for _, requested, _ in terms):
-            merge = next(name for name in names if (own := self.find(name, may_use)) and own.has_block_weights)
-            raise RefusedError(
-                request.weights_field, f"asks for 'auto' beside {merge!r}, which has block weights; expected numbers"
-            )
         for reference, requested, blocks in terms:
             largest = 0.0 if requested == "auto" else max((requested * block for block in blocks or (1.0,)), key=abs)
             if abs(largest) > MAX_WEIGHT:

@@ -6,6 +6,7 @@ file differ in alpha. A server reads, checks and packs each adapter as if it wer
 it would hold the popular ones of a store.
 """
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,18 @@ from lori.basis import Seeded
 from lori.config import CONFIG_FILE, AdapterConfig, new_config, seal_config, target_names
 from lori.format import WEIGHTS_FILE, content_digest, load_adapter, seal
 from lori.identity import BaseIdentity
+from lori.named_merge import SUFFIX, MergedAdapter, NamedMerge
+from lori.names import NUM_VERSION_DIGITS
 from lori.peft.exporter import export_peft
 from lori.sparse import SparseB
+from tests.bench.serve_asks import distinct
 
 RANK, DENSITY = 32, 0.1
 ALPHA = 2.0 * RANK
 NUM_FILES = 32
 """Number of different weights files."""
+NUM_BLOCKS = 30
+"""Blocks of layers in which a merge's weights differ: as many as the embedded model has layers."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -57,6 +63,31 @@ def write_adapters(folder: Path, base: BaseIdentity, count: int, num_files: int 
         else:
             (target / WEIGHTS_FILE).write_bytes(adapter.weights)
     return folder
+
+
+def merge_name(num_terms: int, index: int) -> str:
+    """Return the name of the named merge number `index` of `num_terms` adapters."""
+    return f"merge-{num_terms}-{index:02}"
+
+
+def write_merges(folder: Path, store: Path, base: BaseIdentity, num_terms: int, count: int) -> None:
+    """Write `count` merges of `num_terms` of the first `count` adapters of `store`, with weights in blocks of layers."""
+    folder.mkdir(exist_ok=True)
+    files = [store / adapter_name(i) / CONFIG_FILE for i in range(count)]
+    configs = [AdapterConfig.model_validate_json(file.read_bytes()) for file in files]
+    references = [f"{adapter_name(i)}@{config.lori.content_digest[:NUM_VERSION_DIGITS]}" for i, config in enumerate(configs)]
+    choose, rng = distinct(references, num_terms), random.Random(num_terms)
+    for i in range(count):
+        merged = [
+            MergedAdapter(
+                reference=reference,
+                weight=1 / num_terms,
+                block_weights=[round(rng.uniform(0, 2), 2) for _ in range(NUM_BLOCKS)],
+            )
+            for reference in choose(i)
+        ]
+        merge = NamedMerge(base_digest=base.digest, adapters=merged)
+        (folder / f"{merge_name(num_terms, i)}{SUFFIX}").write_bytes(merge.to_bytes())
 
 
 def export_adapters(folder: Path, store: Path, count: int) -> None:

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tests.bench.serve_adapters import adapter_name
+from tests.bench.serve_adapters import adapter_name, merge_name
 from tests.bench.serve_asks import Choice, distinct, no_adapter, zipf
 
 OWN, VLLM, LLAMA, PEFT, TRANSFORMERS = "lori-server", "vLLM", "llama.cpp", "PEFT", "transformers"
 CONCURRENCY = [1, 8, 32, 64]
 NUM_DISTINCT = 32
+MERGED = (2, 4)
+"""Numbers of adapters in merges."""
 PROBES = ("open", "cold", "long")
 """Measurements other than closed loops, see `tests.bench.serve_probes`."""
 
@@ -64,7 +66,8 @@ def own_cases(num_registered: int) -> list[Case]:
         _case("off", "LoRI off", OWN, "off", 0, 0),
         _case("unused", "LoRI on, unused", OWN, "on", 0, 0),
         *(_case(str(n), _count(n), OWN, "on", n, 1) for n in (1, 8, NUM_DISTINCT)),
-        *(_case(f"merge{k}", f"{NUM_DISTINCT} merges of {k}", OWN, "on", NUM_DISTINCT, k) for k in (2, 4)),
+        *(_case(f"merge{k}", f"{NUM_DISTINCT} merges of {k}", OWN, "on", NUM_DISTINCT, k) for k in MERGED),
+        *(_case_of_blocks(k) for k in MERGED),
     ]
     title = f"zipf of {num_registered:,}"
     many = names(num_registered)
@@ -96,6 +99,12 @@ def trials(cases: Iterable[Case], concurrency: Sequence[int]) -> list[Trial]:
 def _case(slug: str, title: str, engine: str, target: str, adapters: int, terms: int) -> Case:
     choice = distinct(names(adapters), terms) if adapters else no_adapter
     return Case(slug, title, engine, target, adapters, terms, lambda _: choice)
+
+
+def _case_of_blocks(num_terms: int) -> Case:
+    choice = distinct([merge_name(num_terms, i) for i in range(NUM_DISTINCT)])
+    title = f"{NUM_DISTINCT} merges of {num_terms}, weights by layer"
+    return Case(f"blocks{num_terms}", title, OWN, "on", NUM_DISTINCT, num_terms, lambda _: choice)
 
 
 def _count(adapters: int) -> str:

@@ -49,6 +49,8 @@ def goals(results: Results, num_weight_bytes: int) -> Iterator[Goal]:
         # Two processes of the same build differ in speed; these ratios compare requests to the same process.
         (f"{many} adapters / unused", many, "unused", 0.92),
         (f"{many} merges of 2 / unused", "merge2", "unused", 0.87),
+        (f"{many} merges of 2, weights by layer / merges of 2", "blocks2", "merge2", 0.95),
+        (f"{many} merges of 4, weights by layer / merges of 4", "blocks4", "merge4", 0.93),
         ("zipf / one adapter", "zipf", "1", 0.95),
         ("base / transformers' float32", "off", "transformers-off", 1.0),
         (f"{many} adapters / vLLM's {many}", many, f"vllm-{many}", 6.0),

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from lori.base_identity import identify_files
 from lori.embedded import embedded_model
 from lori.kernels.native import is_limited
-from tests.bench.serve_adapters import adapter_name, export_adapters, write_adapters
+from tests.bench.serve_adapters import adapter_name, export_adapters, write_adapters, write_merges
 from tests.bench.serve_asks import distinct, make_asks, no_adapter
-from tests.bench.serve_cases import LLAMA, NUM_DISTINCT, OWN, PEFT, TRANSFORMERS, VLLM
+from tests.bench.serve_cases import LLAMA, MERGED, NUM_DISTINCT, OWN, PEFT, TRANSFORMERS, VLLM
 from tests.bench.serve_targets import Server, Target, llama_build, start_batches, start_llama_cpp, start_own, start_vllm
 
 
@@ -42,6 +42,7 @@ class Stage:
 
     setting: Setting
     adapters: Path
+    merges: Path
     cold: Iterator[str]
     targets: dict[tuple[str, str], Target] = field(default_factory=dict)
 
@@ -76,7 +77,8 @@ class Stage:
         tqdm.write(f"starting {engine} ({name}){compiles}; its log is {log}", file=sys.stderr)
         is_on = name == "on"
         if engine == OWN:
-            return start_own(setting.model, self.adapters if is_on else None, setting.cores, log, setting.flags)
+            merges = ["--merges", str(self.merges)] if is_on else []
+            return start_own(setting.model, self.adapters if is_on else None, setting.cores, log, [*setting.flags, *merges])
         model = setting.model or embedded_model()
         if engine == PEFT:
             return start_batches(model, self._exported() if is_on else [], setting.cores, log)
@@ -105,12 +107,16 @@ def staged(setting: Setting) -> Iterator[Stage]:
     count = setting.num_registered + setting.num_cold
     adapters = write_adapters(setting.scratch / "adapters", base, count)
     cold = (adapter_name(i) for i in itertools.count(setting.num_registered))
-    stage = Stage(setting, adapters, cold)
+    merges = setting.scratch / "merges"
+    for num_terms in MERGED:
+        write_merges(merges, adapters, base, num_terms, NUM_DISTINCT)
+    stage = Stage(setting, adapters, merges, cold)
     try:
         yield stage
     finally:
         stage.end()
         shutil.rmtree(adapters)
+        shutil.rmtree(merges)
 
 
 def missing_peers(peers: Path | None, has_model: bool = False) -> dict[str, str]:

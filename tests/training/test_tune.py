@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -138,12 +139,14 @@ def test_blocks_of_layers_have_weights_of_their_own(place: Path, tiny_model: Pat
     assert message.startswith(f"best of 12 trials: {merge.adapters[0].reference}:")
 
 
-def test_blocks_need_one_basis(place: Path, base: BaseModel, tiny_model: Path, tmp_path: Path) -> None:
-    for stream, name in enumerate(("one", "two")):
-        write_adapter(tmp_path / name, base, seed=5, stream=stream)
-    fields = {"adapters": tmp_path, "adapter": ["one", "two"], "num_blocks": 2, "model": str(tiny_model)}
-    with pytest.raises(AdapterError, match="--num-blocks needs adapters on one basis, found one: "):
-        tune(settings(place, tmp_path / "both.json", **fields))
+def test_blocks_of_adapters_on_two_bases(place: Path, base: BaseModel, tiny_model: Path, tmp_path: Path) -> None:
+    copytree(place / "math", tmp_path / "math")
+    write_adapter(tmp_path / "other", base, seed=5, stream=1)
+    fields = {"adapters": tmp_path, "adapter": ["math", "other"], "num_blocks": 2, "model": str(tiny_model)}
+    tune(settings(place, tmp_path / "both.json", **fields, data=[str(place / "math.jsonl")]))
+    merge = NamedMerge.from_bytes((tmp_path / "both.json").read_bytes())
+    assert [adapter.name for adapter in merge.adapters] == ["math", "other"]
+    assert all(len(adapter.block_weights) == 2 for adapter in merge.adapters)
 
 
 def test_more_blocks_than_layers_are_refused(place: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ class Stack:
         added: int,
         spans: Spans,
         ropes: Sequence[tuple[int, int]],
-        route: Route | None,
+        routes: Sequence[Route],
         operands: Sequence[Operands],
         num_threads: int,
         rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)] | None = ...,

@@ -66,7 +66,7 @@ class Layer {
 struct Pass {
   const BoundLayers& functions;
   const BoundSpans& spans;
-  const BoundRoute* route;  // or null
+  const BoundRoute* route;  // of the layer, or null
   const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes;
   int num_tokens, num_threads;
   const BoundOperands* const* operands;  // of the next product
@@ -141,13 +141,14 @@ class Stack {
     for (int64_t* of : {&num_reduced_, &num_between_}) *of = (*of + kLineValues - 1) / kLineValues * kLineValues;
   }
 
-  // Adds to `stream` (T, D) what all layers give but the last MLP, which goes to `added` (T, D). `operands` are those of all
-  // products in their order, where there is a route. Where there are `rows` (P,), ascending, the last layer computes only these
-  // after its attention, with the route `last_route` of P tokens: they are then the first P rows of `stream` and `added`.
+  // Adds to `stream` (T, D) what all layers give but the last MLP, which goes to `added` (T, D). `routes` has one for each layer, or
+  // none. `operands` are those of all products in their order, where there are routes. Where there are `rows` (P,), ascending, the
+  // last layer computes only these after its attention, with the route `last_route` of P tokens: they are then the first P rows of
+  // `stream` and `added`.
   void forward(uintptr_t stream, uintptr_t added, const BoundSpans& spans,
-               const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes, const BoundRoute* route,
+               const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes, const std::vector<const BoundRoute*>& routes,
                const std::vector<const BoundOperands*>& operands, int num_threads, MaybeRows rows, const BoundRoute* last_route) {
-    check(spans, ropes, route, operands);
+    check(spans, ropes, routes, operands);
     if (last_route && !rows) throw nb::value_error("a route of the last layer's rows, and no rows, were given");
     if (rows) check_rows(*rows, spans.num_tokens(), last_route, operands);
     const nb::gil_scoped_release release;
@@ -157,7 +158,7 @@ class Stack {
     uint16_t *first = scratch_.at(), *second = first + num_tokens * num_between_;
     Pass pass{functions_,
               spans,
-              route,
+              nullptr,
               ropes,
               static_cast<int>(num_tokens),
               num_threads,
@@ -166,6 +167,7 @@ class Stack {
     auto *x = reinterpret_cast<uint16_t*>(stream), *out = reinterpret_cast<uint16_t*>(added);
     for (size_t i = 0; i < layers_.size(); i++) {
       const Layer* layer = layers_[i];
+      if (!routes.empty()) pass.route = routes[i];
       pass.norm(x, i == 0 ? nullptr : out, first, layer->attention_norm, layer->epsilon);
       pass.project(layer->qkv, &layer->output, first, second);
       pass.attend(*layer, second, first);
@@ -211,17 +213,19 @@ class Stack {
     }
   }
 
-  void check(const BoundSpans& spans, const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes, const BoundRoute* route,
-             const std::vector<const BoundOperands*>& operands) const {
-    if (operands.size() != (route ? num_operands_ : 0))
+  void check(const BoundSpans& spans, const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes,
+             const std::vector<const BoundRoute*>& routes, const std::vector<const BoundOperands*>& operands) const {
+    if (!routes.empty() && routes.size() != layers_.size()) throw nb::value_error("a route for each layer, or none, expected");
+    if (operands.size() != (routes.empty() ? 0 : num_operands_))
       throw nb::value_error("operands of all products, or none without a route, expected");
     const BoundOperands* const* of = operands.data();
-    for (const Layer* layer : layers_) {
+    for (size_t i = 0; i < layers_.size(); i++) {
+      const Layer* layer = layers_[i];
       spans.check(layer->heads, num_blocks_);
       if (layer->rope < 0 || layer->rope >= static_cast<int>(ropes.size())) throw nb::value_error("a layer's RoPE is missing");
-      if (!route) continue;
+      if (routes.empty()) continue;
       for (const Projection* product : layer->products()) {
-        product->check(of, product->num_layers(), *route, spans.num_tokens());
+        product->check(of, product->num_layers(), *routes[i], spans.num_tokens());
         of += product->num_layers();
       }
     }
@@ -250,7 +254,7 @@ void bind_stack(nb::module_& m) {
       .def(nb::init<const BoundLayers*, const std::vector<const Layer*>&, int64_t>(), nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::arg("functions"), nb::arg("layers"), nb::arg("num_blocks"))
       .def("forward", &Stack::forward, nb::arg("stream"), nb::arg("added"), nb::arg("spans"), nb::arg("ropes"),
-           nb::arg("route").none(), nb::arg("operands"), nb::arg("num_threads"), nb::arg("rows").none() = nb::none(),
+           nb::arg("routes"), nb::arg("operands"), nb::arg("num_threads"), nb::arg("rows").none() = nb::none(),
            nb::arg("last_route").none() = nb::none());
 }
 

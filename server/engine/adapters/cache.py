@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Items
 from itertools import islice
 
+from lori.kernels import Weight
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
 from server.engine.adapters.loader import Loader, adapter_names
 from server.engine.adapters.residents import NoRoomError, Residents, TierUsage
-from server.engine.request import Request, Sequence
+from server.engine.request import Request, ResidentWeight, Sequence
 from server.engine.scheduling.scheduler import Residency
 
 logger = logging.getLogger(__name__)
@@ -169,8 +170,7 @@ class AdapterCache:
             self.residents.acquire(digest)
             pinned.append(digest)
         self._remove_waiter(sequence)
-        weighted = [(self.residents.get(digest), weight) for digest, weight in sequence.residents]
-        sequence.terms = [(resident.slot, weight * resident.scale) for resident, weight in weighted]
+        sequence.terms = [self._term(digest, weight) for digest, weight in sequence.residents]
         return "ready"
 
     def is_load_deferred(self, sequence: Sequence) -> bool:
@@ -342,6 +342,12 @@ class AdapterCache:
             raise
         self._loaded.move_to_end(digest)
         return True
+
+    def _term(self, digest: str, weight: ResidentWeight) -> tuple[int, Weight]:
+        resident = self.residents.get(digest)
+        if not isinstance(weight, tuple):
+            return resident.slot, weight * resident.scale
+        return resident.slot, self._pool.layer_weights(resident.slot, [block * resident.scale for block in weight])
 
     def _no_room(self, sequence: Sequence) -> Residency:
         self._remove_waiter(sequence)

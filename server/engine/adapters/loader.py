@@ -170,7 +170,6 @@ class Loader:
             sign=options.sign,
             seed=options.seed,
             templates=("plain",),  # irrelevant here: the prompt is already rendered
-            block_weights=[term.block_weights for term in request.terms],
             is_sealed=False,  # its digest here is the request's `merged_digest`
             is_cancelled=cancellation.is_set,
         )

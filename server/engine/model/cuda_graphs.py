@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from lori.device import copy_to_device
-from lori.kernels import Route
+from lori.kernels import Route, Weight
+from lori.kernels.route import weight_array
 from lori.pool import AdapterPool
 from server.engine.model.decoder import Decoder, Ops, Span
 
@@ -23,7 +24,7 @@ TERMS = 8
 ALIGNMENT = 4
 """Alignment of the array's parts in int32 values: 16 bytes, as Triton prefers."""
 MIN_STRIDE = 16
-Terms = Sequence[tuple[int, float]]
+Terms = Sequence[tuple[int, Weight]]
 """Slot and weight of each adapter of a row."""
 
 
@@ -56,11 +57,13 @@ def graph_sizes(max_rows: int) -> list[int]:
 class DecodingInputs:
     """Buffers for the inputs of steps of up to `max_rows` sequences of up to `max_blocks` blocks each.
 
-    No sequence owns `spare_block`.
+    No sequence owns `spare_block`. Each of `num_layers` layers has its own weights of the terms.
     """
 
-    def __init__(self, max_rows: int, max_blocks: int, block_size: int, spare_block: int, device: torch.device) -> None:
-        self.sizes = graph_sizes(max_rows)
+    def __init__(
+        self, max_rows: int, num_layers: int, max_blocks: int, block_size: int, spare_block: int, device: torch.device
+    ) -> None:
+        self.sizes, self._num_layers = graph_sizes(max_rows), num_layers
         max_size = self.sizes[-1]
         self._block_size, self._spare = block_size, Span(0, 1, 0, [spare_block])
         counts = {
@@ -71,7 +74,7 @@ class DecodingInputs:
             "lengths": 1,
             "segments": 4,
             "slots": TERMS,
-            "weights": TERMS,
+            "weights": TERMS * num_layers,
         }
         ends = np.cumsum([-(-max_size * count // ALIGNMENT) * ALIGNMENT for count in counts.values()]).tolist()
         self._ranges = dict(zip(counts, zip([0, *ends], ends, strict=False), strict=True))
@@ -115,7 +118,8 @@ class DecodingInputs:
     def route(self, size: int) -> Route:
         """Return a new route over the terms of a step of this size."""
         segments = self._device_part("segments")[: 4 * size].view(size, 4)
-        return Route.by_token(segments, self._device_part("slots"), self._device_part("weights").view(torch.float32))
+        weights = self._device_part("weights").view(torch.float32).view(self._num_layers, -1)
+        return Route.by_token(segments, self._device_part("slots"), weights)
 
     def _host_part(self, name: str) -> NDArray[np.int32]:
         return self._host[slice(*self._ranges[name])]
@@ -148,7 +152,8 @@ class DecodingInputs:
             [rows, rows + 1, np.append(0, ends[:-1]), ends], 1
         )
         self._host_part("slots")[: len(slots)] = slots
-        self._host_part("weights").view(np.float32)[: len(slots)] = [weight for row_terms in terms for _, weight in row_terms]
+        weights = self._host_part("weights").view(np.float32).reshape(self._num_layers, -1)
+        weights[:, : len(slots)] = weight_array([weight for row_terms in terms for _, weight in row_terms])
 
 
 def _table_stride(num_blocks: int) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lori.kernels import Route
 from lori.kernels.cpu import bound_operands, bound_route
 from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import zeros
@@ -134,10 +133,14 @@ class NativeStack(NativeOps):
         tables = [context.rotary[name] for name in self._rope_names]
         pointers = [(cosine.data_ptr(), sine.data_ptr()) for cosine, sine in tables]
         needed = context.needed
-        rows, last_route = (None, None) if needed is None else (needed.rows.int().numpy(), needed.route)
+        routes = [bound_route(route) for route in context.route.by_layer(len(layers))] if context.route else []
+        rows = last_route = None
+        if needed is not None:
+            rows = needed.rows.int().numpy()
+            last_route = bound_route(needed.route.by_layer(len(layers))[-1]) if needed.route else None
         self._stack.forward(
-            stream.data_ptr(), added.data_ptr(), context.step, pointers, _bound(context.route), operands,
-            torch.get_num_threads(), rows, _bound(last_route),
+            stream.data_ptr(), added.data_ptr(), context.step, pointers, routes, operands, torch.get_num_threads(), rows,
+            last_route,
         )  # fmt: skip
         return (stream, added) if rows is None else (stream[: len(rows)], added[: len(rows)])
 
@@ -157,10 +160,6 @@ def products(layer: Layer) -> list[NativeProjection]:
         for projection in (layer.qkv, layer.output, layer.gate_up, layer.down)
         if isinstance(projection, NativeProjection)
     ]
-
-
-def _bound(route: Route | None) -> "_lori_cpu.Route | None":
-    return None if route is None else bound_route(route)
 
 
 def _weight(norm: Norm | None) -> npt.NDArray[np.float32] | None:

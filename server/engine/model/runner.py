@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lori.device import to_device
 from lori.errors import ModelError
-from lori.kernels import Route, Term
+from lori.kernels import Route, Term, Weight
 from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
 from lori.projection import Quantization
@@ -37,7 +37,7 @@ class _CachedRoute:
     # The last route, with the chunks' token counts and term lists. A list's identity tells whether the route is still valid,
     # since a sequence keeps its list while its adapters are acquired.
     counts: list[int]
-    terms: list[list[tuple[int, float]] | None]
+    terms: list[list[tuple[int, Weight]] | None]
     route: Route | None
 
 
@@ -74,7 +74,7 @@ class Runner:
             raise ModelError(f"--kv-cache-gib: there is no room for {content}: {' '.join(str(error).split())}") from error
         if max_batch and isinstance(self._ops, ReplayableOps):
             try:
-                inputs = make_inputs(self._ops, model, num_blocks, max_batch)
+                inputs = make_inputs(self._ops, model, len(self._decoder.layers), num_blocks, max_batch)
                 vocabulary, graphs = model.get_output_embeddings().out_features, partial(CudaGraphs, self._device)
                 self._replays = Replays(self._decoder, self._ops, pool, inputs, vocabulary, graphs)
             except torch.OutOfMemoryError as error:
@@ -165,7 +165,7 @@ class Runner:
         counts = [after - before for before, after in pairwise([0, *(bisect_left(rows, end) for end in ends)])]
         return self._make_route(counts, [chunk.sequence.terms for chunk in chunks])
 
-    def _make_route(self, counts: Items[int], chunk_terms: Items[list[tuple[int, float]] | None]) -> Route | None:
+    def _make_route(self, counts: Items[int], chunk_terms: Items[list[tuple[int, Weight]] | None]) -> Route | None:
         terms, row = [], 0
         for count, pairs in zip(counts, chunk_terms, strict=True):
             assert pairs is not None, "what runs is pinned"
@@ -185,10 +185,10 @@ def on_device(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def make_inputs(ops: ReplayableOps, model: PreTrainedModel, num_blocks: int, max_batch: int) -> DecodingInputs:
+def make_inputs(ops: ReplayableOps, model: PreTrainedModel, num_layers: int, num_blocks: int, max_batch: int) -> DecodingInputs:
     """Return buffers for the inputs of steps of `max_batch` sequences, each as long as the model or the memory allows."""
     longest = -(-model.config.get_text_config().max_position_embeddings // ops.block_size)
-    return DecodingInputs(max_batch, min(num_blocks, longest), ops.block_size, ops.spare_block, model.device)
+    return DecodingInputs(max_batch, num_layers, min(num_blocks, longest), ops.block_size, ops.spare_block, model.device)
 
 
 def make_ops(decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Ops:

@@ -175,6 +175,17 @@ def test_a_slot_out_of_range_is_refused() -> None:
         add_delta(case.y, case.s, case.operands, route)
 
 
+def test_a_route_of_several_layers_is_refused() -> None:
+    case = make_case((2, 1, 3, 5, 2), torch.float32, "identical", 1)
+    route = Route.from_terms([Term(0, 2, 0, (1.0, 2.0))], 2)
+    with pytest.raises(ValueError, match=r"expected .* the route of one layer"):
+        add_delta(case.y, case.s, case.operands, route)
+    twice = case.y.clone()
+    add_delta(twice, case.s, case.operands, Route.from_terms([Term(0, 2, 0, 2.0)], 2))
+    add_delta(case.y, case.s, case.operands, route.by_layer(2)[1])
+    assert torch.equal(case.y, twice)
+
+
 def test_operands_are_read_from_the_current_pool_after_a_move() -> None:
     operands = Operands(2, 4, 300, torch.float32, "cpu")
     put(operands, 0, torch.ones(300, 4))

@@ -90,7 +90,7 @@ def test_long_segments_are_dense_in_tiles_and_the_others_are_gathered(dtype: tor
     terms = [Term(1, 31, 0, 0.5), Term(31, 131, 1, -1.0), Term(40, 131, 0, 2.0), Term(133, 165, 2, 1.0), Term(169, 170, 0, 1.0)]
     case = replace(case, terms=tuple(terms))
     check(case, None)
-    plan = case.route.gpu
+    plan = case.route.gpu["plan"]
     assert isinstance(plan, gpu.Plan)
     assert plan.tiles.tolist() == [[40, 104, 2, 4], [104, 131, 2, 4], [133, 165, 4, 5]]
     assert plan.gather_tokens[:, 0].tolist() == [*range(1, 40), 169]
@@ -99,9 +99,9 @@ def test_long_segments_are_dense_in_tiles_and_the_others_are_gathered(dtype: tor
 def test_the_plan_of_a_route_is_made_once(device: str) -> None:
     case = make_case((40, 1, 3, 5, 2), torch.float32, "uniform", 2, device)
     check(case, None)
-    plan = case.route.gpu
+    plan = case.route.gpu["plan"]
     check(case, None)
-    assert case.route.gpu is plan
+    assert case.route.gpu["plan"] is plan
 
 
 def test_a_plan_gives_each_token_its_terms(device: str) -> None:
@@ -134,7 +134,7 @@ def test_a_route_by_token_follows_the_contents_of_its_arrays(dtype: torch.dtype,
         route = Route.by_token(segments, slots, weights)
         gpu.add_delta(case.y, case.s, case.operands, route)
         assert_close(case.y, exact, magnitude)
-        plan = route.gpu
+        plan = route.gpu["plan"]
         assert isinstance(plan, gpu.Plan)
         assert plan.tokens.shape == (40, 3)
         assert not len(plan.tiles)
@@ -234,6 +234,17 @@ def test_tensors_unlike_the_operands_are_refused(
     with pytest.raises(ValueError, match=r"expected \(3, 33\) and \(3, 2 or more, 5\), both torch.float32 on"):
         gpu.add_delta(*change(case.y, case.s), case.operands, case.route)
     assert torch.equal(case.y, before)
+
+
+def test_a_route_of_several_layers_is_refused(device: str) -> None:
+    case = make_case((3, 2, 5, 33, 4), torch.float32, "uniform", 2, device)
+    route = Route.from_terms([Term(0, 3, 0, (1.0, 2.0))], 3, device)
+    with pytest.raises(ValueError, match=r"expected .* the route of one layer"):
+        gpu.add_delta(case.y, case.s, case.operands, route)
+    twice = case.y.clone()
+    gpu.add_delta(twice, case.s, case.operands, Route.from_terms([Term(0, 3, 0, 2.0)], 3, device))
+    gpu.add_delta(case.y, case.s, case.operands, route.by_layer(2)[1])
+    assert torch.equal(case.y, twice)
 
 
 def test_the_dispatch_knows_the_kernel(device: str) -> None:

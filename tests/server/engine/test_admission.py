@@ -12,7 +12,7 @@ from lori.template import Message, Template
 from server.engine.adapters.registry import AmbiguousVersionError, Registry
 from server.engine.admission import Admission
 from server.engine.generate_request import DEFAULT_MAX_TOKENS, GenerateRequest, RefusedError, TokenPrompt
-from server.engine.request import SamplingParams
+from server.engine.request import ResidentWeight, SamplingParams
 from tests.server.registered import registered
 from tests.server.rig import EOS, build
 
@@ -294,27 +294,17 @@ def test_a_merge_that_is_built_once_takes_one_place_however_many_adapters_it_has
     assert request.residents[0][1] == 1.0
 
 
-def test_a_merge_with_block_weights_is_limited_as_one_that_is_built(
-    tokenizer: PreTrainedTokenizerFast, registry: Registry
-) -> None:
-    ask = GenerateRequest(prompt="x", adapters=("math", "safety"), weights=(1.0, 1.0), block_weights=((0.5, 2.0), ()))
-    request = Admission(tokenizer, registry, CONTEXT, max_terms=1).admit(ask)
-    assert request.residents == ((request.merged_digest, 1.0),)
-    both = sum(registry.by_name[name].summary.nnz for name in ("math", "safety"))
-    error = refusal(Admission(tokenizer, registry, CONTEXT, max_terms=2, max_merge_nnz=both - 1), ask)
-    assert f"expected at most {both - 1} for block weights" in str(error)
+def test_adapters_with_block_weights_are_summed(admission: Admission, registry: Registry) -> None:
+    def residents(*block_weights: tuple[float, ...], weights: tuple[float, ...] = (2.0, 1.0)) -> dict[str, ResidentWeight]:
+        ask = GenerateRequest(prompt="x", adapters=("math", "intent"), weights=weights, block_weights=block_weights)
+        request = admission.admit(ask)
+        assert request.merged_digest is None
+        names = {registry.by_name[name].summary.digest: name for name in ("math", "intent")}
+        return {names[digest]: weight for digest, weight in request.residents}
 
-
-def test_merges_that_differ_in_their_block_weights_are_built_apart(admission: Admission) -> None:
-    def digest(*block_weights: tuple[float, ...], names: tuple[str, ...] = ("math", "safety")) -> str | None:
-        ask = GenerateRequest(prompt="x", adapters=names, weights=(1.0, 1.0), block_weights=block_weights)
-        return admission.admit(ask).merged_digest
-
-    digests = [digest((0.5, 2.0), ()), digest((2.0, 0.5), ()), digest((), (0.5, 2.0)), digest((0.5, 2.0), (1.0,))]
-    assert len({*digests}) == 4
-    assert None not in digests
-    assert digest() is None
-    assert digest((), (0.5, 2.0), names=("safety", "math")) == digests[0]
+    assert residents((0.5, 2.0), ()) == {"math": (1.0, 4.0), "intent": 1.0}, "on several bases too"
+    assert residents((0.0, 0.0), (1.0, 0.5)) == {"intent": (1.0, 0.5)}
+    assert residents((0.5, 2.0), (), weights=(0.0, 1.0)) == {"intent": 1.0}
 
 
 def test_a_merge_of_adapters_on_several_bases_is_refused_but_for_a_sum(admission: Admission) -> None:

@@ -33,7 +33,11 @@ MERGES: dict[str, tuple[Terms, MergeOptions]] = {
         MergeOptions(),
     ),
     "with a negative weight": ((("nlu", 1.5), ("intent", -0.5)), MergeOptions()),
+    "with weights in blocks of layers": ((("math", 1.0), ("safety", 0.5), ("nlu", 1.0)), MergeOptions()),
     "by TIES": ((("math", 1.0), ("nlu", 0.5), ("safety", 1.0)), MergeOptions("ties", density=0.7)),
+}
+BLOCK_WEIGHTS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "with weights in blocks of layers": ((1.5, 0.5, 1.0, -0.5), (), (0.0, 1.0))
 }
 
 
@@ -51,6 +55,7 @@ def ask(name: str) -> GenerateRequest:
         adapters=tuple(adapter for adapter, _ in terms),
         weights=tuple(weight for _, weight in terms) or None,
         merge=options,
+        block_weights=BLOCK_WEIGHTS.get(name, ()),
         sampling=SamplingParams(echo=True, num_logprobs=NUM_TOP, ignore_eos=True),
     )
 
@@ -60,9 +65,11 @@ def oracle_logits(name: str, ids: tuple[int, ...]) -> torch.Tensor:
     """Return the logits (T, vocabulary) of transformers' own model, in float64."""
     terms, options = MERGES[name]
     adapters = [(load_adapter(ADAPTERS / adapter), weight) for adapter, weight in terms]
-    if options.method != "linear":
+    block_weights = BLOCK_WEIGHTS.get(name, ())
+    if options.method != "linear" or block_weights:
         parts, weights = zip(*adapters, strict=True)
-        adapters = [(merge(parts, weights, options.method, density=options.density, templates=["plain"]), 1.0)]
+        merged = merge(parts, weights, options.method, density=options.density, templates=["plain"], block_weights=block_weights)
+        adapters = [(merged, 1.0)]
     model = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float64, attn_implementation="eager")
     with torch.inference_mode():
         logits: torch.Tensor = fold(model, adapters)(torch.tensor([ids])).logits[0]

@@ -12,7 +12,7 @@ import torch
 from lori.base_identity import module_shapes
 from lori.base_model import load_base_model
 from lori.basis import Seeded
-from lori.kernels import Route, Term
+from lori.kernels import Route, Term, Weight
 from lori.kernels.cpu import bound_operands, bound_route
 from lori.packed_adapter import pack_adapter
 from lori.pool import AdapterPool
@@ -33,8 +33,8 @@ KNOWN = sorted(SERVED.keys() - {"llama with heads of 12"})
 IDS = tuple(range(40, 110))
 CUTS = (0, 3, 60, 61, 62, 70)
 """Bounds of the chunks: a prompt in parts, one of them long, and steps of one token."""
-TERMS: Sequence[Sequence[tuple[int, float]]] = [(), ((0, 1.0),), ((0, 0.5), (2, -2.0)), ((1, 1.0),)]
-"""Terms of each sequence: the base, one adapter, a sum of two, and an adapter on another basis."""
+TERMS: Sequence[Sequence[tuple[int, Weight]]] = [(), ((0, 1.0),), ((0, (0.5, -1.0)), (2, -2.0)), ((1, 1.0),)]
+"""Terms of each sequence: the base, one adapter, a sum of two with weights by layer, and an adapter on another basis."""
 NUM_BLOCKS = 8
 
 
@@ -144,31 +144,33 @@ def test_adapters_change_the_logits(tmp_path: Path) -> None:
 def test_arguments_that_belong_to_other_layers_are_refused(tmp_path: Path) -> None:
     stack = stack_of(runner_of(tmp_path, "llama"))
     x = torch.zeros(1, 48, dtype=BF16)
-    rotary = [(0, 0)]
+    rotary, num_layers = [(0, 0)], stack._num_layers
     step, elsewhere = (stack.plan([Span(0, 1, 0, [block])]) for block in (0, NUM_BLOCKS * len(TERMS)))
     with pytest.raises(ValueError, match="another memory"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), elsewhere, rotary, None, [], 1)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), elsewhere, rotary, [], [], 1)
     with pytest.raises(ValueError, match="RoPE is missing"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, [], None, [], 1)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, [], [], [], 1)
     operands = [bound_operands(layer_operands) for layer_operands in stack._operands]
     with pytest.raises(ValueError, match="or none without a route"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, None, operands, 1)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [], operands, 1)
     route = bound_route(Route.from_terms([Term(0, 1, 3, 1.0)], 1))
     with pytest.raises(ValueError, match="a slot that the operands do not have"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, route, operands, 1)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [route] * num_layers, operands, 1)
+    with pytest.raises(ValueError, match="a route for each layer"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [route], operands, 1)
     with pytest.raises(ValueError, match="not of this layer"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, route, operands[::-1], 1)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [route] * num_layers, operands[::-1], 1)
     for rows in ([1], [-1], [0, 0]):
         with pytest.raises(ValueError, match="ascending rows"):
-            stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, None, [], 1, np.array(rows, np.int32))
+            stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [], [], 1, np.array(rows, np.int32))
     row, good = np.array([0], np.int32), bound_route(Route.from_terms([Term(0, 1, 0, 1.0)], 1))
     with pytest.raises(ValueError, match="and no rows"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, good, operands, 1, None, good)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [good] * num_layers, operands, 1, None, good)
     with pytest.raises(ValueError, match="none of the step"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, None, [], 1, row, good)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [], [], 1, row, good)
     longer = bound_route(Route.from_terms([Term(0, 2, 0, 1.0)], 2))
     with pytest.raises(ValueError, match="a route of these tokens"):
-        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, good, operands, 1, row, longer)
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [good] * num_layers, operands, 1, row, longer)
 
 
 def stack_of(runner: Runner) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 import lori.projection
 from lori.base_model import BaseModel
-from lori.kernels import Route, gpu
+from lori.kernels import Route, Weight, gpu
 from server.engine.generate_request import GenerateRequest
 from server.engine.model.cuda_graphs import TERMS, Replays
 from server.engine.model.runner import Runner
@@ -95,7 +95,7 @@ class Steps:
         self.block_size = sizes.get("block_size", 16)
         self.num_blocks_used = 0
 
-    def start(self, num_tokens: int, *terms: tuple[int, float]) -> EngineSequence:
+    def start(self, num_tokens: int, *terms: tuple[int, Weight]) -> EngineSequence:
         """Return a sequence with the keys of its first `num_tokens` tokens, and blocks for as many more tokens and 16."""
         blocks = range(self.num_blocks_used, self.num_blocks_used + 1 + (2 * num_tokens + 16) // self.block_size)
         self.num_blocks_used = blocks.stop
@@ -207,6 +207,17 @@ def test_a_replay_reads_the_adapter_that_replaced_another_in_its_slot(
     assert steps.recorder.num_recorded == 1
 
 
+def test_a_replay_takes_each_layer_s_weights(writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(writer_model, adapters, monkeypatch)
+    merged, other = steps.start(4, (0, (1.5, -0.5)), (1, 0.5)), steps.start(3, (2, 1.0))
+    steps.check(merged, other)
+    merged.terms = [(0, 1.5), (1, (0.0, 2.0))]
+    steps.check(merged, other)
+    merged.terms = [(1, 1.0)]
+    steps.check(merged, other)
+    assert steps.recorder.num_recorded == 1
+
+
 def test_a_step_with_too_many_terms_is_not_replayed(writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(writer_model, adapters, monkeypatch)
     many = [(i % 3, 0.1 + i) for i in range(TERMS + 1)]
@@ -289,7 +300,7 @@ def test_eager_steps_read_nothing_back_from_the_device(
         actual = steps.rig.runner.forward(chunks, [0, 9])
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=5e-5)
     assert isinstance(steps.rig.runner._cached_route.route, Route)
-    plan = steps.rig.runner._cached_route.route.gpu
+    plan = steps.rig.runner._cached_route.route.gpu["plan"]
     assert isinstance(plan, gpu.Plan)
     assert len(plan.tiles) == 1
 
