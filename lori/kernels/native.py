@@ -16,7 +16,7 @@ from lori.kernels.layout import Layout, Packed
 from lori.kernels.layout import pack as pack_in_numpy
 from lori.sparse import SparseB
 
-VERSION = 7
+VERSION = 8
 """Version of the layout and of the module's functions; must equal the one in CMakeLists.txt."""
 MAX_ISA_VARIABLE = "LORI_MAX_CPU_ISA"
 """Environment variable for the highest instruction set that a process may use. If it is not set, all are allowed."""
