@@ -3,7 +3,7 @@
 Adapter i adds T_i A with T_i = (alpha_i / r_i) B_i. On one basis the T_i are summed, at the largest of the ranks. On several
 bases, `linear` stacks the A's and concatenates the B's: every A is drawn, and the rank is the sum of the ranks. The other methods
 prune each T_i or leave it whole, then sum, or average the values whose signs agree. A server that applies several adapters in one
-request needs no merge for `linear`, since the kernel sums the terms, unless their weights depend on the layer.
+request needs no merge for `linear`, since the kernel sums the terms.
 
 Shapes: D outputs, N inputs, R rank, K nonzero entries in row-major order, n adapters, U positions in the union of their masks.
 """

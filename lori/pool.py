@@ -10,7 +10,7 @@ import torch
 from lori.basis import Basis
 from lori.errors import AdapterError
 from lori.identity import layer_of, natural_key
-from lori.kernels import Operands, Weight
+from lori.kernels import Operands
 from lori.kernels.layout import MAX_RANK, UNIT
 from lori.kernels.packed_modules import clear_modules, put_modules
 from lori.kernels.pages import zeros
@@ -62,7 +62,7 @@ class AdapterPool:
         put_modules(self._operands, slot, adapter.modules, self.bases.index(adapter.basis))
         self._modules[slot] = tuple(adapter.modules.layouts)
 
-    def layer_weights(self, slot: int, block_weights: Sequence[float]) -> Weight:
+    def layer_weights(self, slot: int, block_weights: Sequence[float]) -> tuple[float, ...]:
         """Return, for each layer, the weight of the adapter in `slot` that has `block_weights`, as in `lori.merge.merge`."""
         blocks = blocks_of_layers(self._modules[slot], len(block_weights))
         return tuple(block_weights[blocks[layer]] if layer in blocks else 0.0 for layer in self._layers)

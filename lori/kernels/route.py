@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Weight = float | tuple[float, ...]
 """The weight of a term: one number, or one for each layer of the model."""
 ALIGNMENT = 4
-"""Alignment of a layer's weights in values: 16 bytes, as Triton prefers."""
+"""Alignment of arrays in values of 4 bytes: 16 bytes, as Triton prefers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Route:
     first <= m < last of `slots` (M,) int32 and `weights` (M,) fp32. Tokens without terms are in no segment. Consecutive tokens
     with the same terms share a segment. A token has at most one term for a slot.
 
-    Where a weight depends on the layer, `weights` is (L, M). Kernels take the route of one layer, see `by_layer`.
+    Where a weight depends on the layer, `weights` is (L, M). Kernels take the route of one layer, see `of_layer`.
     """
 
     def __init__(self, segments: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, num_tokens: int) -> None:
@@ -58,9 +58,10 @@ class Route:
         """Cache of the kernel `cpu`: its view of the arrays."""
         self.gpu: dict[str, object] = {}
         """Cache of the kernel `gpu`: its plan of the segments, which the routes of all layers share."""
+        self._layers: dict[int, Route] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"cpu": None, "gpu": {}}
+        return self.__dict__ | {"cpu": None, "gpu": {}, "_layers": {}}
 
     @classmethod
     def from_terms(cls, terms: Iterable[Term], num_tokens: int, device: torch.device | str = "cpu") -> "Route":
@@ -83,7 +84,7 @@ class Route:
         route = cls(
             to_device(torch.tensor(segments, dtype=torch.int32).view(-1, 4), target),
             to_device(torch.tensor(slots, dtype=torch.int32), target),
-            to_device(torch.from_numpy(weight_array([*weights, *padding])), target)[..., : len(weights)],
+            to_device(torch.from_numpy(np.ascontiguousarray(weight_array([*weights, *padding]))), target)[..., : len(weights)],
             num_tokens,
         )
         route.segment_list = segments
@@ -100,19 +101,15 @@ class Route:
         route.is_by_token = True
         return route
 
-    def by_layer(self, num_layers: int) -> Sequence["Route"]:
-        """Return the route of each of the model's `num_layers` layers: this one in all, if no weight depends on the layer."""
+    def of_layer(self, number: int) -> "Route":
+        """Return the route of a layer, made once: this one, if no weight depends on the layer."""
         if self.weights.dim() == 1:
-            return [self] * num_layers
-        assert len(self.weights) == num_layers, f"weights for {len(self.weights)} layers, expected {num_layers}"
-        return self._layer_routes
-
-    @cached_property
-    def _layer_routes(self) -> list["Route"]:
-        routes = [copy(self) for _ in self.weights]
-        for route, weights in zip(routes, self.weights, strict=True):
-            route.weights, route.gpu = weights, self.gpu
-        return routes
+            return self
+        if number not in self._layers:
+            route = copy(self)
+            route.weights, route.gpu = self.weights[number], self.gpu
+            self._layers[number] = route
+        return self._layers[number]
 
     @cached_property
     def segment_list(self) -> list[tuple[int, int, int, int]]:
@@ -146,7 +143,7 @@ def weight_array(weights: Sequence[Weight]) -> NDArray[np.float32]:
     num_layers = next((len(weight) for weight in weights if isinstance(weight, tuple)), 0)
     if not num_layers:
         return np.array(weights, np.float32)
-    return np.stack([np.asarray(_repeated(weight, num_layers), np.float32) for weight in weights], 1)
+    return np.array([_repeated(weight, num_layers) for weight in weights], np.float32).T
 
 
 def _repeated(weight: Weight, num_layers: int) -> tuple[float, ...]:

@@ -111,6 +111,7 @@ class Admission:
         policy_adapters = self._policy_adapters(request)
         adapters = [adapter.summary for adapter in self._requested_adapters(request, [adapter for adapter, _ in policy_adapters])]
         policy = [(adapter.summary, weight) for adapter, weight in policy_adapters]
+        assert request.is_sum or not request.block_weights
         template = None
         if not isinstance(request.prompt, str | TokenPrompt):
             template = request.template or self.template_of(adapters)

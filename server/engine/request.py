@@ -52,7 +52,7 @@ class AdapterTerm:
 
     @property
     def has_weight(self) -> bool:
-        """Whether the adapter has a weight in any layer."""
+        """Whether the adapter counts in some layer."""
         return self.weight != 0 and any(self.block_weights or (1.0,))
 
     @property
@@ -159,13 +159,16 @@ class Request:
         merged = self.merged_digest
         summed = self.policy if merged else (*self.terms, *self.policy)
         pairs = [(term.digest, term.resident_weight) for term in summed if term.has_weight]
+        # As text: a number and a tuple do not compare, and two names may have one digest.
         return tuple(sorted([*pairs, (merged, 1.0)] if merged else pairs, key=str))
 
     @property
     def merged_digest(self) -> str | None:
         """Digest of the merged adapter built from `terms`; None if the terms are summed or all have weight 0."""
+        if self.merge.method == "linear":
+            return None
         parts = sorted((term.digest, term.weight) for term in self.terms if term.weight)
-        if self.merge.method == "linear" or not parts:
+        if not parts:
             return None
         content = json.dumps([dict(self.merge.used), parts], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()

@@ -201,3 +201,23 @@ def test_a_pool_counts_its_moves(model: PreTrainedModel, adapters: list[Adapter]
     assert addresses() != before
     assert pool.has_operands
     assert not AdapterPool({}, [], 0, 1, torch.float32).has_operands
+
+
+def test_weights_in_blocks_are_those_of_the_layers_that_the_adapter_changes() -> None:
+    layers = [f"model.layers.{number}.mlp.up_proj" for number in range(12)]
+    shapes = dict.fromkeys(layers, (16, 16))
+    pool = AdapterPool(shapes, [Seeded()], 4, 2, torch.float32)
+
+    def put(*numbers: int) -> None:
+        changed = {layers[number]: shapes[layers[number]] for number in numbers}
+        pool.put(1, pack_adapter(make_adapter("some", changed, ("up_proj",), 4, 4.0, Seeded(), seed=1), pool.layouts))
+
+    put(1, 2, 10)
+    assert pool.layer_weights(1, [2.0, 3.0]) == (0.0, 2.0, 2.0, *[0.0] * 7, 3.0, 0.0)
+    assert pool.layer_weights(1, [2.0, 3.0, 4.0]) == (0.0, 2.0, 3.0, *[0.0] * 7, 4.0, 0.0)
+    put(*range(12))
+    assert pool.layer_weights(1, [2.0, 3.0]) == (*[2.0] * 6, *[3.0] * 6)
+    assert pool.layer_weights(1, [float(block) for block in range(128)])[-1] == 117.0
+    pool.clear(1)
+    put(0)
+    assert pool.layer_weights(1, [2.0, 3.0]) == (2.0, *[0.0] * 11)

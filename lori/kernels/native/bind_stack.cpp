@@ -224,6 +224,7 @@ class Stack {
       spans.check(layer->heads, num_blocks_);
       if (layer->rope < 0 || layer->rope >= static_cast<int>(ropes.size())) throw nb::value_error("a layer's RoPE is missing");
       if (routes.empty()) continue;
+      if (!routes[i]) throw nb::value_error("a layer's route is missing");
       for (const Projection* product : layer->products()) {
         product->check(of, product->num_layers(), *routes[i], spans.num_tokens());
         of += product->num_layers();

@@ -5,6 +5,7 @@ write one key of a block that no sequence owns. All inputs are one int32 array, 
 of a size, M terms of all rows, N entries of the block table, V vocabulary.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -15,14 +16,12 @@ from numpy.typing import NDArray
 
 from lori.device import copy_to_device
 from lori.kernels import Route, Weight
-from lori.kernels.route import weight_array
+from lori.kernels.route import ALIGNMENT, weight_array
 from lori.pool import AdapterPool
 from server.engine.model.decoder import Decoder, Ops, Span
 
 TERMS = 8
 """Terms per row that the inputs have room for, averaged over the rows of a size. A step with more terms is not replayed."""
-ALIGNMENT = 4
-"""Alignment of the array's parts in int32 values: 16 bytes, as Triton prefers."""
 MIN_STRIDE = 16
 Terms = Sequence[tuple[int, Weight]]
 """Slot and weight of each adapter of a row."""
@@ -85,6 +84,7 @@ class DecodingInputs:
         self.device = device
         self._stride = 0
         self._table_rows: dict[int, list[int]] = {}  # the blocks of each row, as they are in the table
+        self._filled_terms: Sequence[Terms] = ()  # of each row, as they are in the arrays
 
     def size_for(self, spans: Sequence[Span], terms: Sequence[Terms]) -> int | None:
         """Return the size that these rows run as, or None if no size holds them."""
@@ -145,6 +145,11 @@ class DecodingInputs:
                 self._table_rows[row] = [*span.blocks]
 
     def _fill_terms(self, terms: Sequence[Terms]) -> None:
+        # A sequence keeps its list while its adapters are acquired. Weights by layer take longer to write than a step may wait.
+        filled = self._filled_terms
+        if len(terms) == len(filled) and all(map(operator.is_, terms, filled)):
+            return
+        self._filled_terms = terms
         slots = [slot for row_terms in terms for slot, _ in row_terms]
         ends = np.cumsum([len(row_terms) for row_terms in terms])
         rows = np.arange(len(terms))

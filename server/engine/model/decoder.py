@@ -125,24 +125,19 @@ class Ops(Protocol):
         """
 
 
-def layer_routes(route: Route | None, num_layers: int) -> Sequence[Route | None]:
-    """Return the route of each layer: None in all if no token has an adapter."""
-    return [None] * num_layers if route is None else route.by_layer(num_layers)
-
-
 def run_layers(
     ops: Ops, layers: Sequence[Layer], stream: torch.Tensor, context: ForwardContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the layers with the operations of `ops`, as specified by `Ops.run`."""
-    routes, needed = layer_routes(context.route, len(layers)), context.needed
+    needed = context.needed
     added: torch.Tensor | None = None
     for number, layer in enumerate(layers):
-        route = routes[number]
+        route = context.route and context.route.of_layer(number)
         qkv = layer.qkv(ops.norm(stream, added, layer.attention_norm), route)
         attended = ops.attend(qkv, number, layer.heads, context.rotary[layer.rope], context.step)
         if needed is not None and number + 1 == len(layers):
             stream, attended = stream[needed.rows], attended[needed.rows]
-            route = layer_routes(needed.route, len(layers))[-1]
+            route = needed.route and needed.route.of_layer(number)
         added = layer.output(attended, route)
         if layer.attention_output_norm is not None:
             added = ops.norm(added, None, layer.attention_output_norm)

@@ -74,7 +74,7 @@ class Runner:
             raise ModelError(f"--kv-cache-gib: there is no room for {content}: {' '.join(str(error).split())}") from error
         if max_batch and isinstance(self._ops, ReplayableOps):
             try:
-                inputs = make_inputs(self._ops, model, len(self._decoder.layers), num_blocks, max_batch)
+                inputs = make_inputs(self._ops, model, num_blocks, max_batch)
                 vocabulary, graphs = model.get_output_embeddings().out_features, partial(CudaGraphs, self._device)
                 self._replays = Replays(self._decoder, self._ops, pool, inputs, vocabulary, graphs)
             except torch.OutOfMemoryError as error:
@@ -185,10 +185,11 @@ def on_device(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def make_inputs(ops: ReplayableOps, model: PreTrainedModel, num_layers: int, num_blocks: int, max_batch: int) -> DecodingInputs:
+def make_inputs(ops: ReplayableOps, model: PreTrainedModel, num_blocks: int, max_batch: int) -> DecodingInputs:
     """Return buffers for the inputs of steps of `max_batch` sequences, each as long as the model or the memory allows."""
-    longest = -(-model.config.get_text_config().max_position_embeddings // ops.block_size)
-    return DecodingInputs(max_batch, num_layers, min(num_blocks, longest), ops.block_size, ops.spare_block, model.device)
+    config = model.config.get_text_config()
+    max_blocks = min(num_blocks, -(-config.max_position_embeddings // ops.block_size))
+    return DecodingInputs(max_batch, config.num_hidden_layers, max_blocks, ops.block_size, ops.spare_block, model.device)
 
 
 def make_ops(decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Ops:

@@ -62,6 +62,13 @@ def test_some_weights_are_automatic_beside_given_ones(weights: tuple[RequestedWe
     assert (weighed.auto, weighed.base_share) == (None, 0.25)
 
 
+def test_block_weights_stand_beside_automatic_ones() -> None:
+    request = replace(ask("2+3", "code", "law"), weights=(2.0, "auto"), block_weights=((0.5, 1.0), ()))
+    weighed = admission().admit(request).with_shares(Shares((0.75,), 0.25))
+    assert dict(weighed.residents)["2" * 64] == 0.75
+    assert (1.0, 2.0) in dict(weighed.residents).values()
+
+
 def test_given_weights_count_for_the_memory_of_a_request_with_automatic_ones() -> None:
     request = replace(ask("2+3", "math", "law"), weights=("auto", 0.0))
     room = registered("math", "1" * 64).summary.nnz

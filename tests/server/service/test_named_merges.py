@@ -151,11 +151,15 @@ def test_the_limits_of_a_request_hold_for_what_its_merges_mean() -> None:
 
 
 def test_adapters_beside_a_merge_may_have_automatic_weights() -> None:
-    adapters = [MergedAdapter(reference=f"{name}@0123456789ab", weight=weight) for name, weight in (("math", 1.0), ("law", -0.5))]
+    adapters = [
+        MergedAdapter(reference="math@0123456789ab", weight=1.0, block_weights=[0.5, 1.5]),
+        MergedAdapter(reference="law@0123456789ab", weight=-0.5),
+    ]
     merges = NamedMerges({"both": NamedMerge(base_digest="b" * 64, adapters=adapters)})
     resolved = merges.resolve(GenerateRequest(prompt="1", adapters=("intent", "both"), weights=("auto", 2.0)))
     assert resolved.adapters == ("intent", "math@0123456789ab", "law@0123456789ab")
     assert resolved.weights == ("auto", 2.0, -1.0)
+    assert resolved.block_weights == ((), (0.5, 1.5), ())
 
 
 def test_models_says_what_a_sum_with_a_merge_means(client: httpx.Client) -> None:

@@ -261,7 +261,7 @@ def test_a_merge_is_listed_as_it_is_asked_for(
     assert [*_request_models(replace(request(), terms=terms))] == models
 
 
-def test_a_merge_with_block_weights_is_no_sum() -> None:
+def test_no_model_s_name_has_block_weights() -> None:
     terms = (AdapterTerm("math", "1" * 64, 1.0, block_weights=(0.5, 2.0)), AdapterTerm("law", "2" * 64, 1.0))
     assert [*_request_models(replace(request(), terms=terms))] == ["math", "law"]
 

@@ -158,6 +158,8 @@ def test_arguments_that_belong_to_other_layers_are_refused(tmp_path: Path) -> No
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [route] * num_layers, operands, 1)
     with pytest.raises(ValueError, match="a route for each layer"):
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [route], operands, 1)
+    with pytest.raises(ValueError, match="a layer's route is missing"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [None] * num_layers, operands, 1)
     with pytest.raises(ValueError, match="not of this layer"):
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, rotary, [route] * num_layers, operands[::-1], 1)
     for rows in ([1], [-1], [0, 0]):
