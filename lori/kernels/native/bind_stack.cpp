@@ -141,10 +141,10 @@ class Stack {
     for (int64_t* of : {&num_reduced_, &num_between_}) *of = (*of + kLineValues - 1) / kLineValues * kLineValues;
   }
 
-  // Adds to `stream` (T, D) what all layers give but the last MLP, which goes to `added` (T, D). `routes` has one for each layer, or
-  // none. `operands` are those of all products in their order, where there are routes. Where there are `rows` (P,), ascending, the
-  // last layer computes only these after its attention, with the route `last_route` of P tokens: they are then the first P rows of
-  // `stream` and `added`.
+  // Adds to `stream` (T, D) what all layers give but the last MLP, which goes to `added` (T, D). `routes` has one for each layer,
+  // or none. `operands` are those of all products in their order, where there are routes. Where there are `rows` (P,), ascending,
+  // the last layer computes only these after its attention, with the route `last_route` of P tokens: they are then the first P
+  // rows of `stream` and `added`.
   void forward(uintptr_t stream, uintptr_t added, const BoundSpans& spans,
                const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes, const std::vector<const BoundRoute*>& routes,
                const std::vector<const BoundOperands*>& operands, int num_threads, MaybeRows rows, const BoundRoute* last_route) {
@@ -254,8 +254,8 @@ void bind_stack(nb::module_& m) {
   nb::class_<Stack>(m, "Stack")
       .def(nb::init<const BoundLayers*, const std::vector<const Layer*>&, int64_t>(), nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::arg("functions"), nb::arg("layers"), nb::arg("num_blocks"))
-      .def("forward", &Stack::forward, nb::arg("stream"), nb::arg("added"), nb::arg("spans"), nb::arg("ropes"),
-           nb::arg("routes"), nb::arg("operands"), nb::arg("num_threads"), nb::arg("rows").none() = nb::none(),
+      .def("forward", &Stack::forward, nb::arg("stream"), nb::arg("added"), nb::arg("spans"), nb::arg("ropes"), nb::arg("routes"),
+           nb::arg("operands"), nb::arg("num_threads"), nb::arg("rows").none() = nb::none(),
            nb::arg("last_route").none() = nb::none());
 }
 
