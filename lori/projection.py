@@ -16,10 +16,12 @@ from lori.errors import ModelError
 from lori.kernels import Operands, Route, add_delta
 from lori.kernels.cpu import bound_operands, bound_route
 from lori.kernels.native import MODULE, choose
-from lori.kernels.pages import zeros
+from lori.kernels.pages import Arena
 
 Quantization = Literal["int8"]
 INT8_MAX = 127
+ARENA = Arena()
+"""Memory of the weights of all products."""
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +165,7 @@ class NativeProjection:
 def _panels(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Return `weights` (D, N) packed in panels for the compiled module, one after the other."""
     sizes = [MODULE.part_size(*weight.shape) for weight in weights]
-    panels = zeros(dtype.itemsize * sum(sizes)).view(dtype)
+    panels = ARENA.zeros(dtype.itemsize * sum(sizes)).view(dtype)
     for weight, part in zip(weights, panels.split(sizes), strict=True):
         MODULE.pack_weights(weight.contiguous().numpy(), part.numpy())
     return panels
