@@ -40,7 +40,7 @@ class AdapterPool:
         self._shapes = dict(shapes) if rank and num_slots and bases else {}
         self._operands = {name: Operands(num_slots, rank, d, dtype, device) for name, (d, _) in self._shapes.items()}
         self._layers = sorted({layer_of(name) for name in self._shapes}, key=natural_key)
-        self._modules: dict[int, tuple[str, ...]] = {}  # that the adapter in each slot changes
+        self._modules: dict[int, tuple[str, ...]] = {}  # modules that each slot's adapter changes
 
     def operands_of(self, names: Sequence[str]) -> list[Operands]:
         """Return the operands of the modules `names`; modules without operands are left out."""
@@ -63,7 +63,10 @@ class AdapterPool:
         self._modules[slot] = tuple(adapter.modules.layouts)
 
     def layer_weights(self, slot: int, block_weights: Sequence[float]) -> tuple[float, ...]:
-        """Return, for each layer, the weight of the adapter in `slot` that has `block_weights`, as in `lori.merge.merge`."""
+        """Return the weight in each layer of the adapter in `slot`, from its `block_weights` as in `lori.merge.merge`.
+
+        It is 0 in layers that the adapter does not change.
+        """
         blocks = blocks_of_layers(self._modules[slot], len(block_weights))
         return tuple(block_weights[blocks[layer]] if layer in blocks else 0.0 for layer in self._layers)
 

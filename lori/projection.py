@@ -21,7 +21,7 @@ from lori.kernels.pages import Arena
 Quantization = Literal["int8"]
 INT8_MAX = 127
 ARENA = Arena()
-"""Memory of the weights of all products."""
+"""Memory of the weights of all products. Models of one process share its blocks."""
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,7 +47,7 @@ class Route:
     first <= m < last of `slots` (M,) int32 and `weights` (M,) fp32. Tokens without terms are in no segment. Consecutive tokens
     with the same terms share a segment. A token has at most one term for a slot.
 
-    Where a weight depends on the layer, `weights` is (L, M). Kernels take the route of one layer, see `of_layer`.
+    Where a weight depends on the layer, `weights` is (L, M). Kernels take the route of one layer, see `layer_route`.
     """
 
     def __init__(self, segments: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, num_tokens: int) -> None:
@@ -57,7 +57,7 @@ class Route:
         self.cpu: _lori_cpu.Route | None = None
         """Cache of the kernel `cpu`: its view of the arrays."""
         self.gpu: dict[str, object] = {}
-        """Cache of the kernel `gpu`: its plan of the segments, which the routes of all layers share."""
+        """Cache of the kernel `gpu`. A dict, so that a plan made by one layer's route serves all."""
         self._layers: dict[int, Route] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -101,8 +101,8 @@ class Route:
         route.is_by_token = True
         return route
 
-    def of_layer(self, number: int) -> "Route":
-        """Return the route of a layer, made once: this one, if no weight depends on the layer."""
+    def layer_route(self, number: int) -> "Route":
+        """Return the route of a layer: this one, if no weight depends on the layer. Each is made once."""
         if self.weights.dim() == 1:
             return self
         if number not in self._layers:
@@ -143,17 +143,18 @@ def weight_array(weights: Sequence[Weight]) -> NDArray[np.float32]:
     num_layers = next((len(weight) for weight in weights if isinstance(weight, tuple)), 0)
     if not num_layers:
         return np.array(weights, np.float32)
-    return np.array([_repeated(weight, num_layers) for weight in weights], np.float32).T
+    return np.array([_by_layer(weight, num_layers) for weight in weights], np.float32).T
 
 
-def _repeated(weight: Weight, num_layers: int) -> tuple[float, ...]:
+def _by_layer(weight: Weight, num_layers: int) -> tuple[float, ...]:
     return weight if isinstance(weight, tuple) else (weight,) * num_layers
 
 
 def _sum(weight: Weight, other: Weight) -> Weight:
-    if isinstance(weight, tuple):
-        return tuple(map(operator.add, weight, _repeated(other, len(weight))))
-    return _sum(other, weight) if isinstance(other, tuple) else weight + other
+    if not isinstance(weight, tuple) and not isinstance(other, tuple):
+        return weight + other
+    num_layers = max(len(value) for value in (weight, other) if isinstance(value, tuple))
+    return tuple(map(operator.add, _by_layer(weight, num_layers), _by_layer(other, num_layers)))
 
 
 def _segments(terms: Sequence[Term]) -> Iterable[tuple[int, int, dict[int, Weight]]]:

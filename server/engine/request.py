@@ -272,8 +272,8 @@ class Sequence:
     is_overdue: bool = False
     """Whether the sequence has waited longer than a lower priority may make it wait."""
     terms: "list[tuple[int, Weight]] | None" = None
-    """Slot of each resident adapter, and its weight times the adapter's alpha / r. Set while the sequence has acquired its
-    adapters."""
+    """Slot of each resident adapter, and its weight times the adapter's alpha / r, a number or one for each layer. Set while the
+    sequence has acquired its adapters."""
 
     def __post_init__(self) -> None:
         self.residents, self.merged_digest = self.request.residents, self.request.merged_digest

@@ -50,7 +50,7 @@ def _model_names(sequences: Iterable[Sequence]) -> Collection[str]:
 
 def _request_models(request: Request) -> Iterable[str]:
     yield from (term.name for term in (*request.terms, *request.policy) if term.has_weight)
-    if request.terms and not any(term.block_weights for term in request.terms):  # which no model's name can have
+    if request.terms and not any(term.block_weights for term in request.terms):  # a model's name cannot have them
         weights: list[RequestedWeight] = ["auto" if term.is_automatic else term.weight for term in request.terms]
         yield model_of([term.name for term in request.terms], weights)
 

@@ -30,7 +30,7 @@ ALPHA = 2.0 * RANK
 NUM_FILES = 32
 """Number of different weights files."""
 NUM_BLOCKS = 30
-"""Blocks of layers in which a merge's weights differ: as many as the embedded model has layers."""
+"""Blocks of layers of the benchmark's merges: one for each layer of the embedded model."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

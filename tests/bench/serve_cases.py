@@ -9,8 +9,8 @@ from tests.bench.serve_asks import Choice, distinct, no_adapter, zipf
 OWN, VLLM, LLAMA, PEFT, TRANSFORMERS = "lori-server", "vLLM", "llama.cpp", "PEFT", "transformers"
 CONCURRENCY = [1, 8, 32, 64]
 NUM_DISTINCT = 32
-MERGED = (2, 4)
-"""Numbers of adapters in merges."""
+MERGE_SIZES = (2, 4)
+"""Numbers of adapters in a merge."""
 PROBES = ("open", "cold", "long")
 """Measurements other than closed loops, see `tests.bench.serve_probes`."""
 
@@ -66,8 +66,8 @@ def own_cases(num_registered: int) -> list[Case]:
         _case("off", "LoRI off", OWN, "off", 0, 0),
         _case("unused", "LoRI on, unused", OWN, "on", 0, 0),
         *(_case(str(n), _count(n), OWN, "on", n, 1) for n in (1, 8, NUM_DISTINCT)),
-        *(_case(f"merge{k}", f"{NUM_DISTINCT} merges of {k}", OWN, "on", NUM_DISTINCT, k) for k in MERGED),
-        *(_case_of_blocks(k) for k in MERGED),
+        *(_case(f"merge{k}", f"{NUM_DISTINCT} merges of {k}", OWN, "on", NUM_DISTINCT, k) for k in MERGE_SIZES),
+        *(_case_of_blocks(k) for k in MERGE_SIZES),
     ]
     title = f"zipf of {num_registered:,}"
     many = names(num_registered)

@@ -16,7 +16,7 @@ from lori.embedded import embedded_model
 from lori.kernels.native import is_limited
 from tests.bench.serve_adapters import adapter_name, export_adapters, write_adapters, write_merges
 from tests.bench.serve_asks import distinct, make_asks, no_adapter
-from tests.bench.serve_cases import LLAMA, MERGED, NUM_DISTINCT, OWN, PEFT, TRANSFORMERS, VLLM
+from tests.bench.serve_cases import LLAMA, MERGE_SIZES, NUM_DISTINCT, OWN, PEFT, TRANSFORMERS, VLLM
 from tests.bench.serve_targets import Server, Target, llama_build, start_batches, start_llama_cpp, start_own, start_vllm
 
 
@@ -108,7 +108,7 @@ def staged(setting: Setting) -> Iterator[Stage]:
     adapters = write_adapters(setting.scratch / "adapters", base, count)
     cold = (adapter_name(i) for i in itertools.count(setting.num_registered))
     merges = setting.scratch / "merges"
-    for num_terms in MERGED:
+    for num_terms in MERGE_SIZES:
         write_merges(merges, adapters, base, num_terms, NUM_DISTINCT)
     stage = Stage(setting, adapters, merges, cold)
     try:

@@ -51,7 +51,7 @@ struct Following {
   int num_bytes, num_lines;
   LORI_INLINE void ask_on() {
     const uint8_t* from = at < end ? at : next + (at - end);
-    for (int byte = 0; byte < num_bytes; byte += kLineBytes) prefetch<kSecondCache>(from + byte);
+    for (int byte = 0; byte < num_bytes; byte += kLineBytes) prefetch<kToL2>(from + byte);
     at += num_bytes;
   }
 };

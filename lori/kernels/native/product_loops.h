@@ -13,9 +13,7 @@ namespace {
 
 constexpr int kFarAhead = 8192;  // bytes: how far ahead weights are asked for where one tile of tokens reads them
 
-// How near to the core memory is brought, as __builtin_prefetch counts: to the second cache, or to both.
-constexpr int kSecondCache = 2, kBothCaches = 3;
-constexpr int kShared = kBothCaches;  // of weights that several tiles of tokens read
+constexpr int kToL2 = 2, kToL1 = 3;  // localities of __builtin_prefetch: to L2 alone, or to L1 too
 
 template <int kLocality>
 LORI_INLINE void prefetch(const uint8_t* at) {
@@ -29,7 +27,7 @@ LORI_INLINE void ask(Ahead& ahead) {
     ahead.end = ahead.next->end;
     ahead.next++;
   }
-  prefetch<kSecondCache>(ahead.at);
+  prefetch<kToL2>(ahead.at);
   ahead.at += 64;
 }
 
@@ -91,11 +89,8 @@ LORI_INLINE Vector multiply_add(Vector sum, const Lanes& lanes, const Inputs& x)
 
 constexpr int kMaxPiece = kHasDot ? kMaxInputs : 1024;  // inputs of a tile that are made fp32 at a time
 
-// kLocality: of what is wanted next.
-template <typename Weight_, int kLocality_>
+template <typename Weight>
 struct Tile {
-  using Weight = Weight_;
-  static constexpr int kLocality = kLocality_;
   const Input* x;
   const Weight* weights;
   const uint8_t* following;  // weights that are wanted next
@@ -104,17 +99,17 @@ struct Tile {
 };
 
 // The parts kFirst .. kFirst + kCount of a panel of kOutputs, for some of a tile's rows. Only one of those asks for what follows.
-template <int kOutputs, int kFirst, int kCount, int kRows, typename Tile>
-LORI_INLINE void multiply_parts(const Tile& tile, int first_row, Ahead& ahead, Vector (&sums)[kRows][kCount]) {
+template <int kLocality, int kOutputs, int kFirst, int kCount, int kRows, typename Weight>
+LORI_INLINE void multiply_parts(const Tile<Weight>& tile, int first_row, Ahead& ahead, Vector (&sums)[kRows][kCount]) {
   constexpr int kBytes = 4 * kWidth;  // of a part's weights for two inputs, in bfloat16
-  const typename Tile::Weight* weights = tile.weights + 2 * kWidth * kFirst;
+  const Weight* weights = tile.weights + 2 * kWidth * kFirst;
   const Input* x = tile.x + first_row * tile.x_stride;
   const uint8_t* following = tile.following;
   const bool asks = first_row == 0;
   for (int pair = 0; pair < tile.num_pairs; pair++, weights += 2 * kOutputs, following += tile.step) {
     if (asks) {
       for (int byte = (kBytes * kFirst + 63) / 64 * 64; byte < kBytes * (kFirst + kCount); byte += 64)
-        if (byte < tile.step) prefetch<Tile::kLocality>(following + byte);
+        if (byte < tile.step) prefetch<kLocality>(following + byte);
       if (kFirst == 0) ask(ahead);
     }
     if constexpr (kRows == 1) {
@@ -168,13 +163,13 @@ LORI_INLINE void finish(const Target& to, int row, int output, const Vector* sum
   std::memcpy(y, values, sizeof(uint16_t) * left);
 }
 
-template <int kOutputs, int kFirst, int kCount, int kRows, typename Tile>
-LORI_INLINE void multiply_some(const Tile& tile, int first_row, Ahead& ahead, const Target& to) {
+template <int kLocality, int kOutputs, int kFirst, int kCount, int kRows, typename Weight>
+LORI_INLINE void multiply_some(const Tile<Weight>& tile, int first_row, Ahead& ahead, const Target& to) {
   Vector sums[kRows][kCount] = {};
   if (!to.panel.is_first)
     for (int r = 0; r < kRows; r++)
       std::memcpy(sums[r], to.partial + (first_row + r) * kPanelOutputs + kFirst * kWidth, sizeof(sums[r]));
-  multiply_parts<kOutputs, kFirst, kCount, kRows>(tile, first_row, ahead, sums);
+  multiply_parts<kLocality, kOutputs, kFirst, kCount, kRows>(tile, first_row, ahead, sums);
   for (int r = 0; r < kRows; r++)
     for (int p = 0; p < kCount; p += kParts) finish(to, first_row + r, (kFirst + p) * kWidth, sums[r] + p);
 }
@@ -184,33 +179,34 @@ constexpr int kRowsTogether = kWidth == 16 ? kTileRows : kWidth == 8 ? 4 : 2;
 template <int kVectors, int kRows>
 constexpr int kPartsTogether = kWidth == 16 || (kWidth == 8 && kRows == 1) ? kVectors * kParts : kParts;
 
-template <int kVectors, int kRows, int kFirst, typename Tile>
-LORI_INLINE void multiply_rows(const Tile& tile, int first_row, Ahead& ahead, const Target& to) {
+template <int kLocality, int kVectors, int kRows, int kFirst, typename Weight>
+LORI_INLINE void multiply_rows(const Tile<Weight>& tile, int first_row, Ahead& ahead, const Target& to) {
   constexpr int kCount = kPartsTogether<kVectors, kRows>;
-  multiply_some<kVectors * kLanes, kFirst, kCount, kRows>(tile, first_row, ahead, to);
-  if constexpr (kFirst + kCount < kVectors * kParts) multiply_rows<kVectors, kRows, kFirst + kCount>(tile, first_row, ahead, to);
+  multiply_some<kLocality, kVectors * kLanes, kFirst, kCount, kRows>(tile, first_row, ahead, to);
+  if constexpr (kFirst + kCount < kVectors * kParts)
+    multiply_rows<kLocality, kVectors, kRows, kFirst + kCount>(tile, first_row, ahead, to);
 }
 
-template <int kVectors, typename Tile>
-void multiply_any(int num_rows, const Tile& tile, Ahead& ahead, const Target& to) {
+template <int kLocality, int kVectors, typename Weight>
+void multiply_any(int num_rows, const Tile<Weight>& tile, Ahead& ahead, const Target& to) {
   for (int row = 0; row < num_rows; row += kRowsTogether) switch (least(num_rows - row, kRowsTogether)) {
-#define LORI_ROWS(n)                                                                       \
-  case n:                                                                                  \
-    if constexpr (n <= kRowsTogether) multiply_rows<kVectors, n, 0>(tile, row, ahead, to); \
+#define LORI_ROWS(n)                                                                                  \
+  case n:                                                                                             \
+    if constexpr (n <= kRowsTogether) multiply_rows<kLocality, kVectors, n, 0>(tile, row, ahead, to); \
     break;
       LORI_ROWS(1) LORI_ROWS(2) LORI_ROWS(3) LORI_ROWS(4) LORI_ROWS(5) LORI_ROWS(6) LORI_ROWS(7) LORI_ROWS(8)
 #undef LORI_ROWS
     }
 }
 
-template <typename Tile>
-LORI_INLINE void multiply_tile(int outputs, int num_rows, const Tile& tile, Ahead& ahead, const Target& to) {
+template <int kLocality, typename Weight>
+LORI_INLINE void multiply_tile(int outputs, int num_rows, const Tile<Weight>& tile, Ahead& ahead, const Target& to) {
   if (outputs == 48)
-    multiply_any<3>(num_rows, tile, ahead, to);
+    multiply_any<kLocality, 3>(num_rows, tile, ahead, to);
   else if (outputs == 32)
-    multiply_any<2>(num_rows, tile, ahead, to);
+    multiply_any<kLocality, 2>(num_rows, tile, ahead, to);
   else
-    multiply_any<1>(num_rows, tile, ahead, to);
+    multiply_any<kLocality, 1>(num_rows, tile, ahead, to);
 }
 
 // Tokens first_row .. first_row + num_rows with a piece of a panel.
@@ -261,14 +257,12 @@ void multiply_piece(const Part& part, const Panel& panel, const Piece& piece, co
     const Target to{part, panel, tokens.y + row * tokens.y_stride + panel.first_output, tokens.y_stride,
                     sums + static_cast<int64_t>(next - rows) * kPanelOutputs};
     const int step = static_cast<int>(2 * int{sizeof(Source)} * outputs / num_tiles);
-    if (num_tiles == 1) {
-      const Tile<Weight, kSecondCache> tile{x, weights, begin + kFarAhead, inputs.stride, piece.num_inputs / 2, step};
-      multiply_tile(outputs, rows, tile, ahead, to);
-    } else {
-      const uint8_t* following = begin + num_bytes + num_bytes * i / num_tiles;
-      const Tile<Weight, kShared> tile{x, weights, following, inputs.stride, piece.num_inputs / 2, step};
-      multiply_tile(outputs, rows, tile, ahead, to);
-    }
+    const uint8_t* following = num_tiles == 1 ? begin + kFarAhead : begin + num_bytes + num_bytes * i / num_tiles;
+    const Tile<Weight> tile{x, weights, following, inputs.stride, piece.num_inputs / 2, step};
+    if (num_tiles == 1)  // each weight is read once, and L1 would be slower
+      multiply_tile<kToL2>(outputs, rows, tile, ahead, to);
+    else
+      multiply_tile<kToL1>(outputs, rows, tile, ahead, to);
   }
 }
 

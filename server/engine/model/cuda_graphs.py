@@ -2,7 +2,7 @@
 
 The inputs have fixed addresses on the device. A step of B sequences runs as the next recorded size. Its unused rows read and
 write one key of a block that no sequence owns. All inputs are one int32 array, filled on the host and copied once. Shapes: B rows
-of a size, M terms of all rows, N entries of the block table, V vocabulary.
+of a size, L layers, M terms of all rows, N entries of the block table, V vocabulary.
 """
 
 import operator
@@ -84,7 +84,7 @@ class DecodingInputs:
         self.device = device
         self._stride = 0
         self._table_rows: dict[int, list[int]] = {}  # the blocks of each row, as they are in the table
-        self._filled_terms: Sequence[Terms] = ()  # of each row, as they are in the arrays
+        self._filled_terms: Sequence[Terms] = ()  # the terms of each row in the arrays
 
     def size_for(self, spans: Sequence[Span], terms: Sequence[Terms]) -> int | None:
         """Return the size that these rows run as, or None if no size holds them."""
@@ -145,7 +145,7 @@ class DecodingInputs:
                 self._table_rows[row] = [*span.blocks]
 
     def _fill_terms(self, terms: Sequence[Terms]) -> None:
-        # A sequence keeps its list while its adapters are acquired. Weights by layer take longer to write than a step may wait.
+        # A sequence keeps its list while its adapters are acquired. Written each time, weights by layer would delay every step.
         filled = self._filled_terms
         if len(terms) == len(filled) and all(map(operator.is_, terms, filled)):
             return

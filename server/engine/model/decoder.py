@@ -132,12 +132,12 @@ def run_layers(
     needed = context.needed
     added: torch.Tensor | None = None
     for number, layer in enumerate(layers):
-        route = context.route and context.route.of_layer(number)
+        route = context.route and context.route.layer_route(number)
         qkv = layer.qkv(ops.norm(stream, added, layer.attention_norm), route)
         attended = ops.attend(qkv, number, layer.heads, context.rotary[layer.rope], context.step)
         if needed is not None and number + 1 == len(layers):
             stream, attended = stream[needed.rows], attended[needed.rows]
-            route = needed.route and needed.route.of_layer(number)
+            route = needed.route and needed.route.layer_route(number)
         added = layer.output(attended, route)
         if layer.attention_output_norm is not None:
             added = ops.norm(added, None, layer.attention_output_norm)

@@ -133,11 +133,11 @@ class NativeStack(NativeOps):
         tables = [context.rotary[name] for name in self._rope_names]
         pointers = [(cosine.data_ptr(), sine.data_ptr()) for cosine, sine in tables]
         needed = context.needed
-        routes = [bound_route(context.route.of_layer(i)) for i in range(len(layers))] if context.route else []
+        routes = [bound_route(context.route.layer_route(i)) for i in range(len(layers))] if context.route else []
         rows = last_route = None
         if needed is not None:
             rows = needed.rows.int().numpy()
-            last_route = bound_route(needed.route.of_layer(len(layers) - 1)) if needed.route else None
+            last_route = bound_route(needed.route.layer_route(len(layers) - 1)) if needed.route else None
         self._stack.forward(
             stream.data_ptr(), added.data_ptr(), context.step, pointers, routes, operands, torch.get_num_threads(), rows,
             last_route,

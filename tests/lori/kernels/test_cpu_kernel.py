@@ -182,7 +182,7 @@ def test_a_route_of_several_layers_is_refused() -> None:
         add_delta(case.y, case.s, case.operands, route)
     twice = case.y.clone()
     add_delta(twice, case.s, case.operands, Route.from_terms([Term(0, 2, 0, 2.0)], 2))
-    add_delta(case.y, case.s, case.operands, route.of_layer(1))
+    add_delta(case.y, case.s, case.operands, route.layer_route(1))
     assert torch.equal(case.y, twice)
 
 

@@ -243,7 +243,7 @@ def test_a_route_of_several_layers_is_refused(device: str) -> None:
         gpu.add_delta(case.y, case.s, case.operands, route)
     twice = case.y.clone()
     gpu.add_delta(twice, case.s, case.operands, Route.from_terms([Term(0, 3, 0, 2.0)], 3, device))
-    gpu.add_delta(case.y, case.s, case.operands, route.of_layer(1))
+    gpu.add_delta(case.y, case.s, case.operands, route.layer_route(1))
     assert torch.equal(case.y, twice)
 
 

@@ -1,9 +1,10 @@
 """Memory in huge pages."""
 
 import pytest
+import torch
 
 from lori.kernels import pages
-from lori.kernels.pages import HUGE_PAGE, LINE, Arena, zeros
+from lori.kernels.pages import CACHE_LINE, HUGE_PAGE, Arena, zeros
 
 
 def test_large_arrays_begin_with_a_huge_page() -> None:
@@ -15,12 +16,12 @@ def test_large_arrays_begin_with_a_huge_page() -> None:
 
 
 def test_an_arena_s_arrays_follow_one_another() -> None:
-    arena, sizes = Arena(2 * HUGE_PAGE), (100, 3 * LINE, 0, HUGE_PAGE, 7)
+    arena, sizes = Arena(2 * HUGE_PAGE), (100, 3 * CACHE_LINE, 0, HUGE_PAGE, 7)
     arrays = [arena.zeros(size) for size in sizes]
     assert [array.shape for array in arrays] == [(size,) for size in sizes]
     assert arrays[0].data_ptr() % HUGE_PAGE == 0
     starts = [array.data_ptr() - arrays[0].data_ptr() for array in (arrays[1], *arrays[3:])]
-    assert starts == [2 * LINE, 5 * LINE, 5 * LINE + HUGE_PAGE]
+    assert starts == [2 * CACHE_LINE, 5 * CACHE_LINE, 5 * CACHE_LINE + HUGE_PAGE]
     for value, array in enumerate(arrays):
         array.fill_(value + 1)
     assert all(array.eq(value + 1).all() for value, array in enumerate(arrays)), "none overlaps another"
@@ -28,11 +29,21 @@ def test_an_arena_s_arrays_follow_one_another() -> None:
 
 def test_an_array_that_an_arena_has_no_room_for_is_elsewhere() -> None:
     arena = Arena(HUGE_PAGE)
-    small, large, later = arena.zeros(LINE), arena.zeros(3 * HUGE_PAGE), arena.zeros(LINE)
+    small, large, later = arena.zeros(CACHE_LINE), arena.zeros(3 * HUGE_PAGE), arena.zeros(CACHE_LINE)
     small.fill_(1)
     large.fill_(2)
     assert not later.any()
     assert (small.eq(1).all(), large.eq(2).all()) == (True, True)
+
+
+def test_an_arena_begun_in_inference_mode_goes_on_outside() -> None:
+    arena = Arena()
+    with torch.inference_mode():
+        first = arena.zeros(10)
+    second = arena.zeros(10)
+    second += 1
+    assert not first.any()
+    assert not second.is_inference()
 
 
 def test_an_arena_gives_no_more_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

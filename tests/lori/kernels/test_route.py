@@ -65,7 +65,7 @@ def test_each_layer_has_its_own_weights() -> None:
     terms = [Term(0, 3, 1, (0.5, 1.0)), Term(0, 3, 0, 2.0), Term(1, 2, 1, 0.25), Term(1, 2, 0, (1.0, -2.0)), Term(4, 6, 2, 3.0)]
     terms += [Term(6, 8, 2, (3.0, 3.0)), Term(8, 9, 2, (3.0, 0.0))]
     route = Route.from_terms(terms, 9)
-    layers = [route.of_layer(0), route.of_layer(1)]
+    layers = [route.layer_route(0), route.layer_route(1)]
     for number, layer in enumerate(layers):
         same = [replace(term, weight=term.weight[number] if isinstance(term.weight, tuple) else term.weight) for term in terms]
         expected = Route.from_terms(same, 9)
@@ -74,7 +74,7 @@ def test_each_layer_has_its_own_weights() -> None:
         assert torch.equal(layer.weight_matrix[1], expected.weight_matrix[1])
         assert layer.weights.data_ptr() % 16 == 0, "else Triton compiles its kernels again"
         assert layer.gpu is route.gpu
-    assert route.of_layer(1) is layers[1], "each is made once"
+    assert route.layer_route(1) is layers[1], "each is made once"
 
 
 def _by_token(route: Route) -> dict[int, dict[int, float]]:
@@ -83,9 +83,9 @@ def _by_token(route: Route) -> dict[int, dict[int, float]]:
 
 def test_a_route_whose_weights_are_the_same_in_all_layers_is_that_of_each() -> None:
     route = Route.from_terms([Term(0, 1, 0, 1.0)], 1)
-    assert route.of_layer(2) is route
+    assert route.layer_route(2) is route
     empty = Route.from_terms([], 1)
-    assert empty.of_layer(0) is empty
+    assert empty.layer_route(0) is empty
 
 
 def test_a_route_by_token_has_a_segment_for_each() -> None:

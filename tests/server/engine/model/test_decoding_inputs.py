@@ -63,7 +63,7 @@ def test_rows_are_those_of_the_step_and_padding_rows_see_one_key_of_the_spare_bl
     assert decoding.lengths.tolist() == [7, 1, 9, 1]
     assert [blocks_of(inputs, 4, row) for row in range(4)] == [[3, 8], [5], [1, 2, 4], [SPARE]]
     assert route.segments.tolist() == [[0, 1, 0, 2], [1, 2, 2, 2], [2, 3, 2, 3], [3, 4, 3, 3]]
-    for layer in map(route.of_layer, range(NUM_LAYERS)):
+    for layer in map(route.layer_route, range(NUM_LAYERS)):
         assert layer.spans == [(0, 1, [(7, 0.5), (2, -1.0)]), (1, 2, []), (2, 3, [(1, 3.0)]), (3, 4, [])]
         assert layer.is_by_token
 
@@ -72,7 +72,7 @@ def test_each_layer_has_its_weights() -> None:
     inputs = make()
     spans = [Span(0, 1, 6, [3, 8]), Span(1, 1, 0, [5])]
     inputs.fill(2, [11, 12], spans, [[(7, (0.5, 1.0, 1.5)), (2, -1.0)], [(1, (3.0, 0.0, 2.0))]])
-    layers = [*map(inputs.route(2).of_layer, range(NUM_LAYERS))]
+    layers = [*map(inputs.route(2).layer_route, range(NUM_LAYERS))]
     assert [layer.spans for layer in layers] == [
         [(0, 1, [(7, first), (2, -1.0)]), (1, 2, [(1, second)])] for first, second in ((0.5, 3.0), (1.0, 0.0), (1.5, 2.0))
     ]
@@ -117,7 +117,7 @@ def test_a_step_is_right_whatever_earlier_steps_left(seed: int) -> None:
         assert size is not None
         inputs.fill(size, [*range(len(chosen))], spans, terms)
         assert [blocks_of(inputs, size, row) for row in range(size)] == chosen + [[SPARE]] * (size - len(chosen))
-        for layer in map(inputs.route(size).of_layer, range(NUM_LAYERS)):
+        for layer in map(inputs.route(size).layer_route, range(NUM_LAYERS)):
             assert [row_terms for _, _, row_terms in layer.spans] == terms + [[]] * (size - len(chosen))
         assert inputs.decode_keys(size).write.tolist()[: len(chosen)] == [
             blocks[span.position // 4] * 4 + span.position % 4 for blocks, span in zip(chosen, spans, strict=True)
