@@ -31,10 +31,13 @@ MAX_DECIMALS = 17
 BlockWeight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 
+CONFIG = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
 class MergedAdapter(BaseModel):
     """One adapter of a named merge."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = CONFIG
 
     reference: str = Field(pattern=rf"^[^@]+@[0-9a-f]{{{NUM_VERSION_DIGITS}}}$")
     """`name@version` with all digits of the version."""
@@ -78,7 +81,7 @@ class MergedAdapter(BaseModel):
 class NamedMerge(BaseModel):
     """A weighted sum of adapters."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = CONFIG
 
     format_version: Literal[1] = 1
     base_digest: Digest

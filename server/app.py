@@ -20,6 +20,7 @@ from server.routes import (
     completions,
     docs,
     generate,
+    merges,
     models,
     operations,
     playground,
@@ -92,7 +93,8 @@ def create_app(service: Service) -> FastAPI:
         (docs, "operations", ()),
     ):
         app.include(routes.router, tag, refusals(*statuses))
-    app.include(adapters.admin, "adapters", refusals(*ADMINISTERING))
+    for changes in (adapters.admin, merges.admin):
+        app.include(changes, "adapters", refusals(*ADMINISTERING))
     app.mount("/static/docs", docs.static)
     app.mount("/static", playground.static)
     add_error_handlers(app)

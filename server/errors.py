@@ -42,6 +42,10 @@ class ConflictError(Exception):
     """The request conflicts with the present state: another request, or a setting, has to come first."""
 
 
+class UnknownMergeError(Exception):
+    """No named merge has the name."""
+
+
 class StoreError(Exception):
     """The disk, the hub or the adapters' store failed. The same request may succeed later."""
 
@@ -82,6 +86,7 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     ForbiddenError: (403, "PermissionDeniedError"),
     UnknownAdapterError: (404, "NotFoundError"),
     UnknownModelError: (404, "NotFoundError"),
+    UnknownMergeError: (404, "NotFoundError"),
     ModelWeightsError: (400, "BadRequestError"),
     ConflictError: (409, "ConflictError"),
     StoreError: (503, "ServiceUnavailableError"),
@@ -104,6 +109,7 @@ FIELDS: dict[type[Exception], str] = {
     AmbiguousVersionError: "adapter",
     FaultyAdapterError: "adapter",
     UnknownModelError: "model",
+    UnknownMergeError: "name",
     ModelWeightsError: "model",
 }
 """Fields at fault, by error."""

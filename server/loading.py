@@ -54,6 +54,7 @@ from server.engine.scheduling.step_budget import StepLimits
 from server.engine.startup import check_logits, measure_step_cost, reference_logits
 from server.engine.step import StepExecutor
 from server.engine.thread import EngineThread
+from server.service.merge_admin import MergeAdmin
 from server.service.named_merges import NamedMerges
 from server.service.service import Service
 from server.settings import Settings
@@ -105,7 +106,8 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     inventory = take_inventory(own_store, demo_store, base.identity, is_strict=settings.strict)
     registry = make_registry(inventory.entries, inventory.summaries)
     registry.add_faulty(inventory.faulty)
-    _check_merges(merges, registry, base_aliases(settings.model) | {base.name})
+    aliases = base_aliases(settings.model)
+    _check_merges(merges, registry, aliases | {base.name})
     logger.info("preparing the model for %d adapters, and checking it against transformers …", len(registry.by_name))
     expected = reference_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident, own_store is not None, settings.max_rank)
@@ -168,7 +170,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         settings=settings,
         base_model=base.name,
         fingerprint=fingerprint(base.model.dtype, base.model.device, settings.quantization, weighing_name(settings, background)),
-        base_aliases=base_aliases(settings.model),
+        base_aliases=aliases,
         registry=registry,
         admission=admission,
         engine=EngineThread(engine, settings.max_step_s),
@@ -177,7 +179,13 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         num_ingresses=num_ingresses,
         required=lambda: [name for tenant in keys.keys.tenants.values() for name, _ in tenant.policy] if keys else [],
         files=files,
-        merges=NamedMerges(merges, lambda name: name in registry.by_name or name in registry.faulty),
+        merge_admin=MergeAdmin(
+            NamedMerges(merges, lambda name: name in registry.by_name or name in registry.faulty),
+            settings.merges,
+            base.identity.digest,
+            aliases | {base.name},
+            lambda reference: bool(candidates(registry, reference)),
+        ),
         outline=f"{_outline(base)}, {_capacity(base, registry, pool, settings)}",
         selector=AdapterSelector(registry, admission, background, max_selected, threshold) if background else None,
     )

@@ -61,11 +61,16 @@ def translated_errors(*stores: AdapterStore | None) -> Iterator[None]:
     except AdapterError as error:
         raise ConflictError(without_paths(str(error), *stores)) from error
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        if error.errno in FORBIDDEN:
-            hint = f": {MOUNT_HINT}" if error.errno == errno.EROFS else ""
-            raise ConflictError(f"the server may not write or read its adapters' folder: {reason}{hint}") from error
-        raise StoreError(f"the adapters' folder failed: {reason}") from error
+        raise folder_error(error, "adapters' folder", MOUNT_HINT) from error
+
+
+def folder_error(error: OSError, folder: str, hint: str) -> ConflictError | StoreError:
+    """Return the error to raise for `error` of a folder, which `folder` names; `hint` says how to mount it to be written."""
+    reason = error.strerror or type(error).__name__
+    if error.errno not in FORBIDDEN:
+        return StoreError(f"the {folder} failed: {reason}")
+    advice = f": {hint}" if error.errno == errno.EROFS else ""
+    return ConflictError(f"the server may not write or read its {folder}: {reason}{advice}")
 
 
 def without_paths(message: str, *stores: AdapterStore | None) -> str:

@@ -1,7 +1,7 @@
 """Requests about adapters, which both clients send. Only an admin's key may change adapters. Knows no connection."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -9,7 +9,14 @@ from urllib.parse import quote
 
 from lori.store.files import read_source
 from server.client.calls import Call
-from server.schemas.adapters import AdapterComparison, AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
+from server.schemas.adapters import (
+    AdapterComparison,
+    AdapterDetail,
+    AdapterInfo,
+    AdapterList,
+    NamedMergeInfo,
+    WithdrawnReply,
+)
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 STATISTICS_FILE = "prompt_statistics.safetensors"
@@ -96,6 +103,16 @@ def unpin(name: str) -> Call[AdapterInfo]:
 def alias(name: str, target: str) -> Call[AdapterInfo]:
     """Make a name refer to another adapter."""
     return Call("PUT", f"{path(name)}/alias", AdapterInfo, {"adapter": target})
+
+
+def publish_merge(name: str, merge: Mapping[str, object]) -> Call[NamedMergeInfo]:
+    """Publish a named merge."""
+    return Call("PUT", f"/merges/{quote(name, safe='')}", NamedMergeInfo, merge)
+
+
+def delete_merge(name: str) -> Call[NamedMergeInfo]:
+    """Delete a named merge."""
+    return Call("DELETE", f"/merges/{quote(name, safe='')}", NamedMergeInfo, is_repeatable=False)
 
 
 def path(name: str) -> str:

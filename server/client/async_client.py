@@ -1,6 +1,6 @@
 """The client for asyncio and trio: the methods of `server.client.client`, to be awaited."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
@@ -19,7 +19,14 @@ from server.client.errors import refused
 from server.client.events import EventReader, StreamEvent
 from server.client.fields import GenerateFields, MessageFields
 from server.client.retries import Attempts, Retries, lost
-from server.schemas.adapters import AdapterComparison, AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
+from server.schemas.adapters import (
+    AdapterComparison,
+    AdapterDetail,
+    AdapterInfo,
+    AdapterList,
+    NamedMergeInfo,
+    WithdrawnReply,
+)
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 
@@ -117,6 +124,14 @@ class AsyncClient:
     async def unpin(self, name: str) -> AdapterInfo:
         """Let an adapter be evicted again."""
         return await self._ask(adapter_calls.unpin(name))
+
+    async def publish_merge(self, name: str, merge: Mapping[str, object]) -> NamedMergeInfo:
+        """Publish a named merge: the content of a file that `training.tune` wrote, as `json.loads` returns it."""
+        return await self._ask(adapter_calls.publish_merge(name, merge))
+
+    async def delete_merge(self, name: str) -> NamedMergeInfo:
+        """Delete a named merge. Its adapters stay."""
+        return await self._ask(adapter_calls.delete_merge(name))
 
     async def tokenize(
         self, given: str | Sequence[MessageFields], *, add_special_tokens: bool = False, return_token_strs: bool = False

@@ -1,6 +1,6 @@
 """The synchronous client."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from time import sleep
@@ -18,7 +18,14 @@ from server.client.errors import refused
 from server.client.events import EventReader, StreamEvent
 from server.client.fields import GenerateFields, MessageFields
 from server.client.retries import Attempts, Retries, lost
-from server.schemas.adapters import AdapterComparison, AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
+from server.schemas.adapters import (
+    AdapterComparison,
+    AdapterDetail,
+    AdapterInfo,
+    AdapterList,
+    NamedMergeInfo,
+    WithdrawnReply,
+)
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 
@@ -124,6 +131,14 @@ class Client:
     def unpin(self, name: str) -> AdapterInfo:
         """Let an adapter be evicted again."""
         return self._ask(adapter_calls.unpin(name))
+
+    def publish_merge(self, name: str, merge: Mapping[str, object]) -> NamedMergeInfo:
+        """Publish a named merge: the content of a file that `training.tune` wrote, as `json.loads` returns it."""
+        return self._ask(adapter_calls.publish_merge(name, merge))
+
+    def delete_merge(self, name: str) -> NamedMergeInfo:
+        """Delete a named merge. Its adapters stay."""
+        return self._ask(adapter_calls.delete_merge(name))
 
     def tokenize(
         self, given: str | Sequence[MessageFields], *, add_special_tokens: bool = False, return_token_strs: bool = False

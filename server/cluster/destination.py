@@ -14,7 +14,7 @@ from msgspec.structs import astuple
 from server.affinity import ANY, adapter_names, key_of
 from server.schemas.completions import MAX_PROMPTS
 
-ADMIN_PREFIXES = ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ADMIN_PREFIXES = ("/adapters", "/merges", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 METRICS_PATH, ADAPTERS_PATH = "/metrics", "/adapters"
 """GET requests that all replicas answer together. Below the second are those for one adapter."""
 COMPLETIONS_PATH = "/v1/completions"
@@ -52,7 +52,7 @@ def is_for_all_replicas(method: str, path: str) -> bool:
 
 
 def is_change(method: str, path: str) -> bool:
-    """Return whether a request changes the adapters of each replica, for which it needs an admin's key."""
+    """Return whether a request changes the adapters or merges of each replica, for which it needs an admin's key."""
     return method in {"POST", "PUT", "DELETE"} and path.startswith(ADMIN_PREFIXES)
 
 

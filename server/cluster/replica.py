@@ -67,15 +67,17 @@ class Replica:
         return self._lifecycle.joined.is_set(), [*self._service.admin.pins]
 
     async def join(self, pins: Collection[str]) -> None:
-        """Catch up with the changes since this replica read the store. From now on it gets changes itself.
+        """Catch up with the changes since this replica read the store and the named merges. From now on it gets changes itself.
 
         `pins` are those of the other replicas. Raises `StoreError` if the store fails; the replica has then not joined.
         """
         from server.catalog.admin import catch_up  # noqa: PLC0415  # see `__init__`
 
         async with self._joining:
-            if not self._lifecycle.joined.is_set() and self._service.files:
-                await catch_up(self._service.admin, self._service.files, self._service.registry, pins)
+            if not self._lifecycle.joined.is_set():
+                if self._service.files:
+                    await catch_up(self._service.admin, self._service.files, self._service.registry, pins)
+                await self._service.merge_admin.catch_up()
             self._lifecycle.joined.set()
 
     def retire(self) -> None:

@@ -58,6 +58,11 @@ DETAIL = ADAPTER | {
     "modules": [MODULE],
     "total": MODULE | {"module": "all"},
 }
+MERGE = {
+    "name": "bank-safe",
+    "adapters": [{"name": name, "version": VERSION, "weight": 1.0} for name in ("intent", "safety")],
+    "about": "by hand",
+}
 WITHDRAWN = {"name": "intent", "versions": [VERSION], "num_using": 0}
 REPLIES: dict[str, Any] = {
     "generate": {
@@ -113,6 +118,7 @@ REPLIES: dict[str, Any] = {
         "auto_weight": [[1.0, 0.0], [0.0, 1.0]],
     },
     "publish": ADAPTER,
+    **dict.fromkeys(("publish_merge", "delete_merge"), MERGE),
     "delete": WITHDRAWN,
     "unload": WITHDRAWN,
     **dict.fromkeys(("set_alias", "load", "pin", "unpin"), ADAPTER),

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from pydantic_core import to_json
 
 from lori.compare.statistics import ModuleStatistics, total
+from lori.named_merge import NamedMerge
 from server.access.caller import Caller
 from server.catalog.files import Details
 from server.engine.adapters.registry import Registered
@@ -74,14 +75,22 @@ def describe_details(service: Service, adapter: Registered, details: Details, ca
     )
 
 
+def describe_merge(name: str, merge: NamedMerge) -> NamedMergeInfo:
+    """Return the row of a named merge."""
+    adapters = [MergedAdapterInfo.model_validate(adapter, from_attributes=True) for adapter in merge.adapters]
+    return NamedMergeInfo(name=name, adapters=adapters, about=merge.about)
+
+
 def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit: int | None) -> bytes:
-    """Return the JSON reply of GET /adapters: the names that the caller may use, begin with `prefix` and come after `after`."""
-    by_name, usages = service.registry.by_name, service.engine.tier_usage()
-    names = sorted(name for name in by_name if name.startswith(prefix) and name > after and caller.may_use(name))
+    """Return the JSON reply of GET /adapters: names that the caller may use, that begin with `prefix` and come after `after`."""
+    by_name, merges, usages = service.registry.by_name, service.merges.usable(caller.may_use), service.engine.tier_usage()
+    usable = {*filter(caller.may_use, by_name), *merges}
+    names = sorted(name for name in usable if name.startswith(prefix) and name > after)
     shown = names if limit is None else names[:limit]
     end = shown[-1] if len(shown) < len(names) else ""
     shows_usage = _shows_usage(service, caller)
-    pairs = ((adapter, usages.get(adapter.summary.digest, NO_USAGE)) for adapter in map(by_name.__getitem__, shown))
+    adapters = [by_name[name] for name in shown if name not in merges]
+    pairs = ((adapter, usages.get(adapter.summary.digest, NO_USAGE)) for adapter in adapters)
     rows = (describe(service, adapter, usage, shows_usage=shows_usage) for adapter, usage in pairs)
     written = b",".join(_write(rows))
 
@@ -89,8 +98,8 @@ def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit
         return name.startswith(prefix) and name > after and (not end or name <= end)
 
     faulty = FAULTY.dump_json(_faulty(service, caller, is_on_page))
-    merges = MERGES.dump_json(_merges(service, caller, is_on_page))
-    parts = (to_json(service.base_model), written, faulty, merges, to_json(end or None))
+    written_merges = MERGES.dump_json([describe_merge(name, merges[name]) for name in shown if name in merges])
+    parts = (to_json(service.base_model), written, faulty, written_merges, to_json(end or None))
     return b'{"base_model":%b,"adapters":[%b],"faulty":%b,"merges":%b,"next":%b}' % parts
 
 
@@ -100,18 +109,6 @@ def _faulty(service: Service, caller: Caller, is_on_page: Callable[[str], bool])
         FaultyAdapter(name=faulty.reference, faults=list(faulty.faults))
         for faulty in faulty_adapters
         if is_on_page(faulty.reference) and caller.may_use(faulty.name)
-    ]
-
-
-def _merges(service: Service, caller: Caller, is_on_page: Callable[[str], bool]) -> list[NamedMergeInfo]:
-    return [
-        NamedMergeInfo(
-            name=name,
-            adapters=[MergedAdapterInfo.model_validate(adapter, from_attributes=True) for adapter in merge.adapters],
-            about=merge.about,
-        )
-        for name, merge in service.merges.usable(caller.may_use).items()
-        if is_on_page(name)
     ]
 
 

@@ -118,9 +118,9 @@ class AdapterList(BaseModel):
     base_model: str
     adapters: list[AdapterInfo]
     faulty: list[FaultyAdapter] = []
-    """The damaged adapters, in order of name. With `limit`, those up to the last of `adapters`."""
+    """The damaged adapters, in order of name. With `limit`, those up to the last name of `adapters` and `merges`."""
     merges: list[NamedMergeInfo] = []
-    """The named merges, in order of name. With `limit`, those up to the last of `adapters`."""
+    """The named merges, in order of name. `limit` counts them, too."""
     next: str | None = None
     """The value of `after` for the next page, if there are more than `limit`."""
 

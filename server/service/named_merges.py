@@ -13,21 +13,22 @@ from server.engine.request import RequestedWeight
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NamedMerges:
     """The named merges of a server. An adapter of the same name takes precedence.
 
-    A merge is visible only to callers who may use all of its adapters.
+    A merge is visible only to callers who may use all of its adapters. Thread-safe.
     """
 
     by_name: Mapping[str, NamedMerge] = field(default_factory=dict)
+    """Never changed, but replaced whole: other threads read it."""
     is_adapter: Callable[[str], bool] = lambda _: False
     """Whether an adapter has this name."""
     _hidden: set[str] = field(default_factory=set, init=False)
     """Merges whose names adapters have taken, as the log has said."""
 
     def usable(self, may_use: MayUse) -> Mapping[str, NamedMerge]:
-        """Return the merges that a caller may use, by name."""
+        """Return the merges that a caller may use, by name, in its order."""
         return {name: merge for name in sorted(self.by_name) if (merge := self.find(name, may_use))}
 
     def find(self, name: str, may_use: MayUse) -> NamedMerge | None:

@@ -28,6 +28,7 @@ from server.engine.thread import EngineDeadError, EngineThread
 from server.engine.weight_resolver import NO_BACKGROUND
 from server.errors import BusyError, DrainingError, EngineError, OutOfTimeError
 from server.service.grammar_checks import GrammarChecks, check_present
+from server.service.merge_admin import MergeAdmin
 from server.service.named_merges import NamedMerges
 from server.service.text_threads import TenantSemaphores, TextThreads
 from server.settings import MIB, Settings
@@ -96,7 +97,7 @@ class Service:
     rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
     grammar_checks: GrammarChecks = field(init=False)
-    merges: NamedMerges = field(default_factory=NamedMerges)
+    merge_admin: MergeAdmin = field(default_factory=lambda: MergeAdmin(NamedMerges()))
     selector: AdapterSelector | None = None
     """What selects the adapters of requests for `auto`; None if the base has no background."""
     base_aliases: frozenset[str] = frozenset()
@@ -117,6 +118,11 @@ class Service:
         self.bodies = Bodies(self.settings.max_bodies_mib * MIB, max_counted_bytes(self.settings.max_body_bytes))
         self.caps = Caps(self.settings.max_request_s, self.settings.max_request_tokens)
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
+
+    @property
+    def merges(self) -> NamedMerges:
+        """The named merges."""
+        return self.merge_admin.merges
 
     @asynccontextmanager
     async def admitted(

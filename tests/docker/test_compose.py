@@ -90,7 +90,9 @@ def test_the_image_runs_as_a_user_who_owns_the_cache() -> None:
     for variable in ("HF_HOME", "TRITON_CACHE_DIR", "LORI_ADAPTER_CACHE"):
         assert f" {variable}=/cache/" in last
     assert mounts(SERVER)["/cache"] in MAIN["volumes"]
-    assert any(volume.endswith(":/adapters:${LORI_ADAPTERS_MODE:-ro}") for volume in SERVER["volumes"])
+    for folder in ("adapters", "merges"):
+        assert f"${{LORI_{folder.upper()}:-no-{folder}}}:/{folder}:${{LORI_{folder.upper()}_MODE:-ro}}" in SERVER["volumes"]
+        assert f"no-{folder}" in MAIN["volumes"]
 
 
 def test_compose_from_the_root_starts_the_same_services() -> None:
@@ -124,6 +126,7 @@ def test_budgets_of_memory_are_passed_on() -> None:
 
 
 def test_adapters_are_at_an_address_or_in_the_folder_that_is_mounted() -> None:
+    assert SERVER["environment"]["LORI_MERGES"] == "/merges"
     assert SERVER["environment"]["LORI_ADAPTERS"] == "${LORI_ADAPTERS_URL:-/adapters}"
     [default] = re.findall(r"^\$\{LORI_ADAPTERS:-([^}]+)\}$", mounts(SERVER)["/adapters"])
     assert default in MAIN["volumes"]

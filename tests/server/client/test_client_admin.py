@@ -28,7 +28,9 @@ ADMIN_KEY, GUEST_KEY = "lori_admin-key", "lori_guest-key"
 @pytest.fixture(scope="module")
 def office(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
     """Yield a server that was started with an empty store."""
-    with open_office(writer_model, writer, tmp_path_factory.mktemp("office")) as opened:
+    place = tmp_path_factory.mktemp("office")
+    (place / "merges").mkdir()
+    with open_office(writer_model, writer, place, merges=place / "merges") as opened:
         yield opened
 
 
@@ -110,6 +112,18 @@ def test_an_adapter_is_pinned_and_unpinned_unloaded_and_loaded(office: Office, c
     with pytest.raises(NotFoundError):
         client.generate(prompt="x", adapter="math")
     assert client.load("math").version == version
+
+
+def test_a_merge_is_published_listed_and_deleted(office: Office, client: Client) -> None:
+    versions = {name: client.upload(name, office.draft(name, seed)).version for name, seed in (("math", 4), ("law", 5))}
+    adapters = [{"reference": f"{name}@{version}", "weight": 0.5} for name, version in versions.items()]
+    merge = client.publish_merge("both", {"base_digest": office.base.identity.digest, "adapters": adapters, "about": "even"})
+    assert (merge.name, [one.name for one in merge.adapters], merge.about) == ("both", ["math", "law"], "even")
+    assert client.adapters().merges == [merge]
+    assert [term.name for term in client.generate(prompt="x", adapter="both", max_tokens=1).adapter] == ["math", "law"]
+    assert client.delete_merge("both") == merge
+    with pytest.raises(NotFoundError, match="there is no merge 'both'"):
+        client.delete_merge("both")
 
 
 def test_adapters_are_listed_page_by_page(office: Office, client: Client) -> None:

@@ -144,6 +144,8 @@ def test_no_values_are_built_from_a_repeated_field(member: bytes) -> None:
         ("DELETE", "/adapters/math", True),
         ("PUT", "/adapters/math/alias", True),
         ("POST", "/adapters/math/load", True),
+        ("PUT", "/merges/both", True),
+        ("DELETE", "/merges/both", True),
         ("POST", "/v1/load_lora_adapter", True),
         ("GET", "/metrics", True),
         ("GET", "/adapters", True),

@@ -1,5 +1,6 @@
 """`python -m server.cluster`: real replicas of the embedded model, on Ray Serve, over a socket."""
 
+import json
 import re
 import signal
 import socket
@@ -40,10 +41,11 @@ def traces() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, traces: Collector) -> Iterator[Cluster]:
     place = tmp_path_factory.mktemp("cluster")
-    (place / "adapters").mkdir()
+    for folder in ("adapters", "merges"):
+        (place / folder).mkdir()
     flags = ["--replicas", "2", "--drain-s", "120", "--keys", str(write_keys(place, f"requests_per_minute = {PER_MINUTE}"))]
     flags += ["--adapters", f"file://{place}/adapters", "--adapter-cache", str(place / "cache"), "--delete-grace-s", "0.1"]
-    flags += ["--max-body-bytes", str(5 << 20)]
+    flags += ["--merges", str(place / "merges"), "--max-body-bytes", str(5 << 20)]
     flags += ["--keep-alive-s", SILENCE_S, "--max-body-s", SILENCE_S, "--max-unread-s", SILENCE_S]
     flags += ["--otlp-traces-endpoint", traces.url, "--drain-notice-s", "4"]
     with running(place / "log", *flags, headers=bearer(ADMIN)) as cluster:
@@ -168,11 +170,30 @@ def _a_change_reaches_every_replica(cluster: Cluster) -> None:
     _upload(cluster, "mine")
     assert cluster.by_replica("lori:adapters_registered") == {name: number + 1 for name, number in before.items()}
     assert cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": ["mine", "safety"]}).status_code == 200
+    _a_merge_reaches_every_replica(cluster)
     assert cluster.http.delete("/adapters/mine").status_code == 200
     assert cluster.by_replica("lori:adapters_registered") == before
     assert cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": "mine"}).status_code == 404
     assert cluster.http.delete("/adapters/mine").status_code == 404
     wait_until(lambda: not [*(cluster.log.parent / "adapters").rglob("*.safetensors")], "the files to go")
+
+
+def _a_merge_reaches_every_replica(cluster: Cluster) -> None:
+    def statuses() -> set[int]:
+        body = {"prompt": PROMPT, "weights": [1, 1], "max_tokens": 1}
+        # The adapter beside the merge decides which replica gets the request.
+        named = [["sum", name] for name in ("nlu", "intent", "math")]
+        return {cluster.http.post("/generate", json=body | {"adapter": names}).status_code for names in named}
+
+    details = [cluster.http.get(f"/adapters/{name}").raise_for_status().json() for name in ("mine", "safety")]
+    config = json.loads((DEMO / "math" / FIELDS["config"]).read_text())
+    adapters = [{"reference": f"{one['name']}@{one['version']}", "weight": 0.5} for one in details]
+    body = {"base_digest": config["lori"]["base_digest"], "adapters": adapters}
+    assert cluster.http.put("/merges/sum", json=body).status_code == 200
+    assert statuses() == {200}
+    assert cluster.http.delete("/merges/sum").status_code == 200
+    assert statuses() == {404}
+    assert cluster.http.delete("/merges/sum").status_code == 404
 
 
 def _adapters_are_shown_with_the_figures_of_all_replicas(cluster: Cluster) -> None:

@@ -32,6 +32,8 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     model = save_tiny_model(place / "tiny", tiny_llama_config(EOS + 1, max_position_embeddings=256))
     write_adapters(place / "adapters", load_base_model(str(model), torch.float32))
     flags = ["--model", str(model), "--adapters", str(place / "adapters"), "--keys", str(write_keys(place))]
+    (place / "merges").mkdir()
+    flags += ["--merges", str(place / "merges")]
     flags += ["--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.002", "--max-step-tokens", "48", "--max-batch", "16"]
     with start_forked(place / "log", *flags) as server:
         server.client.headers.update(bearer(ADMIN))

@@ -300,14 +300,15 @@ def test_the_merges_are_listed_with_their_weights(client: httpx.Client, blocks: 
     assert other["merges"] == [], "it may not use `safety`"
 
 
-def test_a_page_of_adapters_has_the_merges_between_its_names(client: httpx.Client) -> None:
+def test_pages_of_adapters_have_the_merges_among_them(client: httpx.Client) -> None:
     names: list[str] = []
     after: str | None = ""
     while after is not None:
         page = client.get("/adapters", params={"limit": 1, "after": after}).raise_for_status().json()
-        names += [merge["name"] for merge in page["merges"]]
+        [row] = [*page["adapters"], *page["merges"]]
+        names.append(row["name"])
         after = page["next"]
-    assert names == ["both"]
+    assert names == ["both", "intent", "math", "safety"]
 
 
 def test_the_log_has_the_block_weights(blocks: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,103 @@
+"""Changes of named merges while requests run: publish, delete. Files are written in threads."""
+
+import logging
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from anyio import Lock
+from anyio.to_thread import run_sync
+
+from lori.errors import AdapterError
+from lori.named_merge import SUFFIX, NamedMerge, read_named_merges
+from lori.store.files import replace_file, sync_folder
+from server.catalog.files import folder_error
+from server.engine.generate_request import RefusedError
+from server.errors import ConflictError, UnknownMergeError
+from server.service.named_merges import NamedMerges
+
+logger = logging.getLogger(__name__)
+NO_FOLDER = "there is no folder for named merges: start the server with --merges FOLDER"
+FOLDER, MOUNT_HINT = "folder of named merges", "mount it to be written"
+
+
+class MergeAdmin:
+    """Changes of the named merges of a server. Use from the event loop alone.
+
+    A change holds at once for new requests. Requests under way end with the adapters and weights that they began with.
+    """
+
+    def __init__(
+        self,
+        merges: NamedMerges,
+        folder: Path | None = None,
+        base_digest: str = "",
+        base_names: Collection[str] = (),
+        is_registered: Callable[[str], bool] = lambda _: True,
+    ) -> None:
+        """`is_registered` returns whether there is an adapter of a reference `name@version`. Without `folder` nothing changes."""
+        self.merges = merges
+        self._folder, self._base_digest, self._base_names, self._is_registered = folder, base_digest, base_names, is_registered
+        self._lock = Lock()
+
+    async def publish(self, name: str, merge: NamedMerge) -> None:
+        """Write a merge to the folder, and make `name` mean it.
+
+        Raises `RefusedError` if it is of another base or an adapter is missing; `ConflictError` if there is no folder, or if an
+        adapter or the base has the name; `StoreError` if the folder fails.
+        """
+        folder = self._checked_folder()
+        if name in self._base_names or self.merges.is_adapter(name):
+            raise ConflictError(f"{name!r} is also the name of an adapter or the base: choose another")
+        try:
+            merge.check_base(self._base_digest)
+        except AdapterError as error:
+            raise RefusedError("base_digest", str(error)) from error
+        for number, adapter in enumerate(merge.adapters):
+            if not self._is_registered(adapter.reference):
+                raise RefusedError(f"adapters.{number}.reference", f"there is no {adapter.reference}")
+        async with self._lock:
+            await self._change(lambda: replace_file(folder / f"{name}{SUFFIX}", merge.to_bytes()))
+            self.merges.by_name = {**self.merges.by_name, name: merge}
+        logger.info("the merge %r means %s", name, ", ".join(adapter.reference for adapter in merge.adapters))
+
+    async def delete(self, name: str) -> NamedMerge:
+        """Delete a merge with its file. Return what it was.
+
+        Raises `UnknownMergeError`; `ConflictError` and `StoreError` as `publish`.
+        """
+        folder = self._checked_folder()
+        async with self._lock:
+            if name not in self.merges.by_name:
+                raise UnknownMergeError(f"there is no merge {name!r}")
+            await self._change(lambda: _remove(folder / f"{name}{SUFFIX}"))
+            remaining = {**self.merges.by_name}
+            deleted = remaining.pop(name)
+            self.merges.by_name = remaining
+        logger.info("the merge %r was deleted", name)
+        return deleted
+
+    async def catch_up(self) -> None:
+        """Read the folder again. If a file is unsound, the merges stay as they are, and the log has the faults."""
+        if not (folder := self._folder):
+            return
+        async with self._lock:
+            try:
+                self.merges.by_name = await run_sync(lambda: read_named_merges(folder, self._base_digest))
+            except AdapterError as error:
+                logger.warning("named merges that were changed meanwhile are not known here: %s", error)
+
+    def _checked_folder(self) -> Path:
+        if not self._folder:
+            raise ConflictError(NO_FOLDER)
+        return self._folder
+
+    async def _change(self, change: Callable[[], None]) -> None:
+        try:
+            await run_sync(change)
+        except OSError as error:
+            raise folder_error(error, FOLDER, MOUNT_HINT) from error
+
+
+def _remove(file: Path) -> None:
+    file.unlink(missing_ok=True)  # another process that serves this folder may have deleted it
+    sync_folder(file.parent)
