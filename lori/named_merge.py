@@ -18,6 +18,7 @@ from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
 from lori.names import NUM_VERSION_DIGITS, check_name, is_name, weight_text
 from lori.printable import printable
 from lori.store.files import read_regular
+from lori.template import Text
 
 MAX_BYTES = 1 << 20
 """Maximum size of a file."""
@@ -26,6 +27,8 @@ MAX_BLOCKS = 128
 """Most blocks of layers: as many as the layers of the largest models."""
 MAX_DECIMALS = 17
 """Decimal places of a weight in a `model`'s name."""
+MAX_ABOUT, MAX_SOURCE, MAX_SOURCES = 4096, 1024, 64
+"""Most characters of `about` and of a source's name, and most sources. No merge within these limits exceeds `MAX_BYTES`."""
 
 
 BlockWeight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
@@ -42,9 +45,9 @@ class MergedAdapter(BaseModel):
     reference: str = Field(pattern=rf"^[^@]+@[0-9a-f]{{{NUM_VERSION_DIGITS}}}$")
     """`name@version` with all digits of the version."""
     weight: float = Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)
-    """With at most `MAX_DECIMALS` decimal places, so that a `model`'s name can have it."""
+    """With at most 17 decimal places."""
     block_weights: list[BlockWeight] = Field(default=[], max_length=MAX_BLOCKS)
-    """Factors of the weight in blocks of layers, from the first to the last, as in `lori.merge.merge`; 1 in all if empty."""
+    """Factors of the weight in blocks of layers, from the first to the last; 1 in all layers if empty."""
 
     @field_validator("reference")
     @classmethod
@@ -87,9 +90,9 @@ class NamedMerge(BaseModel):
     base_digest: Digest
     """Digest of the base model that the adapters belong to."""
     adapters: list[MergedAdapter] = Field(min_length=1, max_length=MAX_ADAPTERS)
-    about: str = ""
+    about: Annotated[Text, Field(max_length=MAX_ABOUT)] = ""
     """How the weights were chosen."""
-    scores: dict[str, FiniteFloat] = {}
+    scores: dict[Annotated[Text, Field(max_length=MAX_SOURCE)], FiniteFloat] = Field(default={}, max_length=MAX_SOURCES)
     """Share of the best single adapter's gain that the merge keeps, by source, on the rows that the weights were chosen on."""
 
     @field_validator("adapters")
@@ -115,7 +118,7 @@ class NamedMerge(BaseModel):
         for adapter in content["adapters"]:
             if not adapter["block_weights"]:
                 del adapter["block_weights"]  # older versions can read files without them
-        return (json.dumps(content, indent=2) + "\n").encode()
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "NamedMerge":
@@ -158,20 +161,18 @@ def repeated_references(references: Iterable[str]) -> list[str]:
 def read_named_merges(folder: Path, base_digest: str) -> Mapping[str, NamedMerge]:
     """Return the named merges in a folder by name, from its files `NAME.json`.
 
-    Raises `AdapterError` if the folder cannot be read, and with the faults of all files, a line for each: one that cannot be read
-    or is unsound, has a name that no adapter may have, or is of another base than that of `base_digest`.
+    Raises `OSError` if the folder cannot be read, and `AdapterError` with the faults of all files, a line for each: one that
+    cannot be read or is unsound, has a name that no adapter may have, or is of another base than that of `base_digest`.
     """
     merges, faults = dict[str, NamedMerge](), list[str]()
-    try:
-        files = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
-    except OSError as error:
-        raise AdapterError(f"{printable(str(folder))} cannot be read: {error.strerror}") from error
-    for file in files:
+    for file in sorted(path for path in folder.iterdir() if path.suffix == SUFFIX):
         try:
             check_name(file.stem)
             merge = NamedMerge.from_bytes(read_regular(file, MAX_BYTES))
             merge.check_base(base_digest)
             merges[file.stem] = merge
+        except FileNotFoundError:  # deleted meanwhile
+            continue
         except OSError as error:
             faults.append(f"{printable(str(file))} cannot be read: {error.strerror}")
         except AdapterError as error:

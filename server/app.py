@@ -93,8 +93,8 @@ def create_app(service: Service) -> FastAPI:
         (docs, "operations", ()),
     ):
         app.include(routes.router, tag, refusals(*statuses))
-    for changes in (adapters.admin, merges.admin):
-        app.include(changes, "adapters", refusals(*ADMINISTERING))
+    for router in (adapters.admin, merges.admin):
+        app.include(router, "adapters", refusals(*ADMINISTERING))
     app.mount("/static/docs", docs.static)
     app.mount("/static", playground.static)
     add_error_handlers(app)

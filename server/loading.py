@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from math import inf
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ from lori.named_merge import NamedMerge, read_named_merges
 from lori.names import EMBEDDED_NAME, base_aliases
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
+from lori.printable import printable
 from lori.projection import Quantization, has_native
 from lori.prompt_statistics import Background, find_background
 from lori.resources import BackgroundLoad, use_threads, warn_if_busy
@@ -100,14 +102,15 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     base = load_base_model(settings.model, dtype, "eager", device)
     check_family(base.model)
     background = find_background(base.identity, settings.background)
-    merges = read_named_merges(settings.merges, base.identity.digest) if settings.merges else {}
+    named_merges = _read_merges(settings.merges, base.identity.digest) if settings.merges else {}
     if own_store:
         logger.info("reading the adapters in %s …", redacted(str(settings.adapters)))
     inventory = take_inventory(own_store, demo_store, base.identity, is_strict=settings.strict)
     registry = make_registry(inventory.entries, inventory.summaries)
     registry.add_faulty(inventory.faulty)
     aliases = base_aliases(settings.model)
-    _check_merges(merges, registry, aliases | {base.name})
+    _check_merges(named_merges, aliases | {base.name})
+    merges = NamedMerges(named_merges, lambda name: name in registry.by_name or name in registry.faulty)
     logger.info("preparing the model for %d adapters, and checking it against transformers …", len(registry.by_name))
     expected = reference_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident, own_store is not None, settings.max_rank)
@@ -180,7 +183,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         required=lambda: [name for tenant in keys.keys.tenants.values() for name, _ in tenant.policy] if keys else [],
         files=files,
         merge_admin=MergeAdmin(
-            NamedMerges(merges, lambda name: name in registry.by_name or name in registry.faulty),
+            merges,
             settings.merges,
             base.identity.digest,
             aliases | {base.name},
@@ -364,14 +367,21 @@ def _outline(base: BaseModel) -> str:
     return f"{base.name} in {_name(dtype)} on {device_name(device)}{code}"
 
 
-def _check_merges(merges: Mapping[str, NamedMerge], registry: Registry, base_names: Collection[str]) -> None:
-    """Raise `AdapterError` if a merge has the name of an adapter, sound or damaged, or of the base."""
-    if taken := sorted(merges.keys() & {*registry.by_name, *registry.faulty, *base_names}):
-        raise AdapterError(f"--merges has {', '.join(taken)}, which is also the name of an adapter or the base: rename the file")
+def _read_merges(folder: Path, base_digest: str) -> Mapping[str, NamedMerge]:
+    try:
+        return read_named_merges(folder, base_digest)
+    except OSError as error:
+        raise AdapterError(f"--merges: {printable(str(folder))} cannot be read: {error.strerror}") from error
 
 
-def _warn_of_merges(merges: Mapping[str, NamedMerge], registry: Registry) -> None:
-    for name, merge in sorted(merges.items()):
+def _check_merges(merges: Mapping[str, NamedMerge], base_names: Collection[str]) -> None:
+    """Raise `AdapterError` if a merge has a name of the base."""
+    if taken := sorted(merges.keys() & base_names):
+        raise AdapterError(f"--merges has {', '.join(taken)}, which is also the name of the base: rename the file")
+
+
+def _warn_of_merges(merges: NamedMerges, registry: Registry) -> None:
+    for name, merge in merges.usable(lambda _: True).items():  # which warns of those whose names adapters have
         if absent := [one.reference for one in merge.adapters if not candidates(registry, one.reference)]:
             logger.warning("requests for the merge %r will fail, since there is no %s", name, ", ".join(absent))
 

@@ -83,7 +83,8 @@ class Settings(BaseSettings):
     demo_adapters: bool = True
     """Serves the demo adapters, too, on the embedded model."""
     merges: Path | None = None
-    """A folder of named merges, NAME.json, as python -m training.tune writes them. Requests use their names like adapters'."""
+    """A folder of named merges, NAME.json, as python -m training.tune writes them. Requests use their names like adapters'. An
+    admin may change them while the server runs."""
     background: Path | None = None
     """The file of the base's background, with which adapters are compared for automatic weights. python -m training.background
     makes one. The embedded model has one if absent."""

@@ -21,7 +21,7 @@ from lori.base_model import BaseModel
 from lori.errors import AdapterError, LoriError
 from lori.merge import blocks_of_layers
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
-from lori.named_merge import MAX_BLOCKS, SUFFIX, MergedAdapter, NamedMerge, repeated_references
+from lori.named_merge import MAX_BLOCKS, MAX_SOURCE, MAX_SOURCES, SUFFIX, MergedAdapter, NamedMerge, repeated_references
 from lori.names import NAME, check_name, is_name, weight_text
 from lori.store.files import replace_file
 from lori.store.store import AdapterStore
@@ -53,7 +53,7 @@ class TuneConfig(PromptsConfig):
     """The adapters: folders, or with --adapters names."""
     adapters: Path | None = None
     """The folder of the adapters that --adapter names."""
-    data: list[Source] = Field(min_length=1)
+    data: list[Source] = Field(min_length=1, max_length=MAX_SOURCES)
     """Rows with completions, one source for each thing that the merge has to do. All sources count the same."""
     output: Path
     """The file to write, NAME.json; beside it come NAME.png, a plot of the scores and the best weights, and NAME.csv, the
@@ -81,6 +81,8 @@ class TuneConfig(PromptsConfig):
             faults.append(f"--output is {str(self.output)!r}, expected NAME{SUFFIX} with a NAME that matches {NAME.pattern}")
         if len({*paths}) < len(paths):
             faults.append("--data has one path twice, expected each once")
+        if (longest := max(map(len, paths))) > MAX_SOURCE:
+            faults.append(f"--data has a path of {longest} characters, expected {MAX_SOURCE} at most")
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -65,7 +65,7 @@ def translated_errors(*stores: AdapterStore | None) -> Iterator[None]:
 
 
 def folder_error(error: OSError, folder: str, hint: str) -> ConflictError | StoreError:
-    """Return the error to raise for `error` of a folder, which `folder` names; `hint` says how to mount it to be written."""
+    """Return the error to raise for `error` of a folder, which `folder` names; `hint` says how to mount it writable."""
     reason = error.strerror or type(error).__name__
     if error.errno not in FORBIDDEN:
         return StoreError(f"the {folder} failed: {reason}")

@@ -107,14 +107,19 @@ def alias(name: str, target: str) -> Call[AdapterInfo]:
 
 def publish_merge(name: str, merge: Mapping[str, object]) -> Call[NamedMergeInfo]:
     """Publish a named merge."""
-    return Call("PUT", f"/merges/{quote(name, safe='')}", NamedMergeInfo, merge)
+    return Call("PUT", merge_path(name), NamedMergeInfo, merge)
 
 
 def delete_merge(name: str) -> Call[NamedMergeInfo]:
     """Delete a named merge."""
-    return Call("DELETE", f"/merges/{quote(name, safe='')}", NamedMergeInfo, is_repeatable=False)
+    return Call("DELETE", merge_path(name), NamedMergeInfo, is_repeatable=False)
 
 
 def path(name: str) -> str:
     """Return the URL path of an adapter, whatever its name."""
     return f"/adapters/{quote(name, safe='@')}"
+
+
+def merge_path(name: str) -> str:
+    """Return the URL path of a named merge, whatever its name."""
+    return f"/merges/{quote(name, safe='')}"

@@ -60,7 +60,10 @@ DETAIL = ADAPTER | {
 }
 MERGE = {
     "name": "bank-safe",
-    "adapters": [{"name": name, "version": VERSION, "weight": 1.0} for name in ("intent", "safety")],
+    "adapters": [
+        {"name": "intent", "version": VERSION, "weight": 0.9},
+        {"name": "safety", "version": "77041cc00657", "weight": 0.7},
+    ],
     "about": "by hand",
 }
 WITHDRAWN = {"name": "intent", "versions": [VERSION], "num_using": 0}

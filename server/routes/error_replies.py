@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from lori.errors import AdapterFormatError, UnknownAdapterError
+from lori.named_merge import MergedAdapter, NamedMerge
 from lori.template import Message
 from server.access.limits import RateLimitedError
 from server.description.openapi import Api, allowed_methods
@@ -56,7 +57,7 @@ def _answer(
 @cache
 def _fields() -> frozenset[str]:
     # Fields of all bodies. By the first error, all routes and so all schemas have been imported.
-    bodies: tuple[type[BaseModel], ...] = (Message, *_bodies(Body))
+    bodies: tuple[type[BaseModel], ...] = (Message, MergedAdapter, NamedMerge, *_bodies(Body))
     return frozenset(info.alias or field for body in bodies for field, info in body.model_fields.items())
 
 

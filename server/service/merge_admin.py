@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 from anyio import Lock
 from anyio.to_thread import run_sync
@@ -16,8 +17,10 @@ from server.errors import ConflictError, UnknownMergeError
 from server.service.named_merges import NamedMerges
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 NO_FOLDER = "there is no folder for named merges: start the server with --merges FOLDER"
-FOLDER, MOUNT_HINT = "folder of named merges", "mount it to be written"
+FOLDER = "folder of named merges"
+MOUNT_HINT = "mount it writable, such as by LORI_MERGES_MODE=rw for docker/compose.yaml; it must belong to user 10001 there"
 
 
 class MergeAdmin:
@@ -42,8 +45,8 @@ class MergeAdmin:
     async def publish(self, name: str, merge: NamedMerge) -> None:
         """Write a merge to the folder, and make `name` mean it.
 
-        Raises `RefusedError` if it is of another base or an adapter is missing; `ConflictError` if there is no folder, or if an
-        adapter or the base has the name; `StoreError` if the folder fails.
+        Raises `RefusedError` if it is of another base or an adapter is missing; `ConflictError` if there is no folder, if it may
+        not be written, or if an adapter or the base has the name; `StoreError` if the folder fails.
         """
         folder = self._checked_folder()
         if name in self._base_names or self.merges.is_adapter(name):
@@ -56,7 +59,7 @@ class MergeAdmin:
             if not self._is_registered(adapter.reference):
                 raise RefusedError(f"adapters.{number}.reference", f"there is no {adapter.reference}")
         async with self._lock:
-            await self._change(lambda: replace_file(folder / f"{name}{SUFFIX}", merge.to_bytes()))
+            await self._run(lambda: replace_file(folder / f"{name}{SUFFIX}", merge.to_bytes()))
             self.merges.by_name = {**self.merges.by_name, name: merge}
         logger.info("the merge %r means %s", name, ", ".join(adapter.reference for adapter in merge.adapters))
 
@@ -69,7 +72,7 @@ class MergeAdmin:
         async with self._lock:
             if name not in self.merges.by_name:
                 raise UnknownMergeError(f"there is no merge {name!r}")
-            await self._change(lambda: _remove(folder / f"{name}{SUFFIX}"))
+            await self._run(lambda: _remove(folder / f"{name}{SUFFIX}"))
             remaining = {**self.merges.by_name}
             deleted = remaining.pop(name)
             self.merges.by_name = remaining
@@ -77,12 +80,15 @@ class MergeAdmin:
         return deleted
 
     async def catch_up(self) -> None:
-        """Read the folder again. If a file is unsound, the merges stay as they are, and the log has the faults."""
+        """Read the folder again. If a file is unsound, the merges stay as they are, and the log has the faults.
+
+        Raises `ConflictError` or `StoreError` if the folder cannot be read.
+        """
         if not (folder := self._folder):
             return
         async with self._lock:
             try:
-                self.merges.by_name = await run_sync(lambda: read_named_merges(folder, self._base_digest))
+                self.merges.by_name = await self._run(lambda: read_named_merges(folder, self._base_digest))
             except AdapterError as error:
                 logger.warning("named merges that were changed meanwhile are not known here: %s", error)
 
@@ -91,9 +97,9 @@ class MergeAdmin:
             raise ConflictError(NO_FOLDER)
         return self._folder
 
-    async def _change(self, change: Callable[[], None]) -> None:
+    async def _run(self, work: Callable[[], Result]) -> Result:
         try:
-            await run_sync(change)
+            return await run_sync(work)
         except OSError as error:
             raise folder_error(error, FOLDER, MOUNT_HINT) from error
 

@@ -21,14 +21,14 @@ class NamedMerges:
     """
 
     by_name: Mapping[str, NamedMerge] = field(default_factory=dict)
-    """Never changed, but replaced whole: other threads read it."""
+    """Replaced, never mutated: other threads read it."""
     is_adapter: Callable[[str], bool] = lambda _: False
     """Whether an adapter has this name."""
     _hidden: set[str] = field(default_factory=set, init=False)
     """Merges whose names adapters have taken, as the log has said."""
 
     def usable(self, may_use: MayUse) -> Mapping[str, NamedMerge]:
-        """Return the merges that a caller may use, by name, in its order."""
+        """Return the merges that a caller may use, sorted by name."""
         return {name: merge for name in sorted(self.by_name) if (merge := self.find(name, may_use))}
 
     def find(self, name: str, may_use: MayUse) -> NamedMerge | None:
@@ -39,7 +39,7 @@ class NamedMerges:
         if not self.is_adapter(name):
             return merge
         if name not in self._hidden:
-            logger.warning("the merge %r cannot be requested any more: an adapter was published under its name", name)
+            logger.warning("the merge %r cannot be requested: an adapter has its name", name)
             self._hidden.add(name)
         return None
 

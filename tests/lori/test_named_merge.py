@@ -1,9 +1,11 @@
 """Named merges: their files, and what is wrong with some."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from lori.errors import AdapterError
 from lori.named_merge import MAX_BYTES, MergedAdapter, NamedMerge, read_named_merges
@@ -71,12 +73,48 @@ def test_every_fault_of_a_file_is_reported() -> None:
             "is 20, expected 16 at most",
         ),
         ({"scores": {"math.jsonl": float("inf")}}, "finite"),
+        ({"scores": {"m" * 1025: 1.0}}, "at most 1024 items"),
+        ({"scores": {str(number): 1.0 for number in range(65)}}, "at most 64 items"),
+        ({"about": "a" * 4097}, "at most 4096 items"),
         ({"format_version": 2}, "format_version: Input should be 1"),
     ],
 )
 def test_unsound_content_is_refused(change: dict[str, object], fault: str) -> None:
     with pytest.raises(AdapterError, match=f"it is no sound named merge: .*{fault}"):
         NamedMerge.from_bytes(json.dumps(MERGE.model_dump() | change).encode())
+
+
+def test_the_largest_merge_is_written_as_it_is_read() -> None:
+    adapters = [
+        MergedAdapter(
+            reference=f"{number:064d}@0123456789ab", weight=-0.1234567890123456, block_weights=[-0.1234567890123456e-5] * 128
+        )
+        for number in range(64)
+    ]
+    scores = {"\x01" * 1023 + chr(256 + number): 0.1234567890123456 for number in range(64)}
+    merge = NamedMerge(base_digest=BASE, adapters=adapters, about="\x01" * 4096, scores=scores)
+    content = merge.to_bytes()
+    assert len(content) <= MAX_BYTES
+    assert NamedMerge.from_bytes(content) == merge
+
+
+@pytest.mark.parametrize("change", [{"about": "\ud800"}, {"scores": {"\ud800": 1.0}}])
+def test_text_that_no_file_can_hold_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="surrogate"):
+        NamedMerge.model_validate(MERGE.model_dump() | change)
+
+
+def test_a_file_that_is_deleted_meanwhile_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gone", "here"):
+        (tmp_path / f"{name}.json").write_bytes(MERGE.to_bytes())
+
+    def listed(folder: Path) -> Iterator[Path]:
+        files = [folder / "gone.json", folder / "here.json"]
+        files[0].unlink()
+        return iter(files)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    assert [*read_named_merges(tmp_path, BASE)] == ["here"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 10_000])
@@ -111,5 +149,5 @@ def test_all_files_of_a_folder_are_checked(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="cannot be read: No such file or directory"):
+    with pytest.raises(FileNotFoundError):
         read_named_merges(tmp_path / "none", BASE)

@@ -22,7 +22,12 @@ SOUND: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/unload_lora_adapter"): {"lora_name": "other"},
     ("POST", "/adapters"): {"hub_id": "someone/something", "name": "other"},
     ("PUT", "/adapters/other/alias"): {"adapter": "math"},
-    ("PUT", "/merges/other"): {"base_digest": "5" * 64, "adapters": [{"reference": "math@0123456789ab", "weight": 0.5}]},
+    ("PUT", "/merges/other"): {
+        "base_digest": "5" * 64,
+        "adapters": [{"reference": "math@0123456789ab", "weight": 0.5, "block_weights": [0.5, 2]}],
+        "about": "by hand",
+        "scores": {"rows": 0.5},
+    },
 }
 WRONG = ("1e400", "NaN", "-Infinity", '{"a": [null]}', "[[[]]]", "[{}]", "[null]", "[[1, {}], 2]", '["\\ud800"]', "9" * 400)
 """Values that no field may have, in JSON or almost JSON."""

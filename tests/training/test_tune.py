@@ -276,6 +276,8 @@ def test_a_missing_extra_is_said_first(place: Path, tmp_path: Path, monkeypatch:
         ({"output": Path("Both.json")}, "expected NAME.json with a NAME that matches"),
         ({"output": Path("auto.json")}, "expected NAME.json with a NAME that matches"),
         ({"data": ["math.jsonl", "math.jsonl"]}, "--data has one path twice, expected each once"),
+        ({"data": ["m" * 1025]}, "--data has a path of 1025 characters, expected 1024 at most"),
+        ({"data": [f"{number}.jsonl" for number in range(65)]}, "at most 64 items"),
         ({"steps": 7}, "greater than or equal to 8"),
         ({"num_rows": 31}, "greater than or equal to 32"),
         ({"held_out_fraction": 1}, "less than 1"),

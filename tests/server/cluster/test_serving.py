@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +181,11 @@ def _a_change_reaches_every_replica(cluster: Cluster) -> None:
 
 def _a_merge_reaches_every_replica(cluster: Cluster) -> None:
     def statuses() -> set[int]:
-        body = {"prompt": PROMPT, "weights": [1, 1], "max_tokens": 1}
-        # The adapter beside the merge decides which replica gets the request.
-        named = [["sum", name] for name in ("nlu", "intent", "math")]
-        return {cluster.http.post("/generate", json=body | {"adapter": names}).status_code for names in named}
+        body = {"prompt": PROMPT, "max_tokens": 1}
+        # The names decide which replica gets the request.
+        named = [["sum", *names] for number in range(4) for names in combinations(("nlu", "intent", "math"), number)]
+        bodies = [body | {"adapter": names, "weights": [1] * len(names)} for names in named]
+        return {cluster.http.post("/generate", json=one).status_code for one in bodies}
 
     details = [cluster.http.get(f"/adapters/{name}").raise_for_status().json() for name in ("mine", "safety")]
     config = json.loads((DEMO / "math" / FIELDS["config"]).read_text())

@@ -1,5 +1,7 @@
 """Hooks of schemathesis, which loads this module by SCHEMATHESIS_HOOKS: changes of its requests, and checks of the replies."""
 
+import json
+import os
 import re
 import zlib
 from typing import Any
@@ -10,6 +12,8 @@ NAMES = ("math", "safety", "intent")
 MODELS = ("tiny", *NAMES, "math+safety", "math:0.7+safety:-0.3")
 ALIAS = "-alias"
 """The suffix of adapter names that the fuzzed requests create and delete."""
+MERGEABLE = json.loads(os.environ["FUZZED_MERGE"])
+"""The base's digest, and references of the server's adapters, which named merges need."""
 NUM_TOKENS = 257
 MAX_TOKENS = 8
 CONTENT = re.compile(
@@ -48,7 +52,8 @@ CONTENT = re.compile(
             "has already been loaded",
             "needs to be provided|must be provided",
             "expected false: no adapter here",
-            "it is of another base",
+            "it is of another base|weight times the largest block weight|decimal places",
+            "reference: there is no .*@",
             # An integer of JSON Schema that does not fit in 64 bits.
             "valid integer, found -?[0-9.]+e",
             # The values with which schemathesis tests a length do not match the pattern.
@@ -74,7 +79,11 @@ def before_call(_: schemathesis.HookContext, case: schemathesis.Case, __: dict[s
         body["timeout_s"] = max(60, body["timeout_s"])  # a 504 is right if the client's own timeout is too short
     if case.method == "DELETE" and case.path_parameters.get("name") in NAMES:
         case.path_parameters["name"] += ALIAS  # or no adapter would be left soon
-    if is_unchanged or case.path.startswith("/merges"):  # whose adapters are named by versions
+    if is_unchanged:
+        return
+    if case.path.startswith("/merges"):
+        if isinstance(body, dict):
+            _make_publishable(body)
         return
     if case.path.endswith("/alias"):
         case.path_parameters["name"] = _pick(NAMES, case.path_parameters["name"]) + ALIAS
@@ -84,6 +93,12 @@ def before_call(_: schemathesis.HookContext, case: schemathesis.Case, __: dict[s
         case.query["names"] = ",".join(NAMES[: 1 + _hash(case.query["names"]) % len(NAMES)])
     if isinstance(body, dict) and "lora_name" not in body:
         _make_answerable(body)
+
+
+def _make_publishable(merge: dict[str, Any]) -> None:
+    merge["base_digest"] = MERGEABLE["base_digest"]
+    pairs = zip(merge["adapters"], MERGEABLE["references"], strict=False)
+    merge["adapters"] = [adapter | {"reference": reference} for adapter, reference in pairs]
 
 
 def _make_answerable(body: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lori.base_model import load_base_model
+from lori.store.entry import Entry
 from tests.server.forked import start_forked
 from tests.server.keyed import ADMIN, bearer, write_keys
 from tests.server.live import REPOSITORY, Live
@@ -30,12 +31,15 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """Yield a server whose context is so short that no answer takes long. Its client has an admin's key."""
     place = tmp_path_factory.mktemp("fuzz")
     model = save_tiny_model(place / "tiny", tiny_llama_config(EOS + 1, max_position_embeddings=256))
-    write_adapters(place / "adapters", load_base_model(str(model), torch.float32))
+    base = load_base_model(str(model), torch.float32)
+    store = write_adapters(place / "adapters", base)
+    references = [f"{name}@{Entry(name, store / name).version}" for name in ("math", "safety", "intent")]
     flags = ["--model", str(model), "--adapters", str(place / "adapters"), "--keys", str(write_keys(place))]
     (place / "merges").mkdir()
     flags += ["--merges", str(place / "merges")]
     flags += ["--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.002", "--max-step-tokens", "48", "--max-batch", "16"]
-    with start_forked(place / "log", *flags) as server:
+    with start_forked(place / "log", *flags) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUZZED_MERGE", json.dumps({"base_digest": base.identity.digest, "references": references}))
         server.client.headers.update(bearer(ADMIN))
         yield server
 

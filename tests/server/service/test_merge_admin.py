@@ -1,5 +1,7 @@
 """Named merges that come and go while the server runs, over a socket."""
 
+import errno
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 from lori.base_model import load_base_model
-from lori.named_merge import NamedMerge, read_named_merges
+from lori.named_merge import MergedAdapter, NamedMerge, read_named_merges
 from lori.store.entry import Entry
+from server.errors import ConflictError, StoreError
 from server.loading import load_service
 from server.service.merge_admin import MergeAdmin
 from server.service.named_merges import NamedMerges
@@ -18,10 +21,15 @@ from server.service.service import Service
 from server.settings import Settings
 from tests.server.keyed import ACME, ADMIN, bearer, served, write_keys
 from tests.server.replies import refusal
-from tests.server.rig import write_adapters, write_merge
+from tests.server.rig import write_adapter, write_adapters, write_merge
 
 pytestmark = pytest.mark.slow
 PROMPT = "12 + 3 ="
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 def make_service(model: Path, place: Path, **changes: Any) -> Service:
@@ -140,11 +148,49 @@ def test_without_a_folder_no_merge_can_come(writer_model: Path, tmp_path: Path, 
             assert "start the server with --merges FOLDER" in refusal(reply, 409)["message"]
 
 
-@pytest.mark.anyio
-async def test_a_replica_that_joins_reads_the_folder_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, anyio_backend: str
+def test_an_adapter_of_the_name_refuses_a_merge_and_no_start(
+    writer_model: Path, tmp_path: Path, base_digest: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert anyio_backend
+    """Regression: a merge and then an adapter of one name, each published in its turn, and the server did not start again."""
+    service = make_service(writer_model, tmp_path)
+    content = merge_of(tmp_path, base_digest, {"math": 0.5, "safety": 0.5})
+    with served(service, ADMIN) as client:
+        client.put("/merges/both", json=content).raise_for_status()
+        write_adapter(tmp_path / "adapters" / "both", load_base_model(str(writer_model), torch.float32, "eager"), seed=7)
+        client.post("/adapters/both/load").raise_for_status()
+        assert terms(generate(client, "both")) == [("both", 1.0)]
+        assert "is also the name of an adapter" in refusal(client.put("/merges/both", json=content), 409)["message"]
+    with served(load_service(service.settings), ADMIN) as client:
+        assert "the merge 'both' cannot be requested: an adapter has its name" in caplog.text
+        assert terms(generate(client, "both")) == [("both", 1.0)]
+        client.delete("/merges/both").raise_for_status()
+
+
+def test_what_no_file_can_hold_is_refused(admin: httpx.Client, place: Path, base_digest: str) -> None:
+    """Regression: half a surrogate pair was written, and no server could read the file, nor clients the list."""
+    sound = merge_of(place, base_digest, {"math": 0.5})
+    for field, value in (("about", '"\\ud800"'), ("scores", '{"\\ud800": 1}'), ("about", f'"{"é" * 5000}"')):
+        content = json.dumps(sound | {field: None}).replace(f'"{field}": null', f'"{field}": {value}')
+        reply = admin.put("/merges/both", content=content.encode(), headers={"Content-Type": "application/json"})
+        assert refusal(reply, 400)["message"].startswith(field)
+    assert [*(place / "merges").iterdir()] == []
+
+
+@pytest.mark.anyio
+async def test_a_folder_that_may_not_be_written_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("server.service.merge_admin.replace_file", fail)
+    merge = NamedMerge(base_digest="b" * 64, adapters=[MergedAdapter(reference="math@0123456789ab", weight=1)])
+    admin = MergeAdmin(NamedMerges(), tmp_path, "b" * 64)
+    with pytest.raises(ConflictError, match="folder of named merges: Read-only file system: mount it writable, such as by LORI"):
+        await admin.publish("both", merge)
+    assert admin.merges.by_name == {}
+
+
+@pytest.mark.anyio
+async def test_a_replica_that_joins_reads_the_folder_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     digest = "b" * 64
     adapter = {"reference": "math@0123456789ab", "weight": 1.0}
     merge = NamedMerge.model_validate({"base_digest": digest, "adapters": [adapter]})
@@ -156,3 +202,5 @@ async def test_a_replica_that_joins_reads_the_folder_again(
     await admin.catch_up()
     assert admin.merges.by_name == {"new": merge}
     assert "torn.json: it is no sound named merge" in caplog.text
+    with pytest.raises(StoreError, match="folder of named merges failed: No such file"):
+        await MergeAdmin(admin.merges, tmp_path / "absent", digest).catch_up()

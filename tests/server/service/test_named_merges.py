@@ -217,11 +217,14 @@ def test_a_merge_may_name_a_version_that_is_not_the_current_one(
     assert "will fail" not in caplog.text
 
 
-def test_a_merge_may_not_have_a_damaged_adapter_s_name(writer_model: Path, tmp_path: Path) -> None:
+def test_a_damaged_adapter_of_a_merge_s_name_takes_precedence(
+    writer_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "adapters" / "both").mkdir(parents=True)
     (tmp_path / "adapters" / "both" / "adapter_config.json").write_text("{")
-    with pytest.raises(AdapterError, match="--merges has both, which is also the name of an adapter or the base"):
-        make_service(writer_model, tmp_path)
+    with served(make_service(writer_model, tmp_path), ACME) as client:
+        assert "the merge 'both' cannot be requested: an adapter has its name" in caplog.text
+        assert client.post("/generate", json={"prompt": "1", "adapter": "both"}).status_code == 500
 
 
 def test_an_adapter_of_a_merge_s_name_takes_precedence(
@@ -235,7 +238,7 @@ def test_an_adapter_of_a_merge_s_name_takes_precedence(
         client.headers.update(bearer(ACME))
         assert terms(ask(client, adapter="both")) == [("both", 1.0)]
         assert terms(ask(client, adapter="both")) == [("both", 1.0)]
-    assert caplog.text.count("the merge 'both' cannot be requested any more") == 1
+    assert caplog.text.count("the merge 'both' cannot be requested: an adapter has its name") == 1
 
 
 def test_an_adapter_of_the_policy_may_not_be_in_a_merge(writer_model: Path, tmp_path: Path) -> None:
@@ -244,9 +247,16 @@ def test_an_adapter_of_the_policy_may_not_be_in_a_merge(writer_model: Path, tmp_
         assert "which the operator adds to every request" in error["message"]
 
 
-def test_a_merge_may_not_have_an_adapter_s_name(writer_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="--merges has math, which is also the name of an adapter or the base"):
-        make_service(writer_model, tmp_path, name="math")
+def test_a_merge_may_not_have_the_base_s_name(writer_model: Path, tmp_path: Path) -> None:
+    name = load_base_model(str(writer_model), torch.float32, "eager").name
+    with pytest.raises(AdapterError, match=f"--merges has {name}, which is also the name of the base"):
+        make_service(writer_model, tmp_path, name=name)
+
+
+def test_a_folder_that_cannot_be_read_is_named_with_its_flag(writer_model: Path, tmp_path: Path) -> None:
+    settings = Settings(model=str(writer_model), merges=tmp_path / "absent", demo_adapters=False, dtype="float32")
+    with pytest.raises(AdapterError, match=r"--merges: .*absent cannot be read: No such file"):
+        load_service(settings)
 
 
 BLOCKS = ([0.5, 1.5], [2.0, -1.0])
