@@ -69,7 +69,8 @@ class Replica:
     async def join(self, pins: Collection[str]) -> None:
         """Catch up with the changes since this replica read the store and the named merges. From now on it gets changes itself.
 
-        `pins` are those of the other replicas. Raises `StoreError` if the store fails; the replica has then not joined.
+        `pins` are those of the other replicas. Raises `StoreError` or `ConflictError` if the store or the folder of merges
+        cannot be read; the replica has then not joined.
         """
         from server.catalog.admin import catch_up  # noqa: PLC0415  # see `__init__`
 

@@ -232,7 +232,7 @@ ROUTES: dict[str, str] = {
     # adapters, as vLLM's and others have them
     **dict.fromkeys(("/load_lora_adapter", "/v1/lora/load", "/add_lora"), "POST /v1/load_lora_adapter, or POST /adapters"),
     **dict.fromkeys(("/unload_lora_adapter", "/v1/lora/unload"), "POST /v1/unload_lora_adapter, or DELETE /adapters/{name}"),
-    **dict.fromkeys(("/v1/adapters", "/loras", "/lora", "/list_adapters"), "GET /adapters"),
+    **dict.fromkeys(("/v1/adapters", "/loras", "/lora", "/list_adapters", "/merges"), "GET /adapters"),
     # probes
     **dict.fromkeys(
         ("/healthz", "/livez", "/live", "/alive", "/status", "/v1/health", "/v2/health/live", "/api/health"), "GET /health"

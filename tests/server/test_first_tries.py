@@ -273,6 +273,7 @@ ROUTES = [
     ("GET", "/v1/model", "GET /v1/models"),
     ("GET", "/v1/adapters", "GET /adapters"),
     ("GET", "/lora-adapters", "GET /adapters"),
+    ("GET", "/merges", "GET /adapters"),
     ("GET", "/info", "GET /v1/models"),
     ("GET", "/props", "GET /v1/models"),
     ("GET", "/healthz", "GET /health"),
