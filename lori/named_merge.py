@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from lori.config import Digest
 from lori.errors import AdapterError
@@ -35,6 +36,11 @@ BlockWeight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_na
 
 
 CONFIG = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+EXAMPLE: JsonDict = {
+    "base_digest": "5" * 64,
+    "adapters": [{"reference": "intent@2296fef96b2b", "weight": 0.9}, {"reference": "safety@77041cc00657", "weight": 0.7}],
+    "about": "by hand",
+}
 
 
 class MergedAdapter(BaseModel):
@@ -84,7 +90,7 @@ class MergedAdapter(BaseModel):
 class NamedMerge(BaseModel):
     """A weighted sum of adapters."""
 
-    model_config = CONFIG
+    model_config = CONFIG | ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     format_version: Literal[1] = 1
     base_digest: Digest

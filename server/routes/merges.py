@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Depends, Path
+from fastapi import APIRouter, Depends, Path
 
 from lori.named_merge import NamedMerge
 from lori.names import NAME
@@ -15,16 +15,9 @@ from server.schemas.adapters import NamedMergeInfo
 admin = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_admin)])
 MergePath = Annotated[str, Path(description="A merge's name.", json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
 
-EXAMPLE = {
-    "base_digest": "5" * 64,
-    "adapters": [{"reference": "intent@2296fef96b2b", "weight": 0.9}, {"reference": "safety@77041cc00657", "weight": 0.7}],
-    "about": "by hand",
-}
-MergeBody = Annotated[NamedMerge, Body(examples=[EXAMPLE])]
-
 
 @admin.put("/merges/{name}")
-async def publish_merge(name: MergePath, merge: MergeBody, service: ServiceOf) -> NamedMergeInfo:
+async def publish_merge(name: MergePath, merge: NamedMerge, service: ServiceOf) -> NamedMergeInfo:
     """Publish a named merge: the content of a file as `python -m training.tune` writes it, in place of one of the same name.
 
     Requests under way end with the weights that they began with.
