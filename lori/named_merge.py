@@ -177,9 +177,9 @@ def read_named_merges(folder: Path, base_digest: str) -> Mapping[str, NamedMerge
             merge = NamedMerge.from_bytes(read_regular(file, MAX_BYTES))
             merge.check_base(base_digest)
             merges[file.stem] = merge
-        except FileNotFoundError:  # deleted meanwhile
-            continue
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not file.is_symlink():
+                continue  # deleted meanwhile
             faults.append(f"{printable(str(file))} cannot be read: {error.strerror}")
         except AdapterError as error:
             faults.append(f"{printable(str(file))}: {error}")

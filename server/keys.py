@@ -58,7 +58,7 @@ def make_key(
         str | None, typer.Option(callback=_identifier, help="Who sends requests with it.", show_default=False)
     ] = None,
     role: Annotated[
-        Role, typer.Option(help="tenant: sends requests; admin: changes adapters, too; monitor: reads /metrics alone.")
+        Role, typer.Option(help="tenant: sends requests; admin: changes adapters and merges, too; monitor: reads /metrics alone.")
     ] = "tenant",
     name: Annotated[
         str | None,

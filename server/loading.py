@@ -381,7 +381,7 @@ def _check_merges(merges: Mapping[str, NamedMerge], base_names: Collection[str])
 
 
 def _warn_of_merges(merges: NamedMerges, registry: Registry) -> None:
-    for name, merge in merges.usable(lambda _: True).items():  # which warns of those whose names adapters have
+    for name, merge in merges.usable(lambda _: True).items():  # warns of those whose names adapters have
         if absent := [one.reference for one in merge.adapters if not candidates(registry, one.reference)]:
             logger.warning("requests for the merge %r will fail, since there is no %s", name, ", ".join(absent))
 

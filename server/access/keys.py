@@ -97,7 +97,7 @@ class KeyTable(Table):
 
     id: Identifier
     role: Literal["tenant", "admin", "monitor"] = "tenant"
-    """A tenant sends requests, an admin also changes adapters, and a monitor only reads /metrics."""
+    """A tenant sends requests, an admin also changes adapters and merges, and a monitor only reads /metrics."""
     tenant: Identifier | None = None
     sha256: Annotated[str, AfterValidator(_sha256)]
 

@@ -1,4 +1,4 @@
-"""Requests about adapters, which both clients send. Only an admin's key may change adapters. Knows no connection."""
+"""Requests about adapters and named merges, which both clients send. Only an admin's key may change them. Knows no connection."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -81,7 +81,7 @@ class AsyncClient:
             await sleep(wait)
 
     async def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
-        """List the adapters and named merges. With `limit`, at most so many of both; continue `after` the list's `next`."""
+        """List the adapters and named merges. With `limit`, at most so many in all; continue `after` the list's `next`."""
         return await self._ask(adapter_calls.adapters(prefix, after, limit))
 
     async def adapter(self, name: str) -> AdapterDetail:

@@ -88,7 +88,7 @@ class Client:
             sleep(wait)
 
     def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
-        """List the adapters and named merges. With `limit`, at most so many of both; continue `after` the list's `next`."""
+        """List the adapters and named merges. With `limit`, at most so many in all; continue `after` the list's `next`."""
         return self._ask(adapter_calls.adapters(prefix, after, limit))
 
     def adapter(self, name: str) -> AdapterDetail:

@@ -48,7 +48,7 @@ async def list_adapters(
     after: str = "",
     limit: Annotated[int | None, Query(ge=1)] = None,
 ) -> Response:
-    """List the adapters and named merges that the caller may use: at most `limit` of both, those after the name `after`."""
+    """List the adapters and named merges that the caller may use: at most `limit` in all, from the one after `after`."""
     content = await service.admin.write_list(lambda: encode_list(service, caller, prefix, after, limit))
     return Response(content, media_type="application/json")
 

@@ -51,10 +51,8 @@ class MergeAdmin:
         folder = self._checked_folder()
         if name in self._base_names or self.merges.is_adapter(name):
             raise ConflictError(f"{name!r} is also the name of an adapter or the base: choose another")
-        try:
-            merge.check_base(self._base_digest)
-        except AdapterError as error:
-            raise RefusedError("base_digest", str(error)) from error
+        if merge.base_digest != self._base_digest:
+            raise RefusedError("base_digest", f"is {merge.base_digest}, expected {self._base_digest}: it is of another base")
         for number, adapter in enumerate(merge.adapters):
             if not self._is_registered(adapter.reference):
                 raise RefusedError(f"adapters.{number}.reference", f"there is no {adapter.reference}")
@@ -73,9 +71,8 @@ class MergeAdmin:
             if name not in self.merges.by_name:
                 raise UnknownMergeError(f"there is no merge {name!r}")
             await self._run(lambda: _remove(folder / f"{name}{SUFFIX}"))
-            remaining = {**self.merges.by_name}
-            deleted = remaining.pop(name)
-            self.merges.by_name = remaining
+            deleted = self.merges.by_name[name]
+            self.merges.by_name = {key: merge for key, merge in self.merges.by_name.items() if key != name}
         logger.info("the merge %r was deleted", name)
         return deleted
 

@@ -25,7 +25,7 @@ class NamedMerges:
     is_adapter: Callable[[str], bool] = lambda _: False
     """Whether an adapter has this name."""
     _hidden: set[str] = field(default_factory=set, init=False)
-    """Merges whose names adapters have taken, as the log has said."""
+    """Merges of which the log has said that an adapter has their name."""
 
     def usable(self, may_use: MayUse) -> Mapping[str, NamedMerge]:
         """Return the merges that a caller may use, sorted by name."""

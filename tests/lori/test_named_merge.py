@@ -137,10 +137,12 @@ def test_all_files_of_a_folder_are_checked(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_bytes(b"{")
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "large.json").write_bytes(b" " * (MAX_BYTES + 1))
+    (tmp_path / "link.json").symlink_to(tmp_path / "absent")
     with pytest.raises(AdapterError) as caught:
         read_named_merges(tmp_path, BASE)
     faults = str(caught.value).splitlines()
-    assert len(faults) == 6
+    assert len(faults) == 7
+    assert any("link.json cannot be read: " in fault for fault in faults)
     assert any("Both.json: 'Both' is no adapter's name" in fault for fault in faults)
     assert any("auto.json: 'auto' is reserved" in fault for fault in faults)
     assert any(f"other.json: base_digest is {OTHER}, expected {BASE}" in fault for fault in faults)
