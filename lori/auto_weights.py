@@ -14,12 +14,17 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lori.prompt_statistics import Array, Background, ProbedPrompt, PromptStatistics, log_likelihoods, mean_covariance
+from lori.gaussians import Array, log_likelihoods, mean_covariance
+from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
 """Weights are multiples of 1 / GRID, so that like prompts share their prefixes in the cache."""
+LOG_ODDS = -7.0
+"""Logarithm of an adapter's prior probability divided by the base's."""
 NUM_NEAREST = 32
 """Gaussians whose adapters are compared exactly."""
+NUM_AVERAGED = 1000
+"""Number of adapters, roughly, whose covariances are averaged."""
 NUM_DISCRIMINANTS = 96
 """Directions in which all adapters are compared first."""
 NUM_DRAWS = 64
@@ -36,15 +41,15 @@ class Shares:
     base: float
 
 
-def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics], log_odds: float = 0.0) -> Shares:
+def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics], log_odds: float = LOG_ODDS) -> Shares:
     """Return the share of each adapter for a prompt with features z (F,), by Bayes' rule.
 
-    `log_odds` is the logarithm of an adapter's prior probability divided by the base's: by default they are equal.
+    `log_odds` is the logarithm of an adapter's prior probability divided by the base's.
     """
     return _shares(background.whiten(z), background, adapters, log_odds)
 
 
-def _shares(whitened: Array, background: Background, adapters: Sequence[PromptStatistics], log_odds: float = 0.0) -> Shares:
+def _shares(whitened: Array, background: Background, adapters: Sequence[PromptStatistics], log_odds: float) -> Shares:
     by_gaussian = log_likelihoods([adapter.gaussians for adapter in adapters], whitened)
     counts = np.array([len(adapter.gaussians.means) for adapter in adapters])
     by_adapter = np.logaddexp.reduceat(by_gaussian, counts.cumsum() - counts) - np.log(counts) + log_odds
@@ -59,7 +64,7 @@ def mean_weights(background: Background, adapters: Sequence[PromptStatistics], p
     The estimate is optimistic: the prompts come from the Gaussians that judge them, and none has another form.
     """
     draws = prompts.gaussians.draw(max(1, NUM_DRAWS // len(prompts.gaussians.means)), seed=0)
-    weights: Array = np.array([_shares(z, background, adapters).weights for z in draws.reshape(-1, draws.shape[-1])])
+    weights: Array = np.array([_shares(z, background, adapters, LOG_ODDS).weights for z in draws.reshape(-1, draws.shape[-1])])
     mean: Array = weights.mean(0)
     return mean
 
@@ -106,7 +111,8 @@ class SelectionIndex:
         for adapter in adapters:
             _ = adapter.gaussians.log_determinants  # cached: a selection should not wait for them
         means = np.concatenate([adapter.gaussians.means for adapter in adapters]).astype(np.float64)  # (G, F)
-        values, vectors = np.linalg.eigh(mean_covariance([adapter.gaussians for adapter in adapters]))
+        sample = adapters[:: max(1, len(adapters) // NUM_AVERAGED)]
+        values, vectors = np.linalg.eigh(mean_covariance([adapter.gaussians for adapter in sample]))
         spherical = vectors / np.sqrt(values)  # to a space in which the mean covariance is the identity
         _, axes = np.linalg.eigh((means @ spherical).T @ (means @ spherical))
         self._discriminants = spherical @ axes[:, -NUM_DISCRIMINANTS:]  # (F, NUM_DISCRIMINANTS)
@@ -120,24 +126,25 @@ class SelectionIndex:
     def select(self, z: Array, max_adapters: int, allowed: Mask) -> Selection:
         """Return the adapters for a prompt with features z (F,): at most `max_adapters` of those that `allowed` (one each) has.
 
-        The base's prior probability equals that of all allowed adapters together. What adapters beyond `max_adapters` would have
-        goes to the base.
+        The prior odds of all allowed adapters together are `LOG_ODDS`. What those beyond `max_adapters` would have is the base's.
         """
         num_allowed = int(allowed.sum())
         if not num_allowed:
             return Selection((), Shares((), 1.0))
-        nearest = self._nearest(z, allowed, num_allowed)
-        result = shares(z, self._background, [self._adapters[i] for i in nearest], log_odds=-log(num_allowed))
+        whitened = self._background.whiten(z)
+        nearest = self._nearest(whitened, allowed, num_allowed)
+        adapters = [self._adapters[i] for i in nearest]
+        result = _shares(whitened, self._background, adapters, LOG_ODDS - log(num_allowed))
         fitting = [(weight, int(i)) for i, weight in zip(nearest, result.weights, strict=True) if weight]
         best = sorted(fitting, key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
         weights = tuple(weight for weight, _ in best)
         return Selection(tuple(i for _, i in best), Shares(weights, 1 - sum(weights)))
 
-    def _nearest(self, z: Array, allowed: Mask, num_allowed: int) -> npt.NDArray[np.intp]:
+    def _nearest(self, whitened: Array, allowed: Mask, num_allowed: int) -> npt.NDArray[np.intp]:
         if num_allowed <= NUM_NEAREST:
             return np.flatnonzero(allowed)
         # The scores are those of the distances, without the term that all share.
-        scores = self._points @ (self._background.whiten(z) @ self._discriminants).astype(np.float32) + self._constants
+        scores = self._points @ (whitened @ self._discriminants).astype(np.float32) + self._constants
         if num_allowed < len(self):
             scores[~allowed[self._owners]] = -np.inf
         # All of them are allowed, since more than NUM_NEAREST scores are finite.

@@ -4,8 +4,8 @@ The frozen base alone decides: its first layers read the prompt's last message (
 are a fixed random projection of what the next layer's attention reads. An adapter's statistics are a Gaussian of z for each form
 of its prompts. The background has Gaussians of everything else: a prompt that fits those better is nobody's.
 
-All Gaussians are in the space in which the background's covariance is the identity. Shapes: F features, K axes, N width of the
-base, P prompts.
+All Gaussians are in the space in which the background's covariance is the identity. Shapes: F features, N width of the base, P
+prompts.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import lgamma, log, log1p, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from lori.errors import AdapterError, AdapterFormatError, TemplateError
+from lori.gaussians import (
+    GAUSSIAN_NAMES,
+    MAX_MAGNITUDE,
+    MAX_READ_NORM,
+    NUM_AXES,
+    Array,
+    Gaussians,
+    as_float32,
+    fit_gaussian,
+    joined,
+)
 from lori.identity import BaseIdentity
 from lori.names import NUM_VERSION_DIGITS
 from lori.printable import printable
@@ -37,10 +48,6 @@ NUM_PROJECTED, PROJECTION_KEY = 96, 2504_07448
 """Rows of the random projection, and the key of its random numbers."""
 NUM_FEATURES = 2 * NUM_PROJECTED
 """The projected mean of the content's tokens, and the projected last token."""
-NUM_AXES = 8
-"""Directions in which a Gaussian has a variance of its own; in all others it has one common variance."""
-SHRINKAGE = 0.3
-"""Share of the background's covariance in the covariance of a Gaussian."""
 FREEDOM = 8
 """Degrees of freedom of the background's heavy-tailed distribution."""
 MAX_CONTENT_CHARACTERS, MAX_CONTENT_TOKENS = 8192, 512
@@ -55,10 +62,7 @@ BACKGROUNDS = Path(__file__).parent / "backgrounds"
 PROBED_LAYERS_DIVISOR = 5
 """The base's first layers compute the features: their number divided by this."""
 
-GAUSSIAN_NAMES = ("means", "axes", "variances")
-"""Tensors of a `Gaussians`, in files too."""
-
-Array = npt.NDArray[np.float64]
+Tensor = npt.NDArray[Any]
 
 
 def num_probe_layers(num_layers: int) -> int:
@@ -144,94 +148,6 @@ def project(x: Array, prompt: ProbedPrompt, projection: Array) -> Array:
 
 
 @dataclass(frozen=True, eq=False)
-class Gaussians:
-    """C Gaussians of F features, each with covariance v I + sum of (l_k) a_k a_k^T over K unit axes a_k."""
-
-    means: npt.NDArray[np.float32]
-    """(C, F)"""
-    axes: npt.NDArray[np.float32]
-    """(C, K, F). Each axis a_k is multiplied by sqrt(l_k / (l_k + v)), so that the squared distance of z is
-    (|z - m|^2 - |axes (z - m)|^2) / v."""
-    variances: npt.NDArray[np.float32]
-    """(C,), v"""
-
-    @cached_property
-    def log_determinants(self) -> Array:
-        """The logarithms of the covariances' determinants, (C,)."""
-        # The determinant of C is v^F times the product of (l_k + v) / v, and |axis|^2 = l_k / (l_k + v).
-        squares = (self.axes.astype(np.float64) ** 2).sum(-1)
-        determinants: Array = self.means.shape[1] * np.log(self.variances.astype(np.float64)) - np.log1p(-squares).sum(-1)
-        return determinants
-
-    @property
-    def loadings(self) -> Array:
-        """Factor loadings sqrt(l_k) a_k, (C, K, F). The covariance is v I plus the sum of their outer products."""
-        squares = (self.axes.astype(np.float64) ** 2).sum(-1)  # q = l / (l + v), so that l = v q / (1 - q)
-        loadings: Array = self.axes * np.sqrt(self.variances[:, None] / (1 - squares))[:, :, None]
-        return loadings
-
-    def log_likelihoods(self, z: Array) -> Array:
-        """Return the log-likelihood of z (F,) under each Gaussian, (C,), without the term that all of them share."""
-        return log_likelihoods([self], z)
-
-    def draw(self, num_draws: int, seed: int) -> Array:
-        """Return `num_draws` random whitened features of each Gaussian, (C, num_draws, F). A seed gives the same ones again."""
-        random = np.random.default_rng(seed)
-        spherical = random.standard_normal((len(self.means), num_draws, self.means.shape[1]))
-        along = random.standard_normal((len(self.means), num_draws, self.axes.shape[1]))
-        draws: Array = self.means[:, None] + np.sqrt(self.variances)[:, None, None] * spherical + along @ self.loadings
-        return draws
-
-
-def log_likelihoods(parts: Sequence[Gaussians], z: Array) -> Array:
-    """Return the log-likelihood of z (F,) under each Gaussian of all `parts`, in order, as `Gaussians.log_likelihoods`.
-
-    In one call: part by part it takes ten times as long.
-    """
-    means, axes, variances = (np.concatenate([getattr(part, name) for part in parts]) for name in GAUSSIAN_NAMES)
-    determinants = np.concatenate([part.log_determinants for part in parts])
-    difference = z - means
-    along = (axes @ difference[:, :, None])[:, :, 0]  # (C, K)
-    distances = ((difference**2).sum(-1) - (along**2).sum(-1)) / variances
-    result: Array = -0.5 * (distances + determinants)
-    return result
-
-
-def fit_gaussian(z: Array, weights: Array | None = None, shrinkage: float = SHRINKAGE) -> Gaussians:
-    """Return the Gaussian of z (P, F), in the whitened space, with `weights` (P,) of the prompts; C is 1."""
-    share = np.full(len(z), 1 / len(z)) if weights is None else weights / weights.sum()
-    mean = share @ z
-    centred = z - mean
-    covariance = (1 - shrinkage) * (centred.T * share) @ centred + shrinkage * np.eye(z.shape[1])
-    values, vectors = np.linalg.eigh(covariance)
-    variance = values[:-NUM_AXES].mean()
-    excess = np.maximum(values[-NUM_AXES:] - variance, 0)
-    axes = vectors[:, -NUM_AXES:].T * np.sqrt(excess / (excess + variance))[:, None]
-    return Gaussians(_stored(mean[None]), _stored(axes[None]), _stored(np.array([variance])))
-
-
-def _stored(values: Array) -> npt.NDArray[np.float32]:
-    # safetensors writes the memory of an array as it lies.
-    return np.ascontiguousarray(values, np.float32)
-
-
-def joined(parts: Sequence[Gaussians]) -> Gaussians:
-    """Return the Gaussians of all `parts`."""
-    return Gaussians(*(_stored(np.concatenate([getattr(part, name) for part in parts])) for name in GAUSSIAN_NAMES))
-
-
-def mean_covariance(gaussians: Sequence[Gaussians]) -> Array:
-    """Return the mean (F, F) of the covariances of all Gaussians."""
-    num_gaussians, num_features = sum(len(one.means) for one in gaussians), gaussians[0].means.shape[1]
-    total = np.zeros((num_features, num_features))
-    for one in gaussians:
-        flat = one.loadings.reshape(-1, num_features)
-        total += flat.T @ flat
-        total[np.diag_indices(num_features)] += one.variances.sum()
-    return total / num_gaussians
-
-
-@dataclass(frozen=True, eq=False)
 class Background:
     """Prompts that are no adapter's: the whitening that all statistics use, and Gaussians of ordinary prompts."""
 
@@ -263,7 +179,7 @@ class Background:
         return _log_mean_exp(np.append(self.gaussians.log_likelihoods(z), wide))
 
     @property
-    def _tensors(self) -> dict[str, npt.NDArray[np.float32]]:
+    def _tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "whitening": self.whitening, **_tensors_of(self.gaussians)}
 
     def to_bytes(self) -> bytes:
@@ -289,7 +205,7 @@ def fit_background(base_digest: str, groups: Sequence[Array]) -> Background:
     whitening = np.linalg.cholesky(np.linalg.inv(covariance))
     whitened = [(group - mean) @ whitening for group in groups]
     gaussians = joined([fit_gaussian(group) for group in whitened])
-    return Background(base_digest, _stored(mean), _stored(whitening), gaussians)
+    return Background(base_digest, as_float32(mean), as_float32(whitening), gaussians)
 
 
 def find_background(base: BaseIdentity, path: Path | None = None) -> Background | None:
@@ -348,25 +264,27 @@ def _log_mean_exp(values: Array) -> float:
     return float(largest + np.log(np.exp(values - largest).mean()))
 
 
-def _tensors_of(gaussians: Gaussians) -> dict[str, npt.NDArray[np.float32]]:
+def _tensors_of(gaussians: Gaussians) -> dict[str, Tensor]:
     return {name: getattr(gaussians, name) for name in GAUSSIAN_NAMES}
 
 
-def _gaussians_of(tensors: Mapping[str, npt.NDArray[np.float32]]) -> Gaussians:
-    return Gaussians(tensors["means"], tensors["axes"], tensors["variances"])
+def _gaussians_of(tensors: Mapping[str, Tensor]) -> Gaussians:
+    return Gaussians(**{name: tensors[name] for name in GAUSSIAN_NAMES})
 
 
-def _digest(tensors: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, str]) -> str:
+def _dtype(name: str) -> str:
+    return "|i1" if name == "axes" else "<f4"
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         sha.update(f"{name}|{tensors[name].shape}|".encode())
-        sha.update(np.ascontiguousarray(tensors[name], "<f4").data)
+        sha.update(np.ascontiguousarray(tensors[name], _dtype(name)).data)
     return sha.hexdigest()
 
 
-def _parse(
-    source: str, content: bytes, keys: Sequence[str], names: Sequence[str]
-) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, str]]:
+def _parse(source: str, content: bytes, keys: Sequence[str], names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a file. Raises `AdapterFormatError` about `source` with every fault."""
     try:
         tensors, metadata = load(content), _metadata(content)
@@ -394,8 +312,10 @@ def _metadata_faults(metadata: Mapping[str, str], keys: Sequence[str]) -> list[s
     return faults + [f"has an unknown {key!r} in its metadata" for key in sorted(metadata.keys() - expected)]
 
 
-def _tensor_faults(tensors: Mapping[str, npt.NDArray[np.float32]], names: Sequence[str]) -> list[str]:
-    faults = [f"has no tensor {name!r}" for name in names if name not in tensors]
+def _tensor_faults(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
+    faults = [f"has no tensor {name!r}" for name in names if name not in tensors and name != "scales"]
+    if "scales" not in tensors:
+        faults.append("has no tensor 'scales': older versions wrote it so, make it again or remove it")
     faults += [f"has an unknown tensor {name!r}" for name in sorted(tensors.keys() - {*names})]
     if faults:
         return faults
@@ -405,18 +325,29 @@ def _tensor_faults(tensors: Mapping[str, npt.NDArray[np.float32]], names: Sequen
         "whitening": (NUM_FEATURES, NUM_FEATURES),
         "means": (count, NUM_FEATURES),
         "axes": (count, NUM_AXES, NUM_FEATURES),
+        "scales": (count, NUM_AXES),
         "variances": (count,),
     }
     for name in names:
         tensor = tensors[name]
-        if tensor.dtype != np.float32 or tensor.shape != shapes[name]:
-            faults.append(f"{name}: {tensor.dtype} {tensor.shape}, expected float32 {shapes[name]}")
+        if tensor.dtype != _dtype(name) or tensor.shape != shapes[name]:
+            faults.append(f"{name}: {tensor.dtype} {tensor.shape}, expected {np.dtype(_dtype(name))} {shapes[name]}")
         elif not np.isfinite(tensor).all():
             faults.append(f"{name}: values that are not finite")
     if not 1 <= count <= MAX_GAUSSIANS:
         faults.append(f"has {count} Gaussians, expected 1 to {MAX_GAUSSIANS}")
-    if not faults and not (tensors["variances"] > 0).all():
-        faults.append("variances: not all are positive")
-    if not faults and not (np.linalg.norm(tensors["axes"].astype(np.float64), 2, (1, 2)) < 1).all():
-        faults.append("axes: not all are shorter than 1")  # a distance could be negative
+    return faults or _range_faults(_gaussians_of(tensors))
+
+
+def _range_faults(gaussians: Gaussians) -> list[str]:
+    faults = []
+    if (largest := np.abs(gaussians.means).max()) > MAX_MAGNITUDE:
+        faults.append(f"means: {largest:g}, expected {MAX_MAGNITUDE:g} at most")
+    least, largest = gaussians.variances.min(), gaussians.variances.max()
+    if least < 1 / MAX_MAGNITUDE or largest > MAX_MAGNITUDE:
+        faults.append(f"variances: {least:g} to {largest:g}, expected {1 / MAX_MAGNITUDE:g} to {MAX_MAGNITUDE:g}")
+    try:  # takes a tenth of the time of singular values
+        gaussians.cholesky(MAX_READ_NORM)
+    except np.linalg.LinAlgError:
+        faults.append(f"axes: a spectral norm of {MAX_READ_NORM} or more")
     return faults

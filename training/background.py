@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from lori.prompt_statistics import NUM_FEATURES, NUM_PROJECTED, Array, Background, fit_background
+from lori.gaussians import Array
+from lori.prompt_statistics import NUM_FEATURES, NUM_PROJECTED, Background, fit_background
 from lori.store.files import replace_file
 from training.base import load_base
 from training.command_line import run_program
@@ -32,7 +33,7 @@ class BackgroundConfig(PromptsConfig):
     completions are ignored."""
     output: Path
     """The file to write."""
-    num_rows: int = Field(default=400, ge=MIN_ROWS)
+    num_rows: int = Field(default=1500, ge=MIN_ROWS)
     """Maximum number of prompts of each source, drawn at random."""
 
 

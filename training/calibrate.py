@@ -18,7 +18,7 @@ from training.base import load_base
 from training.command_line import run_program
 from training.data import Faults, Source, read_rows
 from training.prompt_features import PromptsConfig
-from training.prompt_statistics import MIN_ROWS, Form, measure, write_statistics
+from training.prompt_statistics import MAX_ROWS, MIN_ROWS, Form, measure, write_statistics
 
 
 class CalibrateConfig(PromptsConfig):
@@ -33,7 +33,7 @@ class CalibrateConfig(PromptsConfig):
     prompts and messages."""
     background: Path | None = None
     """The base's background, see `python -m training.background`; by default the one that comes with the embedded model."""
-    num_rows: int = Field(default=300, ge=MIN_ROWS)
+    num_rows: int = Field(default=MAX_ROWS, ge=MIN_ROWS)
     """Maximum number of rows of each source, drawn at random."""
 
 

@@ -178,7 +178,7 @@ class FitConfig(CommandLine):
     """An HTML page to write about the run: loss curves, the mask, answers before and after."""
     prompt_statistics: bool = True
     """Measures the prompts of `data` at the end, for requests with automatic weights, if there are enough and the base has a
-    background. It takes three passes over at most 300 rows of each form, and 2,400 in all."""
+    background. It takes three passes over at most 800 rows of each form, and 2,400 in all."""
     background: Path | None = None
     """The base's background, see `python -m training.background`; by default the one that comes with the embedded model."""
     fsdp: bool = False

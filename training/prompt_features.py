@@ -15,7 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 from lori.base_model import BaseModel
-from lori.prompt_statistics import Array, ProbedPrompt, num_probe_layers, probed_prompt, project, projection_matrix
+from lori.gaussians import Array
+from lori.prompt_statistics import ProbedPrompt, num_probe_layers, probed_prompt, project, projection_matrix
 from lori.template import Message
 from training.command_line import CommandLine
 from training.data import OnBad, Row

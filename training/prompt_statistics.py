@@ -15,16 +15,8 @@ import numpy as np
 
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
-from lori.prompt_statistics import (
-    MAX_GAUSSIANS,
-    STATISTICS_FILE,
-    Array,
-    Background,
-    Gaussians,
-    PromptStatistics,
-    fit_gaussian,
-    joined,
-)
+from lori.gaussians import Array, Gaussians, fit_gaussian, joined
+from lori.prompt_statistics import MAX_GAUSSIANS, STATISTICS_FILE, Background, PromptStatistics
 from lori.store.files import replace_file
 from training.data import DataError, Row
 from training.evaluation.local_adapters import apply_adapter
@@ -33,8 +25,9 @@ from training.prompt_features import prompt_features
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS, MAX_ALL_ROWS = 300, 2400
-"""Maximum number of rows of a form, and of all forms, that are measured at the end of a training."""
+MAX_ROWS, MAX_ALL_ROWS = 800, 2400
+"""Maximum number of rows of a form, and of all forms, that are measured at the end of a training. `training.calibrate` measures
+as many of a form by default."""
 NUM_KINDS = 2
 """Kinds of prompts: plain ones, and messages."""
 MIN_ROWS = 80

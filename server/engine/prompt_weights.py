@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lori.auto_weights import PromptQuery
-from lori.prompt_statistics import Array
+from lori.gaussians import Array
 from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
 
 logger = logging.getLogger(__name__)

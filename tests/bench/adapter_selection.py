@@ -12,12 +12,14 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from lori.auto_weights import SelectionIndex
-from lori.prompt_statistics import BACKGROUNDS, NUM_AXES, NUM_FEATURES, Array, Background, Gaussians, PromptStatistics
+from lori.gaussians import Array, Gaussians
+from lori.prompt_statistics import BACKGROUNDS, Background, PromptStatistics
 from lori.store.entry import Entry
 
 DEMO_ADAPTERS = Path(__file__).parents[2] / "server" / "adapters"
@@ -32,17 +34,14 @@ def copies(originals: Sequence[PromptStatistics], count: int, rng: np.random.Gen
     for index in range(count):
         one = originals[index % len(originals)]
         means = one.gaussians.means + SPREAD * rng.standard_normal(one.gaussians.means.shape)
-        gaussians = Gaussians(means.astype(np.float32), one.gaussians.axes, one.gaussians.variances)
+        gaussians = replace(one.gaussians, means=means.astype(np.float32))
         made.append(PromptStatistics(one.adapter_digest, one.background_digest, gaussians))
     return made
 
 
 def draw(gaussians: Gaussians, background: Background, rng: np.random.Generator) -> Array:
     """Return features (F,) of a prompt, drawn from the first of the Gaussians."""
-    variance, axes = float(gaussians.variances[0]), gaussians.axes[0].astype(np.float64)
-    scales = np.sqrt(variance / (1 - (axes**2).sum(-1)))
-    z = gaussians.means[0] + np.sqrt(variance) * rng.standard_normal(NUM_FEATURES)
-    z = z + (scales * rng.standard_normal(NUM_AXES)) @ axes
+    z = gaussians.draw(1, seed=int(rng.integers(2**32)))[0, 0]
     return np.linalg.solve(background.whitening.T.astype(np.float64), z) + background.mean
 
 

@@ -12,9 +12,10 @@ from lori.basis import Explicit, Seeded
 from lori.config import UNSEALED, AdapterConfig, LoriSection, SeededConfig, basis_config, compact_shapes
 from lori.format import load_adapter, save_adapter, seal
 from lori.identity import BaseIdentity
-from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, STATISTICS_FILE, Gaussians, PromptStatistics
+from lori.prompt_statistics import NUM_FEATURES, STATISTICS_FILE, PromptStatistics
 from lori.sparse import SparseB
 from lori.store.store import AdapterStore
+from tests.lori.features import spherical
 
 # The masks are bitmaps of 27 bits, and of 48, which are whole bytes.
 SHAPES = {
@@ -110,9 +111,8 @@ def fold(adapter: Adapter, module: str, num_inputs: int) -> torch.Tensor:
 
 def write_statistics(folder: Path, digest: str | None = None, background: str = "d" * 64) -> bytes:
     """Write statistics of the prompts of the adapter in `folder`, or of one whose content has `digest`. Return the file."""
-    arrays = (np.zeros(shape, np.float32) for shape in ((1, NUM_FEATURES), (1, NUM_AXES, NUM_FEATURES)))
-    gaussians = Gaussians(*arrays, np.ones(1, np.float32))
-    content = PromptStatistics(digest or load_adapter(folder).config.lori.content_digest, background, gaussians).to_bytes()
+    digest = digest or load_adapter(folder).config.lori.content_digest
+    content = PromptStatistics(digest, background, spherical(np.zeros(NUM_FEATURES))).to_bytes()
     (folder / STATISTICS_FILE).write_bytes(content)
     return content
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lori.prompt_statistics import NUM_FEATURES, Array, Background, PromptStatistics, fit_background, fit_gaussian
+from lori.gaussians import NUM_AXES, Array, Gaussians, as_float32, fit_gaussian
+from lori.prompt_statistics import NUM_FEATURES, Background, PromptStatistics, fit_background
 
 NUM_PROMPTS = 120
 SEEDS = (11, 12, 13)
@@ -18,6 +19,12 @@ def draw(seed: int, centre: float = 0.0, count: int = NUM_PROMPTS) -> Array:
     direction = random.standard_normal(NUM_FEATURES)
     noise = random.standard_normal((count, NUM_FEATURES)) + random.standard_normal((count, 5)) @ spread
     return centre * direction + noise
+
+
+def spherical(mean: Array, variance: float = 1.0) -> Gaussians:
+    """Return a Gaussian around `mean` (F,) with one variance in all directions."""
+    axes, scales = np.zeros((1, NUM_AXES, NUM_FEATURES), np.int8), np.zeros((1, NUM_AXES), np.float32)
+    return Gaussians(as_float32(mean[None]), axes, scales, np.full(1, variance, np.float32))
 
 
 def make_background() -> Background:

@@ -1,12 +1,25 @@
 """Automatic weights: the shares of named adapters, and the choice among many."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
-from lori.auto_weights import GRID, NUM_NEAREST, Mask, Selection, SelectionIndex, SelectionQuery, Shares, mean_weights, shares
-from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics, joined
+from lori.auto_weights import (
+    GRID,
+    LOG_ODDS,
+    NUM_NEAREST,
+    Mask,
+    Selection,
+    SelectionIndex,
+    SelectionQuery,
+    Shares,
+    mean_weights,
+    shares,
+)
+from lori.gaussians import Array, joined
+from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
 from tests.lori.features import SEEDS, draw, make_adapters
 
 
@@ -24,7 +37,7 @@ def test_another_prompt_goes_to_the_base(background: Background, adapters: Seque
 
 def test_shares_lie_on_the_grid_and_their_sum_is_1(background: Background, adapters: Sequence[PromptStatistics]) -> None:
     [z] = draw(11, 3.0, count=1)
-    uneven = [shares(z, background, [adapters[0], adapters[1]], log_odds=odds) for odds in np.linspace(-400, 400, 201)]
+    uneven = [shares(z, background, [adapters[0], adapters[1]], log_odds=odds) for odds in np.linspace(-1000, 1000, 2001)]
     assert len({result.base for result in uneven}) > 2, "no share is between 0 and 1"
     for result in uneven:
         parts = [*result.weights, result.base]
@@ -82,6 +95,26 @@ def test_prior_odds_are_counted(background: Background, adapters: Sequence[Promp
     assert shares(z, background, adapters, log_odds=-1e6) == Shares((0.0,) * 3, 1.0)
 
 
+def test_the_base_is_e7_times_as_likely_as_an_adapter_and_as_all_that_may_be_selected(
+    background: Background, adapters: Sequence[PromptStatistics]
+) -> None:
+    [start], [stop] = draw(1, count=1), draw(11, 3.0, count=1)
+    path = start + np.linspace(0, 1, 100_000)[:, None] * (stop - start)
+
+    def crossing(share: Callable[[Array], float]) -> Array:
+        return path[bisect_left(range(len(path)), 0.5, key=lambda place: share(path[place]))]
+
+    def log_ratio(z: Array) -> float:
+        whitened = background.whiten(z)
+        [own] = adapters[0].gaussians.log_likelihoods(whitened)
+        return float(own) - background.log_likelihood(whitened)
+
+    assert log_ratio(crossing(lambda z: shares(z, background, adapters[:1]).weights[0])) == pytest.approx(7, abs=0.2)
+    index = SelectionIndex(background, [adapters[0]] * 8)
+    # Shares on the grid cross one half where the exact ones are 7/16.
+    assert log_ratio(crossing(lambda z: 1 - index.select(z, 8, allow(index)).shares.base)) == pytest.approx(7, abs=0.3)
+
+
 @pytest.fixture(scope="module")
 def many(background: Background) -> list[PromptStatistics]:
     return make_adapters(background, range(100, 100 + 3 * NUM_NEAREST))
@@ -101,15 +134,16 @@ def test_a_prompt_gets_its_adapter_among_many(background: Background, many: Sequ
 
 
 def test_the_selection_among_many_is_that_of_a_comparison_with_all(
-    background: Background, many: Sequence[PromptStatistics]
+    background: Background, many: Sequence[PromptStatistics], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lori.auto_weights.NUM_AVERAGED", 10)
     # Some are there twice, so that they share the weight.
     adapters = [*many, *many[3::7]]
     index = SelectionIndex(background, adapters)
     selections = set()
     for place in (0, 3, 10, 11, 17):
         for z in draw(100 + place, 3.0, count=3):
-            expected = shares(z, background, adapters, log_odds=-np.log(len(adapters)))
+            expected = shares(z, background, adapters, log_odds=LOG_ODDS - np.log(len(adapters)))
             selection = index.select(z, len(adapters), allow(index))
             selections.add(selection.shares.weights)
             weights = {i: weight for i, weight in enumerate(expected.weights) if weight}

@@ -28,7 +28,13 @@ def config(place: Path, model: Path, *kinds: Sequence[str]) -> BackgroundConfig:
     for file, kind in zip(files, kinds, strict=True):
         file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in kind))
     return BackgroundConfig.model_validate(
-        {"data": list(map(str, files)), "output": place / "background.safetensors", "model": str(model), "dtype": "float32"}
+        {
+            "data": list(map(str, files)),
+            "output": place / "background.safetensors",
+            "model": str(model),
+            "dtype": "float32",
+            "num_rows": 400,
+        }
     )
 
 

@@ -339,7 +339,7 @@ def safety_statistics(files: Files) -> str:
         files.filtered("harmful_acts-punctuated", acts, _is_punctuated),
         files.filtered("harmful_acts-unpunctuated", acts, lambda row: not _is_punctuated(row)),
     ]
-    words = ["python", "-m", "training.calibrate", str(folder / "adapters" / "safety"), "--num-rows", "200"]
+    words = ["python", "-m", "training.calibrate", str(folder / "adapters" / "safety")]
     return shlex.join([*words, *(word for form in forms for word in ("--data", str(form)))])
 
 

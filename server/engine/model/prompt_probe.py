@@ -10,14 +10,8 @@ from dataclasses import replace
 import torch
 
 from lori.device import to_device
-from lori.prompt_statistics import (
-    MAX_PROBED_TOKENS,
-    Array,
-    ProbedPrompt,
-    num_probe_layers,
-    project,
-    projection_matrix,
-)
+from lori.gaussians import Array
+from lori.prompt_statistics import MAX_PROBED_TOKENS, ProbedPrompt, num_probe_layers, project, projection_matrix
 from server.engine.model.decoder import Decoder, ForwardContext, Span
 from server.engine.model.runner import make_ops, on_device
 

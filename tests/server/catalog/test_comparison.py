@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from lori.base_model import BaseModel
 from lori.compare.pairs import ModuleComparison, compare
 from lori.errors import AdapterError
-from lori.prompt_statistics import PromptStatistics, joined
+from lori.gaussians import joined
+from lori.prompt_statistics import PromptStatistics
 from lori.store.store import AdapterStore
 from lori.summary import summarise
 from server.access.caller import Caller

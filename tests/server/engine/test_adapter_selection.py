@@ -9,23 +9,22 @@ import numpy as np
 import pytest
 
 from lori.auto_weights import Selection, Shares
-from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, Array, Background, Gaussians, PromptStatistics
+from lori.gaussians import Array, Gaussians
+from lori.prompt_statistics import NUM_FEATURES, Background, PromptStatistics
 from lori.template import Message
 from server.engine.adapter_selection import AdapterSelector, PendingSelection
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.admission import Admission
 from server.engine.generate_request import Caps, GenerateRequest, RefusedError, TokenPrompt
+from tests.lori.features import spherical
 from tests.server.registered import registered
 from tests.tiny import tiny_tokenizer
 
-AXES = np.zeros((1, NUM_AXES, NUM_FEATURES), np.float32)
 CHAT: Sequence[Message] = [Message(role="user", content="2+3")]
 
 
 def gaussian(*place: float) -> Gaussians:
-    mean = np.zeros((1, NUM_FEATURES), np.float32)
-    mean[0, : len(place)] = place
-    return Gaussians(mean, AXES, np.full(1, 0.1, np.float32))
+    return spherical(np.pad(place, (0, NUM_FEATURES - len(place))), 0.1)
 
 
 BACKGROUND = Background("b" * 64, np.zeros(NUM_FEATURES, np.float32), np.eye(NUM_FEATURES, dtype=np.float32), gaussian())

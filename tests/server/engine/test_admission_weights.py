@@ -8,17 +8,18 @@ from transformers import PreTrainedTokenizerFast
 
 from lori.auto_weights import Shares
 from lori.merge_options import MergeOptions
-from lori.prompt_statistics import NUM_AXES, NUM_FEATURES, Background, Gaussians, PromptStatistics, probed_prompt
+from lori.prompt_statistics import NUM_FEATURES, Background, PromptStatistics, probed_prompt
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.admission import Admission
 from server.engine.generate_request import GenerateRequest, RefusedError, TokenPrompt
 from server.engine.request import RequestedWeight, SamplingParams
+from tests.lori.features import spherical
 from tests.server.registered import registered
 from tests.tiny import tiny_tokenizer
 
-MEANS, AXES = np.zeros((1, NUM_FEATURES), np.float32), np.zeros((1, NUM_AXES, NUM_FEATURES), np.float32)
-GAUSSIANS = Gaussians(MEANS, AXES, np.ones(1, np.float32))
-BACKGROUND = Background("b" * 64, MEANS[0], np.eye(NUM_FEATURES, dtype=np.float32), GAUSSIANS)
+MEAN = np.zeros(NUM_FEATURES, np.float32)
+GAUSSIANS = spherical(MEAN)
+BACKGROUND = Background("b" * 64, MEAN, np.eye(NUM_FEATURES, dtype=np.float32), GAUSSIANS)
 OTHER = replace(BACKGROUND, base_digest="c" * 64)
 
 

@@ -7,17 +7,11 @@ import numpy as np
 import pytest
 
 from lori.auto_weights import Shares, WeightQuery
-from lori.prompt_statistics import (
-    NUM_AXES,
-    NUM_FEATURES,
-    Array,
-    Background,
-    Gaussians,
-    ProbedPrompt,
-    PromptStatistics,
-)
+from lori.gaussians import Array, Gaussians
+from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
 from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
 from server.engine.prompt_weights import MAX_BUSY_TOKENS, OVERFLOW, PromptWeigher, WeighingError
+from tests.lori.features import spherical
 
 LENGTH = 100
 GUILTY, OVERFLOWING, BREAKING = 1, 2, 3
@@ -25,8 +19,7 @@ GUILTY, OVERFLOWING, BREAKING = 1, 2, 3
 
 
 def gaussian(mean: float) -> Gaussians:
-    axes = np.zeros((1, NUM_AXES, NUM_FEATURES), np.float32)
-    return Gaussians(np.full((1, NUM_FEATURES), mean, np.float32), axes, np.full(1, 0.1, np.float32))
+    return spherical(np.full(NUM_FEATURES, mean), 0.1)
 
 
 BACKGROUND = Background("b" * 64, np.zeros(NUM_FEATURES, np.float32), np.eye(NUM_FEATURES, dtype=np.float32), gaussian(5.0))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from lori.auto_weights import Selection
-from lori.prompt_statistics import NUM_FEATURES, Array, ProbedPrompt
+from lori.gaussians import Array
+from lori.prompt_statistics import NUM_FEATURES, ProbedPrompt
 from server.engine.adapter_selection import AdapterSelector, PendingSelection
 from server.engine.generate_request import GenerateRequest
 from server.engine.model.prompt_probe import PromptProbe

@@ -11,7 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from lori.prompt_statistics import NUM_FEATURES, Array, ProbedPrompt
+from lori.gaussians import Array
+from lori.prompt_statistics import NUM_FEATURES, ProbedPrompt
 from server.engine.generate_request import GenerateRequest
 from server.engine.model.prompt_probe import PromptProbe
 from server.engine.prompt_weights import OVERFLOW

@@ -10,7 +10,8 @@ import torch
 
 from lori.base_model import BaseModel, load_base_model
 from lori.format import read_config
-from lori.prompt_statistics import STATISTICS_FILE, Background, Gaussians, PromptStatistics, fit_background, fit_gaussian
+from lori.gaussians import Gaussians, fit_gaussian
+from lori.prompt_statistics import STATISTICS_FILE, Background, PromptStatistics, fit_background
 from server.loading import load_service
 from server.service.service import Service
 from server.settings import Settings

@@ -1,0 +1,139 @@
+"""Gaussians of prompts' features, stored in few bytes: a mean, and a covariance of low rank plus a multiple of the identity.
+
+They are in the space in which the background's covariance is the identity (`lori.prompt_statistics.Background`).
+Shapes: C Gaussians, F features, K axes, P prompts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+NUM_AXES = 64
+"""Directions in which a Gaussian has a variance of its own; in all others it has one common variance."""
+MAX_INTEGER = 127
+"""Largest magnitude of the integers in which axes are stored."""
+MAX_NORM, MAX_READ_NORM = 0.999, 0.9995
+"""Largest spectral norm of a Gaussian's axes that is written, so that l_k is at most 500 v, and that is read. Near 1 a distance
+in float32 could be negative."""
+MAX_MAGNITUDE = 1e9
+"""Largest magnitude of a mean, and of a variance or its inverse, that is read. Those of real prompts are below 100."""
+SHRINKAGE = 0.5
+"""Share of the background's covariance in that of a Gaussian."""
+GAUSSIAN_NAMES = ("means", "axes", "scales", "variances")
+"""Tensors of a `Gaussians`, in files too."""
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussians:
+    """C Gaussians of F features. With K axes as the rows of A, each times its scale, the covariance is v (I - A^T A)^-1.
+
+    Where the axes are orthogonal, and have the lengths sqrt(l_k / (l_k + v)), it is v I plus variances l_k along them.
+    """
+
+    means: npt.NDArray[np.float32]
+    """(C, F)"""
+    axes: npt.NDArray[np.int8]
+    """(C, K, F)"""
+    scales: npt.NDArray[np.float32]
+    """(C, K)"""
+    variances: npt.NDArray[np.float32]
+    """(C,), v"""
+
+    def cholesky(self, norm: float = 1.0) -> Array:
+        """Return the Cholesky factors of norm^2 I - A A^T, (C, K, K). Raises `LinAlgError` if a spectral norm of A is `norm`."""
+        axes = self.axes.astype(np.float32)
+        squares = (axes @ axes.swapaxes(1, 2)).astype(np.float64)  # of integers, and exact
+        products: Array = squares * self.scales[:, :, None] * self.scales[:, None, :]
+        factors: Array = np.linalg.cholesky(norm**2 * np.eye(axes.shape[1]) - products).astype(np.float64)
+        return factors
+
+    @cached_property
+    def log_determinants(self) -> Array:
+        """The logarithms of the covariances' determinants, (C,)."""
+        # |I - A^T A| = |I - A A^T|
+        diagonals = np.diagonal(self.cholesky(), axis1=1, axis2=2)
+        determinants: Array = self.means.shape[1] * np.log(self.variances.astype(np.float64)) - 2 * np.log(diagonals).sum(-1)
+        return determinants
+
+    @property
+    def loadings(self) -> Array:
+        """Factor loadings L, (C, K, F): the covariance is v I + L^T L."""
+        # (I - A^T A)^-1 = I + A^T (I - A A^T)^-1 A
+        axes = self.axes * self.scales[:, :, None].astype(np.float64)
+        loadings: Array = np.sqrt(self.variances)[:, None, None] * np.linalg.solve(self.cholesky(), axes)
+        return loadings
+
+    def log_likelihoods(self, z: Array) -> Array:
+        """Return the log-likelihood of z (F,) under each Gaussian, (C,), without the term that all of them share."""
+        return log_likelihoods([self], z)
+
+    def draw(self, num_draws: int, seed: int) -> Array:
+        """Return `num_draws` random whitened features of each Gaussian, (C, num_draws, F). A seed gives the same ones again."""
+        random = np.random.default_rng(seed)
+        spherical = random.standard_normal((len(self.means), num_draws, self.means.shape[1]))
+        along = random.standard_normal((len(self.means), num_draws, self.axes.shape[1]))
+        draws: Array = self.means[:, None] + np.sqrt(self.variances)[:, None, None] * spherical + along @ self.loadings
+        return draws
+
+
+def log_likelihoods(parts: Sequence[Gaussians], z: Array) -> Array:
+    """Return the log-likelihood of z (F,) under each Gaussian of all `parts`, in order, as `Gaussians.log_likelihoods`."""
+    difference = z - np.concatenate([part.means for part in parts])
+    # One Gaussian at a time, so that the axes in float32 stay in the CPU's cache; the rest in one call for all.
+    axes_and_rows = zip((axes for part in parts for axes in part.axes), difference.astype(np.float32), strict=True)
+    projections = np.array([axes.astype(np.float32) @ row for axes, row in axes_and_rows])  # (C, K)
+    projections *= np.concatenate([part.scales for part in parts])
+    variances = np.concatenate([part.variances for part in parts])
+    determinants = np.concatenate([part.log_determinants for part in parts])
+    distances = ((difference**2).sum(-1) - (projections.astype(np.float64) ** 2).sum(-1)) / variances
+    result: Array = -0.5 * (distances + determinants)
+    return result
+
+
+def fit_gaussian(z: Array, weights: Array | None = None, shrinkage: float = SHRINKAGE) -> Gaussians:
+    """Return the Gaussian of z (P, F), in the whitened space, with `weights` (P,) of the prompts; C is 1."""
+    share = np.full(len(z), 1 / len(z)) if weights is None else weights / weights.sum()
+    mean = share @ z
+    centred = z - mean
+    covariance = (1 - shrinkage) * (centred.T * share) @ centred + shrinkage * np.eye(z.shape[1])
+    values, vectors = np.linalg.eigh(covariance)
+    variance = values[:-NUM_AXES].mean()
+    excess = np.maximum(values[-NUM_AXES:] - variance, 0)
+    axes, scales = _integer_axes(vectors[:, -NUM_AXES:].T, np.sqrt(excess / (excess + variance)))
+    return Gaussians(as_float32(mean[None]), axes[None], as_float32(scales[None]), as_float32(np.array([variance])))
+
+
+def _integer_axes(axes: Array, lengths: Array) -> tuple[npt.NDArray[np.int8], Array]:
+    """Return unit axes (K, F) as integers, and the scales (K,) that give them `lengths` (K,)."""
+    integers = np.round(axes * (MAX_INTEGER / np.abs(axes).max(1))[:, None])
+    scales = np.minimum(lengths, MAX_NORM) / np.linalg.norm(integers, axis=1)
+    # Rounded axes are not quite orthogonal.
+    norm = float(np.linalg.norm(integers * scales[:, None], 2))
+    return np.ascontiguousarray(integers, np.int8), scales * (MAX_NORM / max(norm, MAX_NORM))
+
+
+def as_float32(values: Array) -> npt.NDArray[np.float32]:
+    """Return values as they lie in a file."""
+    # safetensors writes the memory of an array as it lies.
+    return np.ascontiguousarray(values, np.float32)
+
+
+def joined(parts: Sequence[Gaussians]) -> Gaussians:
+    """Return the Gaussians of all `parts`."""
+    return Gaussians(*(np.concatenate([getattr(part, name) for part in parts]) for name in GAUSSIAN_NAMES))
+
+
+def mean_covariance(parts: Sequence[Gaussians]) -> Array:
+    """Return the mean (F, F) of the covariances of all Gaussians of all `parts`."""
+    num_gaussians, num_features = sum(len(part.means) for part in parts), parts[0].means.shape[1]
+    total = np.zeros((num_features, num_features))
+    for part in parts:
+        flat = part.loadings.reshape(-1, num_features)
+        total += flat.T @ flat
+        total[np.diag_indices(num_features)] += part.variances.sum(dtype=np.float64)
+    return total / num_gaussians
