@@ -20,11 +20,12 @@ from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 GRID = 16
 """Weights are multiples of 1 / GRID, so that like prompts share their prefixes in the cache."""
 LOG_ODDS = -7.0
-"""Logarithm of an adapter's prior probability divided by the base's."""
-NUM_NEAREST = 32
+"""Logarithm of the ratio of an adapter's prior probability to the base's. Chosen on held-out prompts: without it, too many of
+nobody's go to an adapter."""
+NUM_NEAREST = 24
 """Gaussians whose adapters are compared exactly."""
 NUM_AVERAGED = 1000
-"""Number of adapters, roughly, whose covariances are averaged."""
+"""Maximum number of adapters whose covariances are averaged."""
 NUM_DISCRIMINANTS = 96
 """Directions in which all adapters are compared first."""
 NUM_DRAWS = 64
@@ -111,8 +112,8 @@ class SelectionIndex:
         for adapter in adapters:
             _ = adapter.gaussians.log_determinants  # cached: a selection should not wait for them
         means = np.concatenate([adapter.gaussians.means for adapter in adapters]).astype(np.float64)  # (G, F)
-        sample = adapters[:: max(1, len(adapters) // NUM_AVERAGED)]
-        values, vectors = np.linalg.eigh(mean_covariance([adapter.gaussians for adapter in sample]))
+        places = np.unique(np.linspace(0, len(adapters) - 1, NUM_AVERAGED).astype(int))
+        values, vectors = np.linalg.eigh(mean_covariance([adapters[i].gaussians for i in places]))
         spherical = vectors / np.sqrt(values)  # to a space in which the mean covariance is the identity
         _, axes = np.linalg.eigh((means @ spherical).T @ (means @ spherical))
         self._discriminants = spherical @ axes[:, -NUM_DISCRIMINANTS:]  # (F, NUM_DISCRIMINANTS)
@@ -126,7 +127,7 @@ class SelectionIndex:
     def select(self, z: Array, max_adapters: int, allowed: Mask) -> Selection:
         """Return the adapters for a prompt with features z (F,): at most `max_adapters` of those that `allowed` (one each) has.
 
-        The prior odds of all allowed adapters together are `LOG_ODDS`. What those beyond `max_adapters` would have is the base's.
+        All allowed adapters together have the prior log-odds `LOG_ODDS`. The base gets the shares of those beyond `max_adapters`.
         """
         num_allowed = int(allowed.sum())
         if not num_allowed:

@@ -15,9 +15,10 @@ NUM_AXES = 64
 """Directions in which a Gaussian has a variance of its own; in all others it has one common variance."""
 MAX_INTEGER = 127
 """Largest magnitude of the integers in which axes are stored."""
-MAX_NORM, MAX_READ_NORM = 0.999, 0.9995
-"""Largest spectral norm of a Gaussian's axes that is written, so that l_k is at most 500 v, and that is read. Near 1 a distance
-in float32 could be negative."""
+MAX_NORM = 0.999
+"""Largest spectral norm of a Gaussian's axes that is written: a variance along an axis is at most 500 v more."""
+REFUSED_NORM = 0.9995
+"""Spectral norms from here on are refused: a distance in float32 could be negative."""
 MAX_MAGNITUDE = 1e9
 """Largest magnitude of a mean, and of a variance or its inverse, that is read. Those of real prompts are below 100."""
 SHRINKAGE = 0.5
@@ -45,7 +46,7 @@ class Gaussians:
     """(C,), v"""
 
     def cholesky(self, norm: float = 1.0) -> Array:
-        """Return the Cholesky factors of norm^2 I - A A^T, (C, K, K). Raises `LinAlgError` if a spectral norm of A is `norm`."""
+        """Return the Cholesky factors of norm^2 I - A A^T, (C, K, K). Raises `LinAlgError` for a spectral norm from `norm` on."""
         axes = self.axes.astype(np.float32)
         squares = (axes @ axes.swapaxes(1, 2)).astype(np.float64)  # of integers, and exact
         products: Array = squares * self.scales[:, :, None] * self.scales[:, None, :]
@@ -118,8 +119,7 @@ def _integer_axes(axes: Array, lengths: Array) -> tuple[npt.NDArray[np.int8], Ar
 
 
 def as_float32(values: Array) -> npt.NDArray[np.float32]:
-    """Return values as they lie in a file."""
-    # safetensors writes the memory of an array as it lies.
+    """Return `values` as a contiguous array, as safetensors needs."""
     return np.ascontiguousarray(values, np.float32)
 
 

@@ -2,7 +2,7 @@
 
 The frozen base alone decides: its first layers read the prompt's last message (`ProbedPrompt`), and the features z of the prompt
 are a fixed random projection of what the next layer's attention reads. An adapter's statistics are a Gaussian of z for each form
-of its prompts. The background has Gaussians of everything else: a prompt that fits those better is nobody's.
+of its prompts. The background has Gaussians of everything else: a prompt that does not fit an adapter clearly better is nobody's.
 
 All Gaussians are in the space in which the background's covariance is the identity. Shapes: F features, N width of the base, P
 prompts.
@@ -26,8 +26,8 @@ from lori.errors import AdapterError, AdapterFormatError, TemplateError
 from lori.gaussians import (
     GAUSSIAN_NAMES,
     MAX_MAGNITUDE,
-    MAX_READ_NORM,
     NUM_AXES,
+    REFUSED_NORM,
     Array,
     Gaussians,
     as_float32,
@@ -313,9 +313,8 @@ def _metadata_faults(metadata: Mapping[str, str], keys: Sequence[str]) -> list[s
 
 
 def _tensor_faults(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
-    faults = [f"has no tensor {name!r}" for name in names if name not in tensors and name != "scales"]
-    if "scales" not in tensors:
-        faults.append("has no tensor 'scales': older versions wrote it so, make it again or remove it")
+    hints = {"scales": ": it has an older layout; make it again, or remove it"}
+    faults = [f"has no tensor {name!r}{hints.get(name, '')}" for name in names if name not in tensors]
     faults += [f"has an unknown tensor {name!r}" for name in sorted(tensors.keys() - {*names})]
     if faults:
         return faults
@@ -341,13 +340,13 @@ def _tensor_faults(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[
 
 def _range_faults(gaussians: Gaussians) -> list[str]:
     faults = []
-    if (largest := np.abs(gaussians.means).max()) > MAX_MAGNITUDE:
-        faults.append(f"means: {largest:g}, expected {MAX_MAGNITUDE:g} at most")
+    if (magnitude := np.abs(gaussians.means).max()) > MAX_MAGNITUDE:
+        faults.append(f"means: {magnitude:g}, expected {MAX_MAGNITUDE:g} at most")
     least, largest = gaussians.variances.min(), gaussians.variances.max()
     if least < 1 / MAX_MAGNITUDE or largest > MAX_MAGNITUDE:
         faults.append(f"variances: {least:g} to {largest:g}, expected {1 / MAX_MAGNITUDE:g} to {MAX_MAGNITUDE:g}")
     try:  # takes a tenth of the time of singular values
-        gaussians.cholesky(MAX_READ_NORM)
+        gaussians.cholesky(REFUSED_NORM)
     except np.linalg.LinAlgError:
-        faults.append(f"axes: a spectral norm of {MAX_READ_NORM} or more")
+        faults.append(f"axes: a spectral norm of {REFUSED_NORM} or more")
     return faults

@@ -1,6 +1,7 @@
 """`python -m training.background`: statistics of ordinary prompts, which are no adapter's, for a base model.
 
-Requests with automatic weights need them: a prompt that fits the background better than any adapter is answered by the base.
+Requests with automatic weights need them: a prompt that fits no adapter clearly better than the background
+is answered by the base.
 """
 
 import logging

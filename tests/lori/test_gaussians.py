@@ -16,7 +16,7 @@ def covariance_of(gaussians: Gaussians) -> Array:
 
 
 def spread(seed: int, count: int = 2000) -> Array:
-    """Return features (P, F) with variances of up to about 40 in a few directions, and of 1 in the others."""
+    """Return features (P, F) with variances of up to about 32 in a few directions, and of 1 in the others."""
     random = np.random.default_rng(seed)
     directions = random.standard_normal((5, NUM_FEATURES)) * np.linspace(0.1, 0.4, 5)[:, None]
     return random.standard_normal((count, NUM_FEATURES)) + random.standard_normal((count, 5)) @ directions + seed
@@ -40,6 +40,13 @@ def test_the_fit_has_the_mean_and_the_covariance_of_its_prompts() -> None:
     assert np.trace(covariance) == pytest.approx(z.var(0).sum(), rel=1e-2)
     values, vectors = np.linalg.eigh(np.cov(z.T))
     np.testing.assert_allclose(vectors[:, -3:].T @ covariance @ vectors[:, -3:], np.diag(values[-3:]), rtol=1e-2, atol=0.3)
+
+
+def test_half_of_the_covariance_is_the_background_s() -> None:
+    z = spread(5)
+    np.testing.assert_allclose(covariance_of(fit_gaussian(z, shrinkage=1.0)), np.eye(NUM_FEATURES), atol=1e-6)
+    trace = np.trace(covariance_of(fit_gaussian(z)))
+    assert trace == pytest.approx((z.var(0).sum() + NUM_FEATURES) / 2, rel=1e-3)
 
 
 def test_draws_have_the_mean_and_the_covariance_of_their_gaussian() -> None:
