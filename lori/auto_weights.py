@@ -1,12 +1,12 @@
 """Automatic weights: the shares of named adapters for a prompt, or a selection among all adapters, by their statistics.
 
 A selection first compares the prompt with every Gaussian as linear discriminant analysis does: as if all had one covariance, and
-along the directions in which their means differ most. That is one matrix-vector product. Only the nearest adapters are compared
-exactly.
+along the directions in which their means differ most. That is one matrix-vector product. The nearest are compared in more such
+directions, and the nearest of these exactly.
 Shapes: G Gaussians of all adapters, F features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import fsum, log
 from typing import Protocol, TypeVar
@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lori.gaussians import Array, log_likelihoods, mean_covariance
+from lori.gaussians import Array, Gaussians, as_float32, log_likelihoods, mean_covariance
 from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
@@ -22,12 +22,16 @@ GRID = 16
 LOG_ODDS = -7.0
 """Logarithm of the ratio of an adapter's prior probability to the base's. Chosen on held-out prompts: without it, too many of
 nobody's go to an adapter."""
-NUM_NEAREST = 24
-"""Gaussians whose adapters are compared exactly."""
+NUM_NEAREST = 32
+"""Gaussians that are compared exactly."""
 NUM_AVERAGED = 1000
 """Maximum number of adapters whose covariances are averaged."""
-NUM_DISCRIMINANTS = 96
-"""Directions in which all adapters are compared first."""
+NUM_FIRST_DISCRIMINANTS, NUM_DISCRIMINANTS = 32, 96
+"""Directions in which all Gaussians are compared first, and those in which the nearest of them are."""
+NUM_NEAR = 500
+"""About so many Gaussians are compared in all directions."""
+STRIDE = 17
+"""One in so many Gaussians is looked at to find the `NUM_NEAR` nearest. Prime, since adapters often have equally many forms."""
 NUM_DRAWS = 64
 """Number of prompts that `mean_weights` draws, about equally many of each form."""
 
@@ -47,14 +51,25 @@ def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics
 
     `log_odds` is the logarithm of an adapter's prior probability divided by the base's.
     """
-    return _shares(background.whiten(z), background, adapters, log_odds)
+    return _shares(background.whiten(z), background, [_all(adapter.gaussians) for adapter in adapters], log_odds)
 
 
-def _shares(whitened: Array, background: Background, adapters: Sequence[PromptStatistics], log_odds: float) -> Shares:
-    by_gaussian = log_likelihoods([adapter.gaussians for adapter in adapters], whitened)
-    counts = np.array([len(adapter.gaussians.means) for adapter in adapters])
-    by_adapter = np.logaddexp.reduceat(by_gaussian, counts.cumsum() - counts) - np.log(counts) + log_odds
-    scores = np.append(by_adapter, background.log_likelihood(whitened))
+Subset = tuple[Gaussians, Collection[int]]
+"""Gaussians, and the indices of those of them that are compared. The others count as infinitely unlikely."""
+
+
+def _all(gaussians: Gaussians) -> Subset:
+    return gaussians, range(len(gaussians.means))
+
+
+def _shares(whitened: Array, background: Background, adapters: Sequence[Subset], log_odds: float) -> Shares:
+    subsets = [*adapters, _all(background.gaussians)]
+    num_compared = np.array([len(indices) for _, indices in subsets])
+    by_gaussian = log_likelihoods([(gaussians, i) for gaussians, indices in subsets for i in indices], whitened)
+    *starts, start = num_compared.cumsum() - num_compared
+    num_gaussians = np.array([len(gaussians.means) for gaussians, _ in adapters])
+    by_adapter = np.logaddexp.reduceat(by_gaussian[:start], starts) - np.log(num_gaussians) + log_odds
+    scores = np.append(by_adapter, background.log_likelihood(whitened, by_gaussian[start:]))
     likelihoods = np.exp(scores - scores.max())
     return _on_grid(likelihoods / fsum(likelihoods))  # an exact sum, so that the order of adapters does not matter
 
@@ -65,7 +80,8 @@ def mean_weights(background: Background, adapters: Sequence[PromptStatistics], p
     The estimate is optimistic: the prompts come from the Gaussians that judge them, and none has another form.
     """
     draws = prompts.gaussians.draw(max(1, NUM_DRAWS // len(prompts.gaussians.means)), seed=0)
-    weights: Array = np.array([_shares(z, background, adapters, LOG_ODDS).weights for z in draws.reshape(-1, draws.shape[-1])])
+    subsets = [_all(adapter.gaussians) for adapter in adapters]
+    weights: Array = np.array([_shares(z, background, subsets, LOG_ODDS).weights for z in draws.reshape(-1, draws.shape[-1])])
     mean: Array = weights.mean(0)
     return mean
 
@@ -108,7 +124,9 @@ class SelectionIndex:
         self._background, self._adapters = background, adapters
         if not adapters:
             return
-        self._owners = np.repeat(np.arange(len(adapters)), [len(adapter.gaussians.means) for adapter in adapters])
+        counts = np.array([len(adapter.gaussians.means) for adapter in adapters])
+        self._owners, self._starts = np.repeat(np.arange(len(adapters)), counts), counts.cumsum() - counts
+        self._rows = np.arange(len(self._owners))
         for adapter in adapters:
             _ = adapter.gaussians.log_determinants  # cached: a selection should not wait for them
         means = np.concatenate([adapter.gaussians.means for adapter in adapters]).astype(np.float64)  # (G, F)
@@ -116,10 +134,21 @@ class SelectionIndex:
         values, vectors = np.linalg.eigh(mean_covariance([adapters[i].gaussians for i in places]))
         spherical = vectors / np.sqrt(values)  # to a space in which the mean covariance is the identity
         _, axes = np.linalg.eigh((means @ spherical).T @ (means @ spherical))
-        self._discriminants = spherical @ axes[:, -NUM_DISCRIMINANTS:]  # (F, NUM_DISCRIMINANTS)
+        self._discriminants = spherical @ axes[:, : -NUM_DISCRIMINANTS - 1 : -1]  # (F, NUM_DISCRIMINANTS), the greatest first
         points = means @ self._discriminants
         self._points, self._constants = points.astype(np.float32), (-0.5 * (points**2).sum(1)).astype(np.float32)
-        self.num_bytes = sum(part.nbytes for part in (self._owners, self._discriminants, self._points, self._constants))
+        first = points[:, :NUM_FIRST_DISCRIMINANTS]
+        self._first, self._first_constants = as_float32(first.T), (-0.5 * (first**2).sum(1)).astype(np.float32)
+        arrays = (
+            self._owners,
+            self._starts,
+            self._discriminants,
+            self._points,
+            self._constants,
+            self._first,
+            self._first_constants,
+        )
+        self.num_bytes = sum(array.nbytes for array in arrays)
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -133,23 +162,34 @@ class SelectionIndex:
         if not num_allowed:
             return Selection((), Shares((), 1.0))
         whitened = self._background.whiten(z)
-        nearest = self._nearest(whitened, allowed, num_allowed)
-        adapters = [self._adapters[i] for i in nearest]
-        result = _shares(whitened, self._background, adapters, LOG_ODDS - log(num_allowed))
-        fitting = [(weight, int(i)) for i, weight in zip(nearest, result.weights, strict=True) if weight]
+        nearest = self._nearest(whitened, allowed)
+        owners, places = np.unique(self._owners[nearest], return_index=True)
+        indices = np.split(nearest - self._starts[self._owners[nearest]], places[1:])
+        subsets = [(self._adapters[owner].gaussians, own) for owner, own in zip(owners, indices, strict=True)]
+        result = _shares(whitened, self._background, subsets, LOG_ODDS - log(num_allowed))
+        fitting = [(weight, int(i)) for i, weight in zip(owners, result.weights, strict=True) if weight]
         best = sorted(fitting, key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
         weights = tuple(weight for weight, _ in best)
         return Selection(tuple(i for _, i in best), Shares(weights, 1 - sum(weights)))
 
-    def _nearest(self, whitened: Array, allowed: Mask, num_allowed: int) -> npt.NDArray[np.intp]:
-        if num_allowed <= NUM_NEAREST:
-            return np.flatnonzero(allowed)
+    def _nearest(self, whitened: Array, allowed: Mask) -> npt.NDArray[np.intp]:
+        """Return which of the G Gaussians are compared exactly, in order."""
+        point = (whitened @ self._discriminants).astype(np.float32)
+        rows = self._rows if allowed.all() else np.flatnonzero(allowed[self._owners])
         # The scores are those of the distances, without the term that all share.
-        scores = self._points @ (whitened @ self._discriminants).astype(np.float32) + self._constants
-        if num_allowed < len(self):
-            scores[~allowed[self._owners]] = -np.inf
-        # All of them are allowed, since more than NUM_NEAREST scores are finite.
-        return np.unique(self._owners[np.argpartition(scores, -NUM_NEAREST)[-NUM_NEAREST:]])
+        if len(rows) > 2 * NUM_NEAR:
+            scores = point[:NUM_FIRST_DISCRIMINANTS] @ self._first + self._first_constants
+            rows = rows[_greatest(scores if rows is self._rows else scores[rows])]
+        if len(rows) > NUM_NEAREST:
+            scores = self._points[rows] @ point + self._constants[rows]
+            rows = np.sort(rows[np.argpartition(scores, -NUM_NEAREST)[-NUM_NEAREST:]])
+        return rows
+
+
+def _greatest(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
+    """Return the indices of about `NUM_NEAR` greatest scores of more."""
+    rank = NUM_NEAR // STRIDE
+    return np.flatnonzero(scores >= np.partition(scores[::STRIDE], -rank)[-rank])
 
 
 Result_co = TypeVar("Result_co", covariant=True)

@@ -71,7 +71,7 @@ class Gaussians:
 
     def log_likelihoods(self, z: Array) -> Array:
         """Return the log-likelihood of z (F,) under each Gaussian, (C,), without the term that all of them share."""
-        return log_likelihoods([self], z)
+        return log_likelihoods([(self, i) for i in range(len(self.means))], z)
 
     def draw(self, num_draws: int, seed: int) -> Array:
         """Return `num_draws` random whitened features of each Gaussian, (C, num_draws, F). A seed gives the same ones again."""
@@ -82,15 +82,18 @@ class Gaussians:
         return draws
 
 
-def log_likelihoods(parts: Sequence[Gaussians], z: Array) -> Array:
-    """Return the log-likelihood of z (F,) under each Gaussian of all `parts`, in order, as `Gaussians.log_likelihoods`."""
-    difference = z - np.concatenate([part.means for part in parts])
+def log_likelihoods(places: Sequence[tuple[Gaussians, int]], z: Array) -> Array:
+    """Return the log-likelihood of z (F,) under each Gaussian at `places`, as `Gaussians.log_likelihoods`.
+
+    A place is the index of a Gaussian among others.
+    """
+    difference = z - np.array([gaussians.means[i] for gaussians, i in places])
     # One Gaussian at a time, so that the axes in float32 stay in the CPU's cache; the rest in one call for all.
-    axes_and_rows = zip((axes for part in parts for axes in part.axes), difference.astype(np.float32), strict=True)
-    projections = np.array([axes.astype(np.float32) @ row for axes, row in axes_and_rows])  # (C, K)
-    projections *= np.concatenate([part.scales for part in parts])
-    variances = np.concatenate([part.variances for part in parts])
-    determinants = np.concatenate([part.log_determinants for part in parts])
+    rows = zip(places, difference.astype(np.float32), strict=True)
+    projections = np.array([gaussians.axes[i].astype(np.float32) @ row for (gaussians, i), row in rows])  # (C, K)
+    projections *= np.array([gaussians.scales[i] for gaussians, i in places])
+    variances = np.array([gaussians.variances[i] for gaussians, i in places])
+    determinants = np.array([gaussians.log_determinants[i] for gaussians, i in places])
     distances = ((difference**2).sum(-1) - (projections.astype(np.float64) ** 2).sum(-1)) / variances
     result: Array = -0.5 * (distances + determinants)
     return result

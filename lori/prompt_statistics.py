@@ -165,18 +165,24 @@ class Background:
 
     def whiten(self, z: Array) -> Array:
         """Return features (…, F) in the space of the Gaussians."""
-        return (z - self.mean) @ self.whitening
+        whitened: Array = (z - self.mean) @ self._whitening
+        return whitened
 
-    def log_likelihood(self, z: Array) -> float:
+    @cached_property
+    def _whitening(self) -> Array:
+        return self.whitening.astype(np.float64)
+
+    def log_likelihood(self, z: Array, by_gaussian: Array) -> float:
         """Return the log-likelihood of z (F,), whitened, without the term that all densities here share.
 
+        `by_gaussian` (C,) has the log-likelihood under each of the Gaussians.
         In equal parts with the Gaussians there is Student's t distribution of all prompts together, with `FREEDOM` degrees of
         freedom. It has heavy tails, so that a prompt unlike all others is nobody's.
         """
         scale = (FREEDOM - 2) / FREEDOM  # with this scale the covariance is the identity
         distance, both = float(z @ z) / scale, (FREEDOM + len(z)) / 2
         wide = lgamma(both) - lgamma(FREEDOM / 2) - len(z) / 2 * log(FREEDOM * scale / 2) - both * log1p(distance / FREEDOM)
-        return _log_mean_exp(np.append(self.gaussians.log_likelihoods(z), wide))
+        return _log_mean_exp(np.append(by_gaussian, wide))
 
     @property
     def _tensors(self) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from lori.auto_weights import (
     GRID,
     LOG_ODDS,
+    NUM_NEAR,
     NUM_NEAREST,
     Mask,
     Selection,
@@ -18,7 +20,7 @@ from lori.auto_weights import (
     mean_weights,
     shares,
 )
-from lori.gaussians import Array, joined
+from lori.gaussians import Array, as_float32, joined
 from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
 from tests.lori.features import SEEDS, draw, make_adapters
 
@@ -107,7 +109,7 @@ def test_the_base_is_e7_times_as_likely_as_an_adapter_and_as_all_that_may_be_sel
     def log_ratio(z: Array) -> float:
         whitened = background.whiten(z)
         [own] = adapters[0].gaussians.log_likelihoods(whitened)
-        return float(own) - background.log_likelihood(whitened)
+        return float(own) - background.log_likelihood(whitened, background.gaussians.log_likelihoods(whitened))
 
     # On the grid, one half is reached from 15/32 on, and by eight adapters together from 4/9 on.
     log_odds = log_ratio(crossing(lambda z: shares(z, background, adapters[:1]).weights[0])) - np.log(15 / 17)
@@ -152,6 +154,54 @@ def test_the_selection_among_many_is_that_of_a_comparison_with_all(
             assert dict(zip(selection.adapters, selection.shares.weights, strict=True)) == weights
             assert selection.shares.base == pytest.approx(expected.base)
     assert selections == {(1.0,), (0.5, 0.5)}
+
+
+@pytest.fixture(scope="module")
+def thousands(background: Background) -> list[PromptStatistics]:
+    """Return adapters with two forms each, in all more than are compared in all directions."""
+    [original] = make_adapters(background, [11])
+    random = np.random.default_rng(0)
+
+    def copy() -> PromptStatistics:
+        forms = joined([original.gaussians] * 2)
+        means = as_float32(forms.means + 2 * random.standard_normal(forms.means.shape))
+        return PromptStatistics("a" * 64, background.digest, replace(forms, means=means))
+
+    return [copy() for _ in range(3 * NUM_NEAR)]
+
+
+def test_a_prompt_gets_its_adapter_among_thousands(background: Background, thousands: Sequence[PromptStatistics]) -> None:
+    index = SelectionIndex(background, thousands)
+    few, some = allow(index), allow(index)
+    few[400:], some[1::2] = False, False  # compared in all directions at once, and first in a few
+
+    def select(place: int, form: int, allowed: Mask) -> Selection:
+        whitened = thousands[place].gaussians.draw(1, seed=place)[form, 0]
+        z = np.linalg.solve(background.whitening.T.astype(np.float64), whitened) + background.mean
+        return index.select(z, 2, allowed)
+
+    for place in range(0, 400, 50):
+        for form in (0, 1):
+            for allowed in (allow(index), few, some):
+                assert select(place, form, allowed) == Selection((place,), Shares((1.0,), 0.0))
+    assert 601 not in select(601, 0, some).adapters
+
+
+def test_a_form_that_is_not_compared_counts_among_its_adapter_s(background: Background, many: Sequence[PromptStatistics]) -> None:
+    def with_far_form(adapter: PromptStatistics) -> PromptStatistics:
+        far = replace(adapter.gaussians, means=adapter.gaussians.means + 50)
+        return PromptStatistics("a" * 64, background.digest, joined([adapter.gaussians, far]))
+
+    adapters = [with_far_form(adapter) for adapter in many[:NUM_NEAREST]]
+    index = SelectionIndex(background, adapters)
+    [start], [stop] = draw(1, count=1), draw(100, 3.0, count=1)
+    weights = set()
+    for z in start + np.linspace(0, 1, 4000)[:, None] * (stop - start):
+        expected = shares(z, background, adapters, log_odds=LOG_ODDS - np.log(len(adapters)))
+        selection = index.select(z, 1, allow(index))
+        assert selection.shares.weights == tuple(filter(None, expected.weights))
+        weights.add(selection.shares.base)
+    assert len(weights) > 4
 
 
 @pytest.mark.parametrize("num_adapters", [len(SEEDS), 3 * NUM_NEAREST])
