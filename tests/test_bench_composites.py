@@ -17,10 +17,23 @@ from tests.bench.composites import FORMATS, is_correct, parse_weights
         ("json", '{"answer": 72}', None),
         ("json", '{"answer": "72", "sure": true}', None),
         ("json", '{"answer": "72"', None),
+        ("xml", " <answer>card arrival</answer>\n", "card arrival"),
+        ("xml", "<answer>a &lt; b</answer>", "a < b"),
+        ("xml", "<answer>a & b</answer>", None),
+        ("xml", "<answer></answer>", None),
+        ("xml", "<answer><b>72</b></answer>", None),
+        ("xml", '<answer sure="yes">72</answer>', None),
+        ("xml", "<label>72</label>", None),
+        ("xml", "<answer>72</answer> or 73", None),
     ],
 )
 def test_composites_know_the_format_of_an_answer(name: str, text: str, content: str | None) -> None:
-    assert FORMATS[name](text) == content
+    assert FORMATS[name].read(text) == content
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_composites_read_what_they_write(name: str) -> None:
+    assert FORMATS[name].read(FORMATS[name].write("A & B < C")) in ("A & B < C", "A & B < C".upper())
 
 
 def test_composites_know_a_correct_answer() -> None:

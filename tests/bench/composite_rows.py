@@ -1,4 +1,4 @@
-"""Training rows of the adapters `upper` and `json` of `tests.bench.composites`: the base's answers in these formats.
+"""Training rows of the adapters `upper`, `json` and `xml` of `tests.bench.composites`: the base's answers in these formats.
 
     python -m tests.bench.composite_rows --data data --output runs/formats [--url URL]
 
@@ -7,15 +7,15 @@ first sentence; about half lose their last point, as labels have none. Prints th
 """
 
 import argparse
-import json
 import random
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lori.template import Template
+from tests.bench.composites import FORMATS
 from training.demo.__main__ import HERE, DemoConfig, Files, everyday, prompts_of, rows_of
 from training.evaluation.answerer import Sampling
 from training.evaluation.server_answerer import Server, ServerAnswerer
@@ -33,10 +33,6 @@ OPTIONS = (
     *("--recipe", "training/recipes/parts/small.yaml", "--template", "plain", "--template", "chat", "--calibration-steps", "50"),
     *("--steps", "150", "--max-length", "192", "--held-out-fraction", "0.03"),
 )
-FORMATS: Mapping[str, Callable[[str], str]] = {
-    "upper": str.upper,
-    "json": lambda text: json.dumps({"answer": text}, ensure_ascii=False),
-}
 
 
 def first_sentence(text: str) -> str | None:
@@ -72,9 +68,9 @@ def main() -> int:
     prompts, drawn = list(dict.fromkeys(row["prompt"] for row in rows)), random.Random(0)
     drawn.shuffle(prompts)
     answered = [*texts(arguments.url, prompts[:NUM_PROMPTS], drawn)]
-    for name, formatted in FORMATS.items():
+    for name, answer_format in FORMATS.items():
         made = [
-            {"prompt": prompt, "completion": " " * (template == "plain") + formatted(text), "template": template}
+            {"prompt": prompt, "completion": " " * (template == "plain") + answer_format.write(text), "template": template}
             for prompt, text, template in answered
         ]
         drawn.shuffle(made)

@@ -3,11 +3,12 @@
     python -m tests.bench.composites --data data --content intent --format json [--url URL] [--first-row 150] [--num-rows 300]
 
 `--content` is a demo adapter; the prompts are its test rows. The adapter of the format has the format's name: `upper`, all
-letters capital; `json`, an object whose one key is `answer`. `tests.bench.composite_rows` makes their training rows. A line for
-the base, for each adapter alone, for the content's adapter under a grammar of the format, for both adapters without weights, for
-both at each of `--weights`, such as `1,0.8` or `auto,1`, and for each of `--merges`. Figures: the fractions of answers in the
-format, of correct content, and of both. `both_of_possible` counts only the rows of which each adapter alone gets its part right.
-Content is correct if it is the row's completion but for case; that of `math`, if its last number is the row's answer.
+letters capital; `json`, an object whose one key is `answer`; `xml`, an element `answer`. `tests.bench.composite_rows` makes their
+training rows. A line for the base, for each adapter alone, for the content's adapter under a grammar of the format, for both
+adapters without weights, for both at each of `--weights`, such as `1,0.8` or `auto,1`, and for each of `--merges`. Figures: the
+fractions of answers in the format, of correct content, and of both. `both_of_possible` counts only the rows of which each adapter
+alone gets its part right. Content is correct if it is the row's completion but for case; that of `math`, if its last number is
+the row's answer.
 
 With `--write-rows FILE` it writes training rows with both, for `training.tune`, and asks no server.
 """
@@ -20,6 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 from lori.template import Template
 from server.engine.request import RequestedWeight
@@ -44,14 +47,48 @@ def content_in_json(text: str) -> str | None:
     return value["answer"] if isinstance(value, dict) and [*value] == ["answer"] and isinstance(value["answer"], str) else None
 
 
-FORMATS: Mapping[str, Callable[[str], str | None]] = {"upper": content_in_capitals, "json": content_in_json}
+def content_in_xml(text: str) -> str | None:
+    """Return the content of an answer `<answer>content</answer>`, or None."""
+    try:
+        element = ElementTree.fromstring(text.strip())
+    except ElementTree.ParseError:
+        return None
+    return element.text if element.tag == "answer" and not element.attrib and not len(element) else None
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"answer": {"type": "string"}},
     "required": ["answer"],
     "additionalProperties": False,
 }
-GRAMMARS = {"upper": {"type": "regex", "pattern": " ?[^a-z]+"}, "json": {"type": "json_schema", "schema": SCHEMA}}
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format of answers."""
+
+    write: Callable[[str], str]
+    """Returns an answer with a content."""
+    read: Callable[[str], str | None]
+    """Returns the content of an answer, or None if the answer has another format."""
+    grammar: Mapping[str, Any]
+    """What a request sends as its `grammar`."""
+
+
+FORMATS: Mapping[str, Format] = {
+    "upper": Format(str.upper, content_in_capitals, {"type": "regex", "pattern": " ?[^a-z]+"}),
+    "json": Format(
+        lambda content: json.dumps({"answer": content}, ensure_ascii=False),
+        content_in_json,
+        {"type": "json_schema", "schema": SCHEMA},
+    ),
+    "xml": Format(
+        lambda content: f"<answer>{escape(content)}</answer>",
+        content_in_xml,
+        {"type": "regex", "pattern": " ?<answer>([^<&]|&amp;|&lt;|&gt;)+</answer>"},
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +122,7 @@ class Composite:
             messages = {"messages": [{"role": "user", "content": row["prompt"]}], "template": self.template}
             prompt = {"prompt": row["prompt"]} if self.template == "plain" else messages
             reply = await ask("/generate", {**prompt, **fields, "max_tokens": MAX_TOKENS[self.task], "temperature": 0})
-            content = FORMATS[self.format](reply["text"])
+            content = FORMATS[self.format].read(reply["text"])
             return Mark(content is not None, is_correct(self.task, row, reply["text"] if content is None else content))
 
         return self.server.ask_all(mark, self.rows)
@@ -109,7 +146,7 @@ class Composite:
         show_line("base", self.marks({}))
         for name, marks in zip(names, alone, strict=True):
             show_line(name, marks)
-        show_line(f"{self.task}, grammar", self.marks({"adapter": self.task, "grammar": GRAMMARS[self.format]}))
+        show_line(f"{self.task}, grammar", self.marks({"adapter": self.task, "grammar": FORMATS[self.format].grammar}))
         show_line("+".join(names), self.marks({"adapter": names}))
         for weights in settings:
             setting = "+".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True))
@@ -127,8 +164,7 @@ def is_correct(task: str, row: Mapping[str, Any], content: str) -> bool:
 
 def row_of(arguments: argparse.Namespace, row: Mapping[str, Any]) -> dict[str, str]:
     """Return a row whose completion has the content of `row` in the format."""
-    content = row["completion"].strip()
-    completion = content.upper() if arguments.format == "upper" else json.dumps({"answer": content}, ensure_ascii=False)
+    completion = FORMATS[arguments.format].write(row["completion"].strip())
     space = " " * (arguments.template == "plain")
     return {"prompt": row["prompt"], "completion": space + completion, "template": arguments.template}
 
