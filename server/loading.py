@@ -19,7 +19,7 @@ from lori.device import device_name, resolve_device
 from lori.errors import AdapterError, ModelError
 from lori.flags import package_version
 from lori.kernels.native import MISSING, MODULE, choose, description, max_isa
-from lori.named_merge import NamedMerge, read_named_merges
+from lori.named_merge import NamedMerge
 from lori.names import EMBEDDED_NAME, base_aliases
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
@@ -57,7 +57,7 @@ from server.engine.startup import check_logits, measure_step_cost, reference_log
 from server.engine.step import StepExecutor
 from server.engine.thread import EngineThread
 from server.service.merge_admin import MergeAdmin
-from server.service.named_merges import NamedMerges
+from server.service.named_merges import NamedMerges, read_merges
 from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.gauges import make_metrics
@@ -102,14 +102,14 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     base = load_base_model(settings.model, dtype, "eager", device)
     check_family(base.model)
     background = find_background(base.identity, settings.background)
-    named_merges = _read_merges(settings.merges, base.identity.digest) if settings.merges else {}
+    aliases = base_aliases(settings.model)
+    base_names = aliases | {base.name}
+    named_merges = _read_merges(settings.merges, base.identity.digest, base_names) if settings.merges else {}
     if own_store:
         logger.info("reading the adapters in %s …", redacted(str(settings.adapters)))
     inventory = take_inventory(own_store, demo_store, base.identity, is_strict=settings.strict)
     registry = make_registry(inventory.entries, inventory.summaries)
     registry.add_faulty(inventory.faulty)
-    aliases = base_aliases(settings.model)
-    _check_merges(named_merges, aliases | {base.name})
     merges = NamedMerges(named_merges, lambda name: name in registry.by_name or name in registry.faulty)
     logger.info("preparing the model for %d adapters, and checking it against transformers …", len(registry.by_name))
     expected = reference_logits(base.model)
@@ -186,7 +186,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
             merges,
             settings.merges,
             base.identity.digest,
-            aliases | {base.name},
+            base_names,
             lambda reference: bool(candidates(registry, reference)),
         ),
         outline=f"{_outline(base)}, {_capacity(base, registry, pool, settings)}",
@@ -367,17 +367,11 @@ def _outline(base: BaseModel) -> str:
     return f"{base.name} in {_name(dtype)} on {device_name(device)}{code}"
 
 
-def _read_merges(folder: Path, base_digest: str) -> Mapping[str, NamedMerge]:
+def _read_merges(folder: Path, base_digest: str, base_names: Collection[str]) -> Mapping[str, NamedMerge]:
     try:
-        return read_named_merges(folder, base_digest)
+        return read_merges(folder, base_digest, base_names)
     except OSError as error:
         raise AdapterError(f"--merges: {printable(str(folder))} cannot be read: {error.strerror}") from error
-
-
-def _check_merges(merges: Mapping[str, NamedMerge], base_names: Collection[str]) -> None:
-    """Raise `AdapterError` if a merge has a name of the base."""
-    if taken := sorted(merges.keys() & base_names):
-        raise AdapterError(f"--merges has {', '.join(taken)}, which is also the name of the base: rename the file")
 
 
 def _warn_of_merges(merges: NamedMerges, registry: Registry) -> None:

@@ -9,12 +9,12 @@ from anyio import Lock
 from anyio.to_thread import run_sync
 
 from lori.errors import AdapterError
-from lori.named_merge import SUFFIX, NamedMerge, read_named_merges
+from lori.named_merge import SUFFIX, NamedMerge
 from lori.store.files import replace_file, sync_folder
 from server.catalog.files import folder_error
 from server.engine.generate_request import RefusedError
 from server.errors import ConflictError, UnknownMergeError
-from server.service.named_merges import NamedMerges
+from server.service.named_merges import NamedMerges, read_merges
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -85,7 +85,7 @@ class MergeAdmin:
             return
         async with self._lock:
             try:
-                self.merges.by_name = await self._run(lambda: read_named_merges(folder, self._base_digest))
+                self.merges.by_name = await self._run(lambda: read_merges(folder, self._base_digest, self._base_names))
             except AdapterError as error:
                 logger.warning("named merges that were changed meanwhile are not known here: %s", error)
 

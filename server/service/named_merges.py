@@ -1,16 +1,29 @@
 """The named merges of a server (`lori.named_merge`): requests that name one get its adapters with its weights."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from lori.errors import AdapterError
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
-from lori.named_merge import NamedMerge, repeated_references
+from lori.named_merge import NamedMerge, read_named_merges, repeated_references
 from server.engine.adapters.registry import MayUse
 from server.engine.generate_request import GenerateRequest, RefusedError
 from server.engine.request import RequestedWeight
 
 logger = logging.getLogger(__name__)
+
+
+def read_merges(folder: Path, base_digest: str, base_names: Collection[str]) -> Mapping[str, NamedMerge]:
+    """Return the named merges in a server's folder.
+
+    Raises `AdapterError` if a file is unsound, or if a merge has one of the base's names; `OSError` if the folder cannot be read.
+    """
+    merges = read_named_merges(folder, base_digest)
+    if taken := sorted(merges.keys() & base_names):
+        raise AdapterError(f"--merges has {', '.join(taken)}, which is also the name of the base: rename the file")
+    return merges
 
 
 @dataclass(slots=True)

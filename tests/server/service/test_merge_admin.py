@@ -195,12 +195,17 @@ async def test_a_replica_that_joins_reads_the_folder_again(tmp_path: Path, caplo
     adapter = {"reference": "math@0123456789ab", "weight": 1.0}
     merge = NamedMerge.model_validate({"base_digest": digest, "adapters": [adapter]})
     write_merge(tmp_path, "new", digest, merge.adapters)
-    admin = MergeAdmin(NamedMerges({"old": merge}), tmp_path, digest)
+    admin = MergeAdmin(NamedMerges({"old": merge}), tmp_path, digest, base_names={"smol"})
     await admin.catch_up()
     assert admin.merges.by_name == {"new": merge}
     (tmp_path / "torn.json").write_text("{")
     await admin.catch_up()
     assert admin.merges.by_name == {"new": merge}
     assert "torn.json: it is no sound named merge" in caplog.text
+    (tmp_path / "torn.json").rename(tmp_path / "torn")
+    write_merge(tmp_path, "smol", digest, merge.adapters)
+    await admin.catch_up()
+    assert admin.merges.by_name == {"new": merge}
+    assert "has smol, which is also the name of the base" in caplog.text
     with pytest.raises(StoreError, match="folder of named merges failed: No such file"):
         await MergeAdmin(admin.merges, tmp_path / "absent", digest).catch_up()
