@@ -2,7 +2,7 @@
 
 A selection first compares the prompt with every Gaussian as linear discriminant analysis does: as if all had one covariance, and
 along the directions in which their means differ most. That is one matrix-vector product. The nearest are compared in more such
-directions, and the nearest of these exactly.
+directions, and the nearest of these exactly. If there are few Gaussians, all are compared exactly.
 Shapes: G Gaussians of all adapters, F features.
 """
 
@@ -22,16 +22,18 @@ GRID = 16
 LOG_ODDS = -7.0
 """Logarithm of the ratio of an adapter's prior probability to the base's. Chosen on held-out prompts: without it, too many of
 nobody's go to an adapter."""
+MAX_EXACT = 128
+"""Up to so many Gaussians are all compared exactly."""
 NUM_NEAREST = 32
-"""Gaussians that are compared exactly."""
+"""Gaussians that are compared exactly if there are more."""
 NUM_AVERAGED = 1000
 """Maximum number of adapters whose covariances are averaged."""
 NUM_FIRST_DISCRIMINANTS, NUM_DISCRIMINANTS = 32, 96
 """Directions in which all Gaussians are compared first, and those in which the nearest of them are."""
-NUM_NEAR = 500
-"""About so many Gaussians are compared in all directions."""
-STRIDE = 17
-"""One in so many Gaussians is looked at to find the `NUM_NEAR` nearest. Prime, since adapters often have equally many forms."""
+NUM_CANDIDATES = 500
+"""Gaussians, roughly, that are compared in all of these directions."""
+SAMPLE = np.random.default_rng(0).random(2000)
+"""The places of a sample of scores, as fractions of their number."""
 NUM_DRAWS = 64
 """Number of prompts that `mean_weights` draws, about equally many of each form."""
 
@@ -51,25 +53,25 @@ def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics
 
     `log_odds` is the logarithm of an adapter's prior probability divided by the base's.
     """
-    return _shares(background.whiten(z), background, [_all(adapter.gaussians) for adapter in adapters], log_odds)
+    return _shares(background.whiten(z), background, [_all_of(adapter.gaussians) for adapter in adapters], log_odds)
 
 
-Subset = tuple[Gaussians, Collection[int]]
-"""Gaussians, and the indices of those of them that are compared. The others count as infinitely unlikely."""
+ComparedGaussians = tuple[Gaussians, Collection[int]]
+"""An adapter's Gaussians, and the indices of those that are compared. The others count as infinitely unlikely."""
 
 
-def _all(gaussians: Gaussians) -> Subset:
+def _all_of(gaussians: Gaussians) -> ComparedGaussians:
     return gaussians, range(len(gaussians.means))
 
 
-def _shares(whitened: Array, background: Background, adapters: Sequence[Subset], log_odds: float) -> Shares:
-    subsets = [*adapters, _all(background.gaussians)]
-    num_compared = np.array([len(indices) for _, indices in subsets])
-    by_gaussian = log_likelihoods([(gaussians, i) for gaussians, indices in subsets for i in indices], whitened)
-    *starts, start = num_compared.cumsum() - num_compared
+def _shares(whitened: Array, background: Background, adapters: Sequence[ComparedGaussians], log_odds: float) -> Shares:
+    mixtures = [*adapters, _all_of(background.gaussians)]
+    by_gaussian = log_likelihoods([(gaussians, i) for gaussians, indices in mixtures for i in indices], whitened)
+    num_compared = np.array([len(indices) for _, indices in mixtures])
+    *adapter_starts, background_start = num_compared.cumsum() - num_compared
     num_gaussians = np.array([len(gaussians.means) for gaussians, _ in adapters])
-    by_adapter = np.logaddexp.reduceat(by_gaussian[:start], starts) - np.log(num_gaussians) + log_odds
-    scores = np.append(by_adapter, background.log_likelihood(whitened, by_gaussian[start:]))
+    by_adapter = np.logaddexp.reduceat(by_gaussian[:background_start], adapter_starts) - np.log(num_gaussians) + log_odds
+    scores = np.append(by_adapter, background.log_likelihood(whitened, by_gaussian[background_start:]))
     likelihoods = np.exp(scores - scores.max())
     return _on_grid(likelihoods / fsum(likelihoods))  # an exact sum, so that the order of adapters does not matter
 
@@ -80,8 +82,8 @@ def mean_weights(background: Background, adapters: Sequence[PromptStatistics], p
     The estimate is optimistic: the prompts come from the Gaussians that judge them, and none has another form.
     """
     draws = prompts.gaussians.draw(max(1, NUM_DRAWS // len(prompts.gaussians.means)), seed=0)
-    subsets = [_all(adapter.gaussians) for adapter in adapters]
-    weights: Array = np.array([_shares(z, background, subsets, LOG_ODDS).weights for z in draws.reshape(-1, draws.shape[-1])])
+    mixtures = [_all_of(adapter.gaussians) for adapter in adapters]
+    weights: Array = np.array([_shares(z, background, mixtures, LOG_ODDS).weights for z in draws.reshape(-1, draws.shape[-1])])
     mean: Array = weights.mean(0)
     return mean
 
@@ -126,7 +128,6 @@ class SelectionIndex:
             return
         counts = np.array([len(adapter.gaussians.means) for adapter in adapters])
         self._owners, self._starts = np.repeat(np.arange(len(adapters)), counts), counts.cumsum() - counts
-        self._rows = np.arange(len(self._owners))
         for adapter in adapters:
             _ = adapter.gaussians.log_determinants  # cached: a selection should not wait for them
         means = np.concatenate([adapter.gaussians.means for adapter in adapters]).astype(np.float64)  # (G, F)
@@ -136,19 +137,12 @@ class SelectionIndex:
         _, axes = np.linalg.eigh((means @ spherical).T @ (means @ spherical))
         self._discriminants = spherical @ axes[:, : -NUM_DISCRIMINANTS - 1 : -1]  # (F, NUM_DISCRIMINANTS), the greatest first
         points = means @ self._discriminants
-        self._points, self._constants = points.astype(np.float32), (-0.5 * (points**2).sum(1)).astype(np.float32)
-        first = points[:, :NUM_FIRST_DISCRIMINANTS]
-        self._first, self._first_constants = as_float32(first.T), (-0.5 * (first**2).sum(1)).astype(np.float32)
-        arrays = (
-            self._owners,
-            self._starts,
-            self._discriminants,
-            self._points,
-            self._constants,
-            self._first,
-            self._first_constants,
-        )
-        self.num_bytes = sum(array.nbytes for array in arrays)
+        first_points = points[:, :NUM_FIRST_DISCRIMINANTS]
+        self._points, self._constants = as_float32(points), _score_constants(points)
+        self._first_points = as_float32(first_points.T)  # (NUM_FIRST_DISCRIMINANTS, G)
+        self._first_constants = _score_constants(first_points)
+        arrays = (self._owners, self._starts, self._discriminants, self._points, self._constants)
+        self.num_bytes = sum(array.nbytes for array in (*arrays, self._first_points, self._first_constants))
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -163,33 +157,38 @@ class SelectionIndex:
             return Selection((), Shares((), 1.0))
         whitened = self._background.whiten(z)
         nearest = self._nearest(whitened, allowed)
-        owners, places = np.unique(self._owners[nearest], return_index=True)
-        indices = np.split(nearest - self._starts[self._owners[nearest]], places[1:])
-        subsets = [(self._adapters[owner].gaussians, own) for owner, own in zip(owners, indices, strict=True)]
-        result = _shares(whitened, self._background, subsets, LOG_ODDS - log(num_allowed))
+        owners, firsts = np.unique(self._owners[nearest], return_index=True)
+        indices = np.split(nearest - self._starts[self._owners[nearest]], firsts[1:])
+        compared = [(self._adapters[owner].gaussians, forms) for owner, forms in zip(owners, indices, strict=True)]
+        result = _shares(whitened, self._background, compared, LOG_ODDS - log(num_allowed))
         fitting = [(weight, int(i)) for i, weight in zip(owners, result.weights, strict=True) if weight]
         best = sorted(fitting, key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
         weights = tuple(weight for weight, _ in best)
         return Selection(tuple(i for _, i in best), Shares(weights, 1 - sum(weights)))
 
     def _nearest(self, whitened: Array, allowed: Mask) -> npt.NDArray[np.intp]:
-        """Return which of the G Gaussians are compared exactly, in order."""
+        """Return the sorted indices of the Gaussians that are compared exactly."""
+        rows = np.flatnonzero(allowed[self._owners])
+        if len(rows) <= MAX_EXACT:
+            return rows
         point = (whitened @ self._discriminants).astype(np.float32)
-        rows = self._rows if allowed.all() else np.flatnonzero(allowed[self._owners])
-        # The scores are those of the distances, without the term that all share.
-        if len(rows) > 2 * NUM_NEAR:
-            scores = point[:NUM_FIRST_DISCRIMINANTS] @ self._first + self._first_constants
-            rows = rows[_greatest(scores if rows is self._rows else scores[rows])]
-        if len(rows) > NUM_NEAREST:
-            scores = self._points[rows] @ point + self._constants[rows]
-            rows = np.sort(rows[np.argpartition(scores, -NUM_NEAREST)[-NUM_NEAREST:]])
-        return rows
+        if len(rows) > 2 * NUM_CANDIDATES:
+            scores = point[:NUM_FIRST_DISCRIMINANTS] @ self._first_points + self._first_constants
+            rows = rows[_candidates(scores[rows])]
+        scores = self._points[rows] @ point + self._constants[rows]
+        return np.sort(rows[np.argsort(scores)[-NUM_NEAREST:]])
 
 
-def _greatest(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
-    """Return the indices of about `NUM_NEAR` greatest scores of more."""
-    rank = NUM_NEAR // STRIDE
-    return np.flatnonzero(scores >= np.partition(scores[::STRIDE], -rank)[-rank])
+def _score_constants(points: Array) -> npt.NDArray[np.float32]:
+    """Return -|p|^2 / 2 for each of `points` (G, D): added to p^T x, it ranks points as their distance to x does."""
+    return as_float32(-0.5 * (points**2).sum(1))
+
+
+def _candidates(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
+    """Return the indices of roughly the `NUM_CANDIDATES` greatest scores: the least of them is estimated from a sample."""
+    sample = scores[(SAMPLE * len(scores)).astype(np.intp)]
+    rank = max(1, NUM_CANDIDATES * len(SAMPLE) // len(scores))
+    return np.flatnonzero(scores >= np.partition(sample, -rank)[-rank])
 
 
 Result_co = TypeVar("Result_co", covariant=True)

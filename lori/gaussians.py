@@ -82,18 +82,19 @@ class Gaussians:
         return draws
 
 
-def log_likelihoods(places: Sequence[tuple[Gaussians, int]], z: Array) -> Array:
-    """Return the log-likelihood of z (F,) under each Gaussian at `places`, as `Gaussians.log_likelihoods`.
+Component = tuple[Gaussians, int]
+"""One Gaussian of several: they, and its index."""
 
-    A place is the index of a Gaussian among others.
-    """
-    difference = z - np.array([gaussians.means[i] for gaussians, i in places])
+
+def log_likelihoods(components: Sequence[Component], z: Array) -> Array:
+    """Return the log-likelihood of z (F,) under each of C components, (C,), as `Gaussians.log_likelihoods`."""
+    difference = z - np.array([gaussians.means[i] for gaussians, i in components])
     # One Gaussian at a time, so that the axes in float32 stay in the CPU's cache; the rest in one call for all.
-    rows = zip(places, difference.astype(np.float32), strict=True)
+    rows = zip(components, difference.astype(np.float32), strict=True)
     projections = np.array([gaussians.axes[i].astype(np.float32) @ row for (gaussians, i), row in rows])  # (C, K)
-    projections *= np.array([gaussians.scales[i] for gaussians, i in places])
-    variances = np.array([gaussians.variances[i] for gaussians, i in places])
-    determinants = np.array([gaussians.log_determinants[i] for gaussians, i in places])
+    projections *= np.array([gaussians.scales[i] for gaussians, i in components])
+    variances = np.array([gaussians.variances[i] for gaussians, i in components])
+    determinants = np.array([gaussians.log_determinants[i] for gaussians, i in components])
     distances = ((difference**2).sum(-1) - (projections.astype(np.float64) ** 2).sum(-1)) / variances
     result: Array = -0.5 * (distances + determinants)
     return result

@@ -104,7 +104,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     background = find_background(base.identity, settings.background)
     aliases = base_aliases(settings.model)
     base_names = aliases | {base.name}
-    named_merges = _read_merges(settings.merges, base.identity.digest, base_names) if settings.merges else {}
+    named_merges = _merges_of_folder(settings.merges, base.identity.digest, base_names) if settings.merges else {}
     if own_store:
         logger.info("reading the adapters in %s …", redacted(str(settings.adapters)))
     inventory = take_inventory(own_store, demo_store, base.identity, is_strict=settings.strict)
@@ -367,7 +367,7 @@ def _outline(base: BaseModel) -> str:
     return f"{base.name} in {_name(dtype)} on {device_name(device)}{code}"
 
 
-def _read_merges(folder: Path, base_digest: str, base_names: Collection[str]) -> Mapping[str, NamedMerge]:
+def _merges_of_folder(folder: Path, base_digest: str, base_names: Collection[str]) -> Mapping[str, NamedMerge]:
     try:
         return read_merges(folder, base_digest, base_names)
     except OSError as error:

@@ -77,7 +77,7 @@ class MergeAdmin:
         return deleted
 
     async def catch_up(self) -> None:
-        """Read the folder again. If a file is unsound, the merges stay as they are, and the log has the faults.
+        """Read the folder again. If a file is unsound, or has a name of the base, nothing changes, and the log says why.
 
         Raises `ConflictError` or `StoreError` if the folder cannot be read.
         """

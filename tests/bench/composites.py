@@ -15,14 +15,14 @@ With `--write-rows FILE` it writes training rows with both, for `training.tune`,
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 from lori.template import Template
 from server.engine.request import RequestedWeight
@@ -31,6 +31,9 @@ from training.evaluation.metrics import number_in
 from training.evaluation.server_answerer import Ask, Server
 
 MAX_TOKENS = {"intent": 48, "nlu": 48, "math": 160}
+
+
+XML_TEXT = "(?:[^<&\n]|&amp;|&lt;|&gt;)+"
 
 
 def content_in_capitals(text: str) -> str | None:
@@ -48,12 +51,9 @@ def content_in_json(text: str) -> str | None:
 
 
 def content_in_xml(text: str) -> str | None:
-    """Return the content of an answer `<answer>content</answer>`, or None."""
-    try:
-        element = ElementTree.fromstring(text.strip())
-    except ElementTree.ParseError:
-        return None
-    return element.text if element.tag == "answer" and not element.attrib and not len(element) else None
+    """Return the content of an answer `<answer>content</answer>` of one line, or None."""
+    match = re.fullmatch(rf"\s*<answer>({XML_TEXT})</answer>\s*", text)
+    return unescape(match[1]) if match else None
 
 
 SCHEMA = {
@@ -73,7 +73,7 @@ class Format:
     read: Callable[[str], str | None]
     """Returns the content of an answer, or None if the answer has another format."""
     grammar: Mapping[str, Any]
-    """What a request sends as its `grammar`."""
+    """The `grammar` of a request."""
 
 
 FORMATS: Mapping[str, Format] = {
@@ -86,7 +86,7 @@ FORMATS: Mapping[str, Format] = {
     "xml": Format(
         lambda content: f"<answer>{escape(content)}</answer>",
         content_in_xml,
-        {"type": "regex", "pattern": " ?<answer>([^<&]|&amp;|&lt;|&gt;)+</answer>"},
+        {"type": "regex", "pattern": f" ?<answer>{XML_TEXT}</answer>"},
     ),
 }
 

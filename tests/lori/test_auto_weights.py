@@ -10,8 +10,8 @@ import pytest
 from lori.auto_weights import (
     GRID,
     LOG_ODDS,
-    NUM_NEAR,
-    NUM_NEAREST,
+    MAX_EXACT,
+    NUM_CANDIDATES,
     Mask,
     Selection,
     SelectionIndex,
@@ -121,7 +121,7 @@ def test_the_base_is_e7_times_as_likely_as_an_adapter_and_as_all_that_may_be_sel
 
 @pytest.fixture(scope="module")
 def many(background: Background) -> list[PromptStatistics]:
-    return make_adapters(background, range(100, 100 + 3 * NUM_NEAREST))
+    return make_adapters(background, range(100, 101 + MAX_EXACT))
 
 
 def allow(index: SelectionIndex) -> Mask:
@@ -156,35 +156,50 @@ def test_the_selection_among_many_is_that_of_a_comparison_with_all(
     assert selections == {(1.0,), (0.5, 0.5)}
 
 
-@pytest.fixture(scope="module")
-def thousands(background: Background) -> list[PromptStatistics]:
-    """Return adapters with two forms each, in all more than are compared in all directions."""
-    [original] = make_adapters(background, [11])
+def copies(original: PromptStatistics, num_adapters: int, num_forms: int, spread: float) -> list[PromptStatistics]:
+    """Return adapters with forms like that of `original`, whose means are `spread` apart."""
     random = np.random.default_rng(0)
-
-    def copy() -> PromptStatistics:
-        forms = joined([original.gaussians] * 2)
-        means = as_float32(forms.means + 2 * random.standard_normal(forms.means.shape))
-        return PromptStatistics("a" * 64, background.digest, replace(forms, means=means))
-
-    return [copy() for _ in range(3 * NUM_NEAR)]
+    forms = joined([original.gaussians] * num_forms)
+    means = [forms.means + spread * random.standard_normal(forms.means.shape) for _ in range(num_adapters)]
+    return [PromptStatistics("a" * 64, original.background_digest, replace(forms, means=as_float32(own))) for own in means]
 
 
-def test_a_prompt_gets_its_adapter_among_thousands(background: Background, thousands: Sequence[PromptStatistics]) -> None:
-    index = SelectionIndex(background, thousands)
-    few, some = allow(index), allow(index)
-    few[400:], some[1::2] = False, False  # compared in all directions at once, and first in a few
+def draw_one(background: Background, adapter: PromptStatistics, seed: int) -> Array:
+    """Return the features (F,) of a prompt of the adapter's first form."""
+    whitened = adapter.gaussians.draw(1, seed)[0, 0]
+    z: Array = np.linalg.solve(background.whitening.T.astype(np.float64), whitened) + background.mean
+    return z
 
-    def select(place: int, form: int, allowed: Mask) -> Selection:
-        whitened = thousands[place].gaussians.draw(1, seed=place)[form, 0]
-        z = np.linalg.solve(background.whitening.T.astype(np.float64), whitened) + background.mean
-        return index.select(z, 2, allowed)
 
-    for place in range(0, 400, 50):
-        for form in (0, 1):
-            for allowed in (allow(index), few, some):
-                assert select(place, form, allowed) == Selection((place,), Shares((1.0,), 0.0))
-    assert 601 not in select(601, 0, some).adapters
+@pytest.mark.parametrize("num_forms", [1, 17])
+def test_the_most_likely_of_thousands_of_forms_is_selected(
+    background: Background, adapters: Sequence[PromptStatistics], num_forms: int
+) -> None:
+    like = copies(adapters[0], 3 * NUM_CANDIDATES // num_forms, num_forms, spread=0.3)
+    index = SelectionIndex(background, like)
+    some, few = allow(index), allow(index)
+    some[:: len(like) // 5], few[MAX_EXACT // num_forms :] = False, False  # most or few are allowed
+    num_found = 0
+    for place in np.linspace(0, len(like) - 1, 10).astype(int):
+        z = draw_one(background, like[place], seed=int(place))
+        for allowed in (allow(index), some, few):
+            places = np.flatnonzero(allowed)
+            exact = shares(z, background, [like[i] for i in places], log_odds=LOG_ODDS - np.log(len(places)))
+            expected = (places[np.argmax(exact.weights)],) if any(exact.weights) else ()
+            selection = index.select(z, 1, allowed)
+            assert allowed[[*selection.adapters]].all()
+            num_found += selection.adapters == expected
+    assert num_found >= 28  # of 30
+
+
+@pytest.mark.parametrize(("num_adapters", "num_forms"), [(2, 64), (5, 7), (9, 14)])
+def test_equal_adapters_of_many_equal_forms_share(
+    background: Background, adapters: Sequence[PromptStatistics], num_adapters: int, num_forms: int
+) -> None:
+    equal = PromptStatistics("a" * 64, background.digest, joined([adapters[0].gaussians] * num_forms))
+    index, [z] = SelectionIndex(background, [equal] * num_adapters), draw(11, 3.0, count=1)
+    weight = GRID // num_adapters / GRID
+    assert index.select(z, num_adapters, allow(index)).shares.weights == (weight,) * num_adapters
 
 
 def test_a_form_that_is_not_compared_counts_among_its_adapter_s(background: Background, many: Sequence[PromptStatistics]) -> None:
@@ -192,11 +207,11 @@ def test_a_form_that_is_not_compared_counts_among_its_adapter_s(background: Back
         far = replace(adapter.gaussians, means=adapter.gaussians.means + 50)
         return PromptStatistics("a" * 64, background.digest, joined([adapter.gaussians, far]))
 
-    adapters = [with_far_form(adapter) for adapter in many[:NUM_NEAREST]]
+    adapters = [with_far_form(adapter) for adapter in many]
     index = SelectionIndex(background, adapters)
     [start], [stop] = draw(1, count=1), draw(100, 3.0, count=1)
     weights = set()
-    for z in start + np.linspace(0, 1, 4000)[:, None] * (stop - start):
+    for z in start + np.linspace(0.3, 0.7, 400)[:, None] * (stop - start):
         expected = shares(z, background, adapters, log_odds=LOG_ODDS - np.log(len(adapters)))
         selection = index.select(z, 1, allow(index))
         assert selection.shares.weights == tuple(filter(None, expected.weights))
@@ -204,7 +219,7 @@ def test_a_form_that_is_not_compared_counts_among_its_adapter_s(background: Back
     assert len(weights) > 4
 
 
-@pytest.mark.parametrize("num_adapters", [len(SEEDS), 3 * NUM_NEAREST])
+@pytest.mark.parametrize("num_adapters", [len(SEEDS), MAX_EXACT + 1])
 def test_only_allowed_adapters_are_selected(background: Background, many: Sequence[PromptStatistics], num_adapters: int) -> None:
     index, [z] = SelectionIndex(background, many[:num_adapters]), draw(101, 3.0, count=1)
     allowed = allow(index)
