@@ -6,7 +6,7 @@ directions, and the nearest of these exactly. If there are few Gaussians, all ar
 Shapes: G Gaussians of all adapters, F features.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum, log
 from typing import Protocol, TypeVar
@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lori.gaussians import Array, Gaussians, as_float32, log_likelihoods, mean_covariance
+from lori.gaussians import Array, Component, as_float32, log_likelihoods, mean_covariance
 from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
@@ -53,23 +53,16 @@ def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics
 
     `log_odds` is the logarithm of an adapter's prior probability divided by the base's.
     """
-    return _shares(background.whiten(z), background, [_all_of(adapter.gaussians) for adapter in adapters], log_odds)
+    return _shares(background.whiten(z), background, [adapter.gaussians.components for adapter in adapters], log_odds)
 
 
-ComparedGaussians = tuple[Gaussians, Collection[int]]
-"""An adapter's Gaussians, and the indices of those that are compared. The others count as infinitely unlikely."""
-
-
-def _all_of(gaussians: Gaussians) -> ComparedGaussians:
-    return gaussians, range(len(gaussians.means))
-
-
-def _shares(whitened: Array, background: Background, adapters: Sequence[ComparedGaussians], log_odds: float) -> Shares:
-    mixtures = [*adapters, _all_of(background.gaussians)]
-    by_gaussian = log_likelihoods([(gaussians, i) for gaussians, indices in mixtures for i in indices], whitened)
-    num_compared = np.array([len(indices) for _, indices in mixtures])
+def _shares(whitened: Array, background: Background, adapters: Sequence[Sequence[Component]], log_odds: float) -> Shares:
+    # Components of an adapter that are not given count as infinitely unlikely.
+    mixtures = [*adapters, background.gaussians.components]
+    by_gaussian = log_likelihoods([component for mixture in mixtures for component in mixture], whitened)
+    num_compared = np.array([len(mixture) for mixture in mixtures])
     *adapter_starts, background_start = num_compared.cumsum() - num_compared
-    num_gaussians = np.array([len(gaussians.means) for gaussians, _ in adapters])
+    num_gaussians = np.array([len(gaussians.means) for (gaussians, _), *_ in adapters])
     by_adapter = np.logaddexp.reduceat(by_gaussian[:background_start], adapter_starts) - np.log(num_gaussians) + log_odds
     scores = np.append(by_adapter, background.log_likelihood(whitened, by_gaussian[background_start:]))
     likelihoods = np.exp(scores - scores.max())
@@ -82,7 +75,7 @@ def mean_weights(background: Background, adapters: Sequence[PromptStatistics], p
     The estimate is optimistic: the prompts come from the Gaussians that judge them, and none has another form.
     """
     draws = prompts.gaussians.draw(max(1, NUM_DRAWS // len(prompts.gaussians.means)), seed=0)
-    mixtures = [_all_of(adapter.gaussians) for adapter in adapters]
+    mixtures = [adapter.gaussians.components for adapter in adapters]
     weights: Array = np.array([_shares(z, background, mixtures, LOG_ODDS).weights for z in draws.reshape(-1, draws.shape[-1])])
     mean: Array = weights.mean(0)
     return mean
@@ -159,7 +152,7 @@ class SelectionIndex:
         nearest = self._nearest(whitened, allowed)
         owners, firsts = np.unique(self._owners[nearest], return_index=True)
         indices = np.split(nearest - self._starts[self._owners[nearest]], firsts[1:])
-        compared = [(self._adapters[owner].gaussians, forms) for owner, forms in zip(owners, indices, strict=True)]
+        compared = [[(self._adapters[owner].gaussians, i) for i in forms] for owner, forms in zip(owners, indices, strict=True)]
         result = _shares(whitened, self._background, compared, LOG_ODDS - log(num_allowed))
         fitting = [(weight, int(i)) for i, weight in zip(owners, result.weights, strict=True) if weight]
         best = sorted(fitting, key=lambda pair: (-pair[0], pair[1]))[:max_adapters]

@@ -69,9 +69,10 @@ class Gaussians:
         loadings: Array = np.sqrt(self.variances)[:, None, None] * np.linalg.solve(self.cholesky(), axes)
         return loadings
 
-    def log_likelihoods(self, z: Array) -> Array:
-        """Return the log-likelihood of z (F,) under each Gaussian, (C,), without the term that all of them share."""
-        return log_likelihoods([(self, i) for i in range(len(self.means))], z)
+    @property
+    def components(self) -> list["Component"]:
+        """Each of the Gaussians."""
+        return [(self, i) for i in range(len(self.means))]
 
     def draw(self, num_draws: int, seed: int) -> Array:
         """Return `num_draws` random whitened features of each Gaussian, (C, num_draws, F). A seed gives the same ones again."""
@@ -83,11 +84,11 @@ class Gaussians:
 
 
 Component = tuple[Gaussians, int]
-"""One Gaussian of several: they, and its index."""
+"""One Gaussian: those that it is one of, and its index among them."""
 
 
 def log_likelihoods(components: Sequence[Component], z: Array) -> Array:
-    """Return the log-likelihood of z (F,) under each of C components, (C,), as `Gaussians.log_likelihoods`."""
+    """Return the log-likelihood of z (F,) under each of C components, (C,), without the term that all of them share."""
     difference = z - np.array([gaussians.means[i] for gaussians, i in components])
     # One Gaussian at a time, so that the axes in float32 stay in the CPU's cache; the rest in one call for all.
     rows = zip(components, difference.astype(np.float32), strict=True)

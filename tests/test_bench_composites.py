@@ -33,7 +33,7 @@ def test_composites_know_the_format_of_an_answer(name: str, text: str, content: 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_composites_read_what_they_write(name: str) -> None:
-    assert FORMATS[name].read(FORMATS[name].write("A & B < C")) in ("A & B < C", "A & B < C".upper())
+    assert str(FORMATS[name].read(FORMATS[name].write("a & b < c"))).casefold() == "a & b < c"
 
 
 def test_composites_know_a_correct_answer() -> None:

@@ -11,38 +11,19 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from lori.auto_weights import SelectionIndex
-from lori.gaussians import Array, Gaussians
-from lori.prompt_statistics import BACKGROUNDS, Background, PromptStatistics
+from lori.prompt_statistics import BACKGROUNDS, Background
 from lori.store.entry import Entry
+from tests.lori.features import copies, draw_prompt
 
 DEMO_ADAPTERS = Path(__file__).parents[2] / "server" / "adapters"
 SPREAD = 0.7
 """Standard deviation of a copy's means, in the space in which the background's covariance is the identity."""
 CACHE_BYTES = 64 << 20
-
-
-def copies(originals: Sequence[PromptStatistics], count: int, rng: np.random.Generator) -> list[PromptStatistics]:
-    """Return `count` copies of the statistics, in turn, with random means around theirs."""
-    made = []
-    for index in range(count):
-        one = originals[index % len(originals)]
-        means = one.gaussians.means + SPREAD * rng.standard_normal(one.gaussians.means.shape)
-        gaussians = replace(one.gaussians, means=means.astype(np.float32))
-        made.append(PromptStatistics(one.adapter_digest, one.background_digest, gaussians))
-    return made
-
-
-def draw(gaussians: Gaussians, background: Background, rng: np.random.Generator) -> Array:
-    """Return features (F,) of a prompt, drawn from the first of the Gaussians."""
-    z = gaussians.draw(1, seed=int(rng.integers(2**32)))[0, 0]
-    return np.linalg.solve(background.whitening.T.astype(np.float64), z) + background.mean
 
 
 def main() -> int:
@@ -56,14 +37,14 @@ def main() -> int:
     background = Background.from_bytes(str(file), file.read_bytes())
     folders = sorted(folder for folder in DEMO_ADAPTERS.iterdir() if folder.is_dir())
     originals = [own for folder in folders if (own := Entry(folder.name, folder).prompt_statistics())]
-    adapters = copies(originals, arguments.num_adapters, rng)
+    adapters = copies(originals, arguments.num_adapters, SPREAD, rng)
     started = time.perf_counter()
     index = SelectionIndex(background, adapters)
     print(f"{len(adapters)} adapters: built in {time.perf_counter() - started:.2f} s, {index.num_bytes / 2**20:.1f} MiB")
     other, allowed = np.zeros(CACHE_BYTES // 8), np.ones(len(adapters), dtype=bool)
     times, num_own = [], 0
     for own in rng.integers(len(adapters), size=arguments.num_prompts):
-        z = draw(adapters[own].gaussians, background, rng)
+        z = draw_prompt(adapters[own].gaussians, background, seed=int(rng.integers(2**32)))
         other += 1
         started = time.perf_counter()
         selection = index.select(z, 3, allowed)

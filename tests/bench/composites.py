@@ -31,8 +31,6 @@ from training.evaluation.metrics import number_in
 from training.evaluation.server_answerer import Ask, Server
 
 MAX_TOKENS = {"intent": 48, "nlu": 48, "math": 160}
-
-
 XML_TEXT = "(?:[^<&\n]|&amp;|&lt;|&gt;)+"
 
 

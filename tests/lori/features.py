@@ -1,6 +1,7 @@
 """Random features of prompts, and statistics of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,3 +37,21 @@ def make_adapters(background: Background, seeds: Sequence[int] = SEEDS) -> list[
     """Return the statistics of adapters whose prompts are drawn with `seeds` around the centre 3."""
     centres = [draw(seed, 3.0) for seed in seeds]
     return [PromptStatistics("a" * 64, background.digest, fit_gaussian(background.whiten(z))) for z in centres]
+
+
+def copies(
+    originals: Sequence[PromptStatistics], count: int, spread: float, random: np.random.Generator
+) -> list[PromptStatistics]:
+    """Return `count` copies of the statistics, in turn, with random means around theirs, of the standard deviation `spread`."""
+    made = []
+    for index in range(count):
+        one = originals[index % len(originals)]
+        means = one.gaussians.means + spread * random.standard_normal(one.gaussians.means.shape)
+        made.append(replace(one, gaussians=replace(one.gaussians, means=as_float32(means))))
+    return made
+
+
+def draw_prompt(gaussians: Gaussians, background: Background, seed: int) -> Array:
+    """Return features (F,) of a prompt, drawn from the first of the Gaussians."""
+    z: Array = np.linalg.solve(background.whitening.T.astype(np.float64), gaussians.draw(1, seed)[0, 0]) + background.mean
+    return z

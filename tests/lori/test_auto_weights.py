@@ -20,9 +20,9 @@ from lori.auto_weights import (
     mean_weights,
     shares,
 )
-from lori.gaussians import Array, as_float32, joined
+from lori.gaussians import Array, joined, log_likelihoods
 from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
-from tests.lori.features import SEEDS, draw, make_adapters
+from tests.lori.features import SEEDS, copies, draw, draw_prompt, make_adapters
 
 
 def test_a_prompt_like_an_adapter_s_goes_to_it(background: Background, adapters: Sequence[PromptStatistics]) -> None:
@@ -108,8 +108,8 @@ def test_the_base_is_e7_times_as_likely_as_an_adapter_and_as_all_that_may_be_sel
 
     def log_ratio(z: Array) -> float:
         whitened = background.whiten(z)
-        [own] = adapters[0].gaussians.log_likelihoods(whitened)
-        return float(own) - background.log_likelihood(whitened, background.gaussians.log_likelihoods(whitened))
+        [own] = log_likelihoods(adapters[0].gaussians.components, whitened)
+        return float(own) - background.log_likelihood(whitened, log_likelihoods(background.gaussians.components, whitened))
 
     # On the grid, one half is reached from 15/32 on, and by eight adapters together from 4/9 on.
     log_odds = log_ratio(crossing(lambda z: shares(z, background, adapters[:1]).weights[0])) - np.log(15 / 17)
@@ -156,32 +156,18 @@ def test_the_selection_among_many_is_that_of_a_comparison_with_all(
     assert selections == {(1.0,), (0.5, 0.5)}
 
 
-def copies(original: PromptStatistics, num_adapters: int, num_forms: int, spread: float) -> list[PromptStatistics]:
-    """Return adapters with forms like that of `original`, whose means are `spread` apart."""
-    random = np.random.default_rng(0)
-    forms = joined([original.gaussians] * num_forms)
-    means = [forms.means + spread * random.standard_normal(forms.means.shape) for _ in range(num_adapters)]
-    return [PromptStatistics("a" * 64, original.background_digest, replace(forms, means=as_float32(own))) for own in means]
-
-
-def draw_one(background: Background, adapter: PromptStatistics, seed: int) -> Array:
-    """Return the features (F,) of a prompt of the adapter's first form."""
-    whitened = adapter.gaussians.draw(1, seed)[0, 0]
-    z: Array = np.linalg.solve(background.whitening.T.astype(np.float64), whitened) + background.mean
-    return z
-
-
 @pytest.mark.parametrize("num_forms", [1, 17])
 def test_the_most_likely_of_thousands_of_forms_is_selected(
     background: Background, adapters: Sequence[PromptStatistics], num_forms: int
 ) -> None:
-    like = copies(adapters[0], 3 * NUM_CANDIDATES // num_forms, num_forms, spread=0.3)
+    original = replace(adapters[0], gaussians=joined([adapters[0].gaussians] * num_forms))
+    like = copies([original], 3 * NUM_CANDIDATES // num_forms, spread=0.3, random=np.random.default_rng(0))
     index = SelectionIndex(background, like)
     some, few = allow(index), allow(index)
     some[:: len(like) // 5], few[MAX_EXACT // num_forms :] = False, False  # most or few are allowed
     num_found = 0
     for place in np.linspace(0, len(like) - 1, 10).astype(int):
-        z = draw_one(background, like[place], seed=int(place))
+        z = draw_prompt(like[place].gaussians, background, seed=int(place))
         for allowed in (allow(index), some, few):
             places = np.flatnonzero(allowed)
             exact = shares(z, background, [like[i] for i in places], log_odds=LOG_ODDS - np.log(len(places)))

@@ -12,7 +12,7 @@ from safetensors.numpy import load, save
 from transformers import PreTrainedTokenizerFast
 
 from lori.errors import AdapterError, AdapterFormatError, TemplateError
-from lori.gaussians import NUM_AXES, fit_gaussian, joined
+from lori.gaussians import NUM_AXES, fit_gaussian, joined, log_likelihoods
 from lori.identity import BaseIdentity
 from lori.prompt_statistics import (
     MAX_CONTENT_CHARACTERS,
@@ -46,11 +46,12 @@ def test_the_background_is_white() -> None:
 def test_each_part_of_the_background_s_mixture_counts_the_same(background: Background) -> None:
     again = Background(background.base_digest, background.mean, background.whitening, joined([background.gaussians] * 3))
     z = background.whiten(draw(1, count=1)[0])
-    once, count = background.log_likelihood(z, background.gaussians.log_likelihoods(z)), len(background.gaussians.variances)
-    part = count / (count + 1) * np.exp(background.gaussians.log_likelihoods(z) - once).mean()  # of the Gaussians
+    by_gaussian = log_likelihoods(background.gaussians.components, z)
+    once, count = background.log_likelihood(z, by_gaussian), len(by_gaussian)
+    part = count / (count + 1) * np.exp(by_gaussian - once).mean()  # of the Gaussians
     assert 0 < part < 1
     expected = once + np.log((1 + 2 * part) * (count + 1) / (3 * count + 1))
-    assert again.log_likelihood(z, again.gaussians.log_likelihoods(z)) == pytest.approx(expected)
+    assert again.log_likelihood(z, log_likelihoods(again.gaussians.components, z)) == pytest.approx(expected)
 
 
 def test_files_are_read_as_they_were_written(background: Background, adapters: Sequence[PromptStatistics]) -> None:
