@@ -150,24 +150,26 @@ class SelectionIndex:
             return Selection((), Shares((), 1.0))
         whitened = self._background.whiten(z)
         nearest = self._nearest(whitened, allowed)
-        owners, firsts = np.unique(self._owners[nearest], return_index=True)
-        indices = np.split(nearest - self._starts[self._owners[nearest]], firsts[1:])
-        compared = [[(self._adapters[owner].gaussians, i) for i in forms] for owner, forms in zip(owners, indices, strict=True)]
-        result = _shares(whitened, self._background, compared, LOG_ODDS - log(num_allowed))
-        fitting = [(weight, int(i)) for i, weight in zip(owners, result.weights, strict=True) if weight]
+        owners = self._owners[nearest]
+        compared: dict[int, list[Component]] = {}
+        for owner, form in zip(owners.tolist(), (nearest - self._starts[owners]).tolist(), strict=True):
+            compared.setdefault(owner, []).append((self._adapters[owner].gaussians, form))
+        result = _shares(whitened, self._background, [*compared.values()], LOG_ODDS - log(num_allowed))
+        fitting = [(weight, owner) for owner, weight in zip(compared, result.weights, strict=True) if weight]
         best = sorted(fitting, key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
         weights = tuple(weight for weight, _ in best)
         return Selection(tuple(i for _, i in best), Shares(weights, 1 - sum(weights)))
 
     def _nearest(self, whitened: Array, allowed: Mask) -> npt.NDArray[np.intp]:
         """Return the sorted indices of the Gaussians that are compared exactly."""
-        rows = np.flatnonzero(allowed[self._owners])
+        are_all = bool(allowed.all())
+        rows = np.arange(len(self._owners)) if are_all else np.flatnonzero(allowed[self._owners])
         if len(rows) <= MAX_EXACT:
             return rows
         point = (whitened @ self._discriminants).astype(np.float32)
         if len(rows) > 2 * NUM_CANDIDATES:
             scores = point[:NUM_FIRST_DISCRIMINANTS] @ self._first_points + self._first_constants
-            rows = rows[_candidates(scores[rows])]
+            rows = rows[_candidates(scores if are_all else scores[rows])]
         scores = self._points[rows] @ point + self._constants[rows]
         return np.sort(rows[np.argsort(scores)[-NUM_NEAREST:]])
 
