@@ -180,22 +180,30 @@ def _a_change_reaches_every_replica(cluster: Cluster) -> None:
 
 
 def _a_merge_reaches_every_replica(cluster: Cluster) -> None:
-    def statuses() -> set[int]:
-        body = {"prompt": PROMPT, "max_tokens": 1}
-        # The names decide which replica gets the request.
-        named = [["sum", *names] for number in range(4) for names in combinations(("nlu", "intent", "math"), number)]
-        bodies = [body | {"adapter": names, "weights": [1] * len(names)} for names in named]
-        return {cluster.http.post("/generate", json=one).status_code for one in bodies}
+    _publish_sum(cluster, "mine")
+    assert _statuses_of_sum(cluster) == {200}
+    assert cluster.http.delete("/merges/sum").status_code == 200
+    assert _statuses_of_sum(cluster) == {404}
+    assert cluster.http.delete("/merges/sum").status_code == 404
 
-    details = [cluster.http.get(f"/adapters/{name}").raise_for_status().json() for name in ("mine", "safety")]
+
+def _publish_sum(cluster: Cluster, name: str) -> None:
+    """Publish the merge `sum` of the adapter `name` and `safety`."""
+    details = [cluster.http.get(f"/adapters/{one}").raise_for_status().json() for one in (name, "safety")]
     config = json.loads((DEMO / "math" / FIELDS["config"]).read_text())
     adapters = [{"reference": f"{one['name']}@{one['version']}", "weight": 0.5} for one in details]
     body = {"base_digest": config["lori"]["base_digest"], "adapters": adapters}
-    assert cluster.http.put("/merges/sum", json=body).status_code == 200
-    assert statuses() == {200}
-    assert cluster.http.delete("/merges/sum").status_code == 200
-    assert statuses() == {404}
-    assert cluster.http.delete("/merges/sum").status_code == 404
+    reply = cluster.http.put("/merges/sum", json=body)
+    assert reply.status_code == 200, reply.text
+
+
+def _statuses_of_sum(cluster: Cluster) -> set[int]:
+    """Return the statuses of requests for the merge `sum` that every replica gets some of."""
+    body = {"prompt": PROMPT, "max_tokens": 1}
+    # The names decide which replica gets the request.
+    named = [["sum", *names] for number in range(4) for names in combinations(("nlu", "intent", "math"), number)]
+    bodies = [body | {"adapter": names, "weights": [1] * len(names)} for names in named]
+    return {cluster.http.post("/generate", json=one).status_code for one in bodies}
 
 
 def _adapters_are_shown_with_the_figures_of_all_replicas(cluster: Cluster) -> None:
@@ -254,6 +262,7 @@ def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Clu
     """
     _upload(cluster, "kept")
     assert cluster.http.post("/adapters/kept/pin").status_code == 200
+    _publish_sum(cluster, "kept")
     before, num_late = cluster.names(), 0
     with ExitStack() as stack:
         client = stack.enter_context(Client(cluster.url, api_key=ADMIN, timeout_s=120, num_retries=5))
@@ -277,6 +286,8 @@ def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Clu
     registered = len(NAMES) + 1 + num_late
     wait_until(lambda: [*cluster.by_replica("lori:adapters_registered").values()] == [registered] * 2, "both to know all")
     wait_until(lambda: [*cluster.by_replica("lori:adapters_pinned").values()] == [1, 1], "both to pin")
+    assert _statuses_of_sum(cluster) == {200}
+    assert cluster.http.delete("/merges/sum").status_code == 200
     assert cluster.http.delete("/adapters/kept").status_code == 409
     assert cluster.http.get("/adapters/kept").json()["is_pinned"]
     assert cluster.http.post("/adapters/kept/unpin").status_code == 200
