@@ -141,7 +141,8 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     loader = Loader(registry, reader, NUM_FETCHED)
     adapter_cache = AdapterCache(pool, residents, loader, int(settings.loaded_gib * GIB), max_load_wait_s=_patience_s(device))
     cache = KvCache(num_blocks, settings.block_size, base.identity.digest)
-    scheduler = Scheduler(cache, adapter_cache, limits, settings.max_priority_wait_s or inf)
+    max_priority_wait_s = settings.max_priority_wait_s or inf
+    scheduler = Scheduler(cache, adapter_cache, limits, max_priority_wait_s)
     grammars = make_grammars(base)
     _log(base, settings.quantization, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
     # The objects that exist now stay. The garbage collector, which stops the world, need not scan them again and again.
@@ -151,7 +152,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     # and nanobind would report them as leaks.
     atexit.register(gc.unfreeze)
     num_ids = base.model.config.get_text_config().vocab_size
-    weigher = _make_weigher(base, runner) if background else None
+    weigher = _make_weigher(base, runner, max_priority_wait_s) if background else None
     engine = Engine(
         scheduler, runner, adapter_cache, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars, weigher=weigher
     )
@@ -218,13 +219,13 @@ def _limits(settings: Settings, base: BaseModel, runner: Runner, max_context: in
     )
 
 
-def _make_weigher(base: BaseModel, runner: Runner) -> PromptWeigher:
+def _make_weigher(base: BaseModel, runner: Runner, max_priority_wait_s: float) -> PromptWeigher:
     try:
         probe = PromptProbe(runner.decoder, base.model.dtype, base.model.device)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(f"there is no room for automatic weights: {' '.join(str(error).split())}") from error
     logger.info("automatic weights: prompts are probed with %.0f MiB of keys and values", probe.num_bytes / 2**20)
-    return PromptWeigher(probe, runner.is_broken)
+    return PromptWeigher(probe, runner.is_broken, max_priority_wait_s)
 
 
 def _warn_of_statistics(admission: Admission, registry: Registry) -> None:

@@ -1,9 +1,11 @@
 """The prompt weigher: a queue of prompts, and what they say about adapters, computed on the engine's thread."""
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -30,22 +32,31 @@ class _Queued:
     query: PromptQuery[Any]
     is_wanted: IsWanted
     on_outcome: OnOutcome
+    since: float
 
 
 class PromptWeigher:
-    """The queue of prompts to weigh. Tenants take turns; within a tenant the first prompt is first.
+    """The queue of prompts to weigh: by priority, then by tenants in turn, then by arrival.
 
+    A lower number is a higher priority. A prompt that has waited for `max_priority_wait_s` counts as of the highest one present.
     Only the engine's thread may use it. `is_broken` says of an error that nothing more can be computed after it.
     """
 
-    def __init__(self, probe: PromptProbe, is_broken: Callable[[Exception], bool]) -> None:
+    def __init__(
+        self,
+        probe: PromptProbe,
+        is_broken: Callable[[Exception], bool],
+        max_priority_wait_s: float = inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._probe, self._is_broken = probe, is_broken
-        self._queues: dict[str, deque[_Queued]] = {}
-        """The queued prompts of each tenant that has any. The first tenant's turn is next."""
+        self._max_priority_wait_s, self._clock = max_priority_wait_s, clock
+        self._queues: dict[int, dict[str, deque[_Queued]]] = {}
+        """The queued prompts by priority and tenant, of those that have any. The first tenant's turn is next."""
 
-    def submit(self, query: PromptQuery[Any], tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
+    def submit(self, query: PromptQuery[Any], priority: int, tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
         """Queue a prompt. One of the next steps calls `on_outcome` with its query's result or error, if `is_wanted()` then."""
-        self._queues.setdefault(tenant, deque()).append(_Queued(query, is_wanted, on_outcome))
+        self._add(_Queued(query, is_wanted, on_outcome, self._clock()), priority, tenant)
 
     @property
     def has_work(self) -> bool:
@@ -60,19 +71,39 @@ class PromptWeigher:
 
     def _take(self, max_tokens: int) -> list[_Queued]:
         # At least one prompt, so that a long one is not kept waiting by `max_tokens`.
+        self._raise_overdue()
         batch: list[_Queued] = []
         while self._queues and len(batch) < MAX_PROMPTS:
-            tenant, queue = next(iter(self._queues.items()))
+            priority = min(self._queues)
+            tenant, queue = next(iter(self._queues[priority].items()))
             if queue[0].is_wanted():
                 max_tokens -= len(queue[0].query.prompt.ids)
                 if batch and max_tokens < 0:
                     break
                 batch.append(queue[0])
             queue.popleft()
-            del self._queues[tenant]
+            self._remove(priority, tenant)
             if queue:
-                self._queues[tenant] = queue  # at the end
+                self._queues.setdefault(priority, {})[tenant] = queue  # at the end
         return batch
+
+    def _raise_overdue(self) -> None:
+        last_overdue = self._clock() - self._max_priority_wait_s
+        first, *others = sorted(self._queues) or [0]
+        for priority in others:
+            for tenant, queue in [*self._queues[priority].items()]:
+                while queue and queue[0].since <= last_overdue:
+                    self._add(queue.popleft(), first, tenant)
+                if not queue:
+                    self._remove(priority, tenant)
+
+    def _add(self, queued: _Queued, priority: int, tenant: str) -> None:
+        self._queues.setdefault(priority, {}).setdefault(tenant, deque()).append(queued)
+
+    def _remove(self, priority: int, tenant: str) -> None:
+        del self._queues[priority][tenant]
+        if not self._queues[priority]:
+            del self._queues[priority]
 
     def _outcomes(self, batch: Sequence[_Queued]) -> list[Any]:
         # An error in a pass may come from one prompt. Each is tried alone, so that only its request fails.

@@ -136,8 +136,10 @@ class EngineThread:
         finally:
             self._pending_calls.discard(future)
 
-    async def evaluate(self, queries: Sequence[PromptQuery[T]], tenant: str, check_present: CheckPresent) -> Sequence[T]:
-        """Return the results of prompts' queries. They are computed on the engine's thread, tenants in turn.
+    async def evaluate(
+        self, queries: Sequence[PromptQuery[T]], priority: int, tenant: str, check_present: CheckPresent
+    ) -> Sequence[T]:
+        """Return the results of prompts' queries. They are computed on the engine's thread, by priority and tenants in turn.
 
         `check_present` is called again and again meanwhile, and once at the end. If it raises, or the caller is cancelled, the
         prompts are dropped. Raises its errors, `EngineDeadError` as `call`, and `WeighingError`.
@@ -147,7 +149,7 @@ class EngineThread:
         futures: list[asyncio.Future[T]] = [asyncio.get_running_loop().create_future() for _ in queries]
         self._pending_calls.update(futures)
         for query, future in zip(queries, futures, strict=True):
-            self._commands.put(partial(self._submit_query, query, tenant, future))
+            self._commands.put(partial(self._submit_query, query, priority, tenant, future))
         try:
             is_waiting = True
             while is_waiting:
@@ -189,9 +191,9 @@ class EngineThread:
         else:
             self._loop.call_soon_threadsafe(_settle, future, future.set_result, result)
 
-    def _submit_query(self, query: PromptQuery[T], tenant: str, future: asyncio.Future[T], engine: Engine) -> None:
+    def _submit_query(self, query: PromptQuery[T], priority: int, tenant: str, future: asyncio.Future[T], engine: Engine) -> None:
         assert engine.weigher, "a request that needs one is refused without a background"
-        engine.weigher.submit(query, tenant, lambda: not future.done(), partial(self._settle_query, future))
+        engine.weigher.submit(query, priority, tenant, lambda: not future.done(), partial(self._settle_query, future))
 
     def _settle_query(self, future: asyncio.Future[T], outcome: Any) -> None:
         assert self._loop is not None

@@ -191,7 +191,8 @@ class Service:
             raise RefusedError("adapter", f"is {AUTO!r}, and {NO_BACKGROUND}")
         prepare = partial(selector.prepare, must_be_current=must_be_current)
         pending = await self.texts.run(lambda: [*map(prepare, undecided)], submission.tenant, _size(undecided))
-        selections = await self._evaluate([one.query for one in pending], submission, pending[0].timeout_s)
+        queries, first = [one.query for one in pending], pending[0]
+        selections = await self._evaluate(queries, submission, first.timeout_s, first.request.priority or 0)
         resolved = (selector.resolve(one, selection) for one, selection in zip(pending, selections, strict=True))
         return [next(resolved) if is_auto(request) else request for request in requests]
 
@@ -199,22 +200,26 @@ class Service:
         """Return the requests, those with automatic weights with the weights that their prompts give. Raises as `_evaluate`."""
         queries = [request.auto for request in requests if request.auto]
         if queries:
-            shares = iter(await self._evaluate(queries, submission, requests[0].timeout_s))
+            shares = iter(await self._evaluate(queries, submission, requests[0].timeout_s, requests[0].priority))
             requests = [request.with_shares(next(shares)) if request.auto else request for request in requests]
         for request in requests:
             if request.base_share is not None:
                 self.metrics.base_share.observe(request.base_share)
         return requests
 
-    async def _evaluate(self, queries: Sequence[PromptQuery[T]], submission: _Submission, timeout_s: float | None) -> Sequence[T]:
-        """Return the results of the queries of one body's prompts, which all have the same timeout.
+    async def _evaluate(
+        self, queries: Sequence[PromptQuery[T]], submission: _Submission, timeout_s: float | None, priority: int
+    ) -> Sequence[T]:
+        """Return the results of the queries of one body's prompts, which all have the same timeout and priority.
 
         Raises `OutOfTimeError`, `EngineError`, and `ClientDisconnect` once the client has left: its prompts are then dropped.
         """
         time_left = None if timeout_s is None else timeout_s - submission.elapsed_s
         try:
             with fail_after(time_left):
-                return await self.engine.evaluate(queries, submission.tenant, partial(check_present, submission.has_left))
+                return await self.engine.evaluate(
+                    queries, priority, submission.tenant, partial(check_present, submission.has_left)
+                )
         except TimeoutError as error:
             raise OutOfTimeError(f"not done within {timeout_s:g} s") from error
         except WeighingError as error:

@@ -1,6 +1,7 @@
-"""The prompt weigher, with a fake probe: turns of tenants, lengths of passes, and errors."""
+"""The prompt weigher, with a fake probe: priorities, turns of tenants, lengths of passes, and errors."""
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, cast
 
 import numpy as np
@@ -42,15 +43,24 @@ class FakeProbe:
 
 
 class Rig:
-    """A weigher that a test steps, and the outcomes by first token."""
+    """A weigher that a test steps, a clock that it sets, and the outcomes by first token."""
 
-    def __init__(self) -> None:
-        self.probe, self.outcomes = FakeProbe(), dict[int, Any]()
-        self.weigher = PromptWeigher(cast(PromptProbe, self.probe), lambda error: isinstance(error, SystemError))
+    def __init__(self, max_priority_wait_s: float = inf) -> None:
+        self.probe, self.outcomes, self.now = FakeProbe(), dict[int, Any](), 1000.0
+        self.weigher = PromptWeigher(
+            cast(PromptProbe, self.probe), lambda error: isinstance(error, SystemError), max_priority_wait_s, lambda: self.now
+        )
 
-    def submit(self, first: int, tenant: str = "", length: int = LENGTH, is_wanted: Callable[[], bool] = lambda: True) -> None:
+    def submit(
+        self,
+        first: int,
+        tenant: str = "",
+        length: int = LENGTH,
+        is_wanted: Callable[[], bool] = lambda: True,
+        priority: int = 0,
+    ) -> None:
         auto = WeightQuery(ProbedPrompt((first,) * length, 0, length), BACKGROUND, (STATISTICS,))
-        self.weigher.submit(auto, tenant, is_wanted, lambda outcome: self.outcomes.update({first: outcome}))
+        self.weigher.submit(auto, priority, tenant, is_wanted, lambda outcome: self.outcomes.update({first: outcome}))
 
 
 @pytest.fixture
@@ -76,6 +86,38 @@ def test_tenants_take_turns(rig: Rig) -> None:
     rig.submit(60, "new", MAX_TOKENS // 4)
     rig.weigher.step(is_busy=False)
     assert rig.probe.passes == [[10, 50, 11, 51], [12, 60, 13, 14]]
+
+
+def test_a_higher_priority_comes_first_and_tenants_take_turns_within_one(rig: Rig) -> None:
+    length = MAX_TOKENS // 4
+    for first in range(10, 20):
+        rig.submit(first, "many", length, priority=1)
+    rig.submit(30, "few", length, priority=1)
+    for first in (40, 41):
+        rig.submit(first, "many", length, priority=-5)
+    rig.submit(50, "few", length, priority=-5)
+    rig.weigher.step(is_busy=False)
+    rig.submit(60, "many", length)
+    rig.weigher.step(is_busy=False)
+    assert rig.probe.passes == [[40, 50, 41, 10], [60, 30, 11, 12]]
+
+
+def test_a_prompt_waits_a_limited_time_behind_higher_priorities() -> None:
+    rig, length = Rig(max_priority_wait_s=60), MAX_TOKENS // 2
+    for first in (10, 11, 12):
+        rig.submit(first, "low", length, priority=5)
+    rig.now += 59
+    rig.submit(13, "low", length, priority=5)
+    for first in range(20, 30):
+        rig.submit(first, "high", length)
+    rig.weigher.step(is_busy=False)
+    rig.now += 1
+    for _ in range(4):
+        rig.weigher.step(is_busy=False)
+    assert rig.probe.passes == [[20, 21], [22, 10], [23, 11], [24, 12], [25, 26]]
+    while rig.weigher.has_work:
+        rig.weigher.step(is_busy=False)
+    assert rig.probe.passes[-2:] == [[27, 28], [29, 13]]
 
 
 @pytest.mark.parametrize(("is_busy", "num_tokens"), [(False, MAX_TOKENS), (True, MAX_BUSY_TOKENS)])

@@ -21,10 +21,11 @@ SHARES = Shares((1.0,), 0.0)
 class FakeWeigher:
     """A weigher that keeps its prompts until a test settles them."""
 
-    queued: list[tuple[str, IsWanted, OnOutcome]] = field(default_factory=list)
+    queued: list[tuple[tuple[int, str], IsWanted, OnOutcome]] = field(default_factory=list)
+    """The priority and the tenant of each, whether it is wanted, and what takes its outcome."""
 
-    def submit(self, _: PromptQuery[Shares], tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
-        self.queued.append((tenant, is_wanted, on_outcome))
+    def submit(self, _: PromptQuery[Shares], priority: int, tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
+        self.queued.append(((priority, tenant), is_wanted, on_outcome))
 
 
 @dataclass
@@ -49,7 +50,8 @@ async def queued(engine: WeighingEngine, client: FakeClient | None = None) -> tu
     """Start the engine's thread and queue two prompts. Return the thread and the task that waits for their shares."""
     thread = EngineThread(cast(Engine, engine))
     thread.start()
-    task: asyncio.Task[object] = asyncio.create_task(thread.evaluate(QUERIES, "tenant", (client or FakeClient()).check_present))
+    check_present = (client or FakeClient()).check_present
+    task: asyncio.Task[object] = asyncio.create_task(thread.evaluate(QUERIES, 3, "tenant", check_present))
     await until(lambda: len(engine.weigher.queued) == 2)
     assert all(is_wanted() for _, is_wanted, _ in engine.weigher.queued)
     return thread, task
@@ -59,8 +61,8 @@ def test_shares_come_back_in_the_order_of_their_prompts() -> None:
     async def test() -> None:
         engine = WeighingEngine()
         thread, task = await queued(engine)
-        (tenant, _, first), (_, _, second) = engine.weigher.queued
-        assert tenant == "tenant"
+        (place, _, first), (_, _, second) = engine.weigher.queued
+        assert place == (3, "tenant")
         second(Shares((0.0,), 1.0))
         first(SHARES)
         assert await task == [SHARES, Shares((0.0,), 1.0)]
@@ -124,7 +126,7 @@ def test_when_the_engine_stops_queued_prompts_fail() -> None:
         with pytest.raises(EngineDeadError, match="the server is stopping"):
             await task
         with pytest.raises(EngineDeadError):
-            await thread.evaluate(QUERIES, "tenant", FakeClient().check_present)
+            await thread.evaluate(QUERIES, 3, "tenant", FakeClient().check_present)
 
     run(test())
 

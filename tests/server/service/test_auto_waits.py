@@ -11,12 +11,13 @@ import httpx
 import numpy as np
 import pytest
 
-from lori.auto_weights import Selection
+from lori.auto_weights import PromptQuery, Selection
 from lori.gaussians import Array
 from lori.prompt_statistics import NUM_FEATURES, ProbedPrompt
 from server.engine.adapter_selection import AdapterSelector, PendingSelection
 from server.engine.generate_request import GenerateRequest
 from server.engine.model.prompt_probe import PromptProbe
+from server.engine.prompt_weights import PromptWeigher
 from server.service.service import Service
 from tests.server.keyed import ACME, bearer
 from tests.server.live import HOST, LIMIT_S, wait_until
@@ -83,6 +84,25 @@ def test_a_second_selection_has_the_time_that_is_left(
         body = {"prompt": PROMPT, "adapter": "auto", "max_tokens": 1, "timeout_s": 400}
         refusal(weighing.post("/generate", json=body), 504)
     assert resolved == 2, "the third selection has no time"
+
+
+@pytest.mark.parametrize("fields", [SUM, AUTO])
+def test_a_prompt_is_weighed_at_its_request_s_priority(
+    weighing: httpx.Client, monkeypatch: pytest.MonkeyPatch, fields: Mapping[str, Any]
+) -> None:
+    """Regression: all prompts of a tenant were weighed in the order of their arrival."""
+    submit, priorities = PromptWeigher.submit, list[int]()
+
+    def note(self: PromptWeigher, query: PromptQuery[Any], priority: int, *rest: Any) -> None:
+        priorities.append(priority)
+        submit(self, query, priority, *rest)
+
+    body = {"prompt": PROMPT, "max_tokens": 1} | fields
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptWeigher, "submit", note)
+        for given in ({"priority": 7}, {}):
+            assert weighing.post("/generate", json=body | given).status_code == 200
+    assert priorities == [7, 0]
 
 
 @pytest.mark.parametrize("stream", [False, True])
