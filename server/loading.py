@@ -5,24 +5,21 @@ import gc
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from math import inf
 from pathlib import Path
 
 import torch
 
-from lori.base_model import BaseModel, load_base_model, resolve_dtype
-from lori.basis import Basis, Seeded
-from lori.config import ExplicitConfig
-from lori.device import device_name, resolve_device
-from lori.errors import AdapterError, ModelError
+from lori.base_model import BaseModel
+from lori.device import device_name
+from lori.errors import AdapterError
 from lori.flags import package_version
 from lori.kernels.native import MISSING, MODULE, choose, description, max_isa
 from lori.named_merge import NamedMerge
-from lori.names import EMBEDDED_NAME, base_aliases
+from lori.names import base_aliases
 from lori.packed_adapter import PackedReader
-from lori.pool import AdapterPool
 from lori.printable import printable
 from lori.projection import Quantization, has_native
 from lori.prompt_statistics import Background, find_background
@@ -43,19 +40,21 @@ from server.engine.adapters.registry import FaultyAdapterError, Registered, Regi
 from server.engine.adapters.residents import Residents
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.grammar import GrammarError
-from server.engine.model.families import check_family
-from server.engine.model.prompt_probe import PromptProbe
-from server.engine.model.runner import Runner, bytes_per_token
-from server.engine.prompt_weights import PromptWeigher
 from server.engine.sampling.grammars import Grammars
-from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler
-from server.engine.scheduling.step_budget import StepLimits
-from server.engine.startup import check_logits, measure_step_cost, reference_logits
-from server.engine.step import StepExecutor
 from server.engine.thread import EngineThread
+from server.served_model import (
+    GIB,
+    ServedModel,
+    capacity,
+    dtype_name,
+    load_base,
+    make_grammars,
+    make_weigher,
+    prepare,
+    stop_ids,
+)
 from server.service.merge_admin import MergeAdmin
 from server.service.named_merges import NamedMerges, read_merges
 from server.service.service import Service
@@ -63,25 +62,14 @@ from server.settings import Settings
 from server.telemetry.gauges import make_metrics
 
 logger = logging.getLogger(__name__)
-MIN_CONTEXT = 16
-"""Tokens of KV memory below which the server does not start."""
-GIB = 2**30
-BYTES_PER_ENTRY = {torch.bfloat16: 4.5, torch.float32: 6.5}
-"""Bytes of a resident adapter per nonzero entry of B: a little more than was measured at 10% density."""
 PATIENCE_S = 0.005
 """Seconds that a step waits for an adapter that is being read: about as long as a read takes."""
-NUM_SPARE_BLOCKS = {"cpu": 0, "cuda": 1}
-"""Blocks of KV memory that no sequence owns (see `GpuOps`), by device type."""
-NEW_RANK, NEW_DENSITY = 32, 0.1
-"""Likely rank and density of adapters that come while the server runs, if there is none at start."""
 NUM_FETCHED = 8
 """Adapters that are fetched from a remote store at once. They wait for the network, not for a core."""
 BYTES_PER_PART = 8
 """Bytes of each entry of an adapter that is read for a merge: a position and a value."""
 MAX_NAMED = 10
 """Adapters that a warning names."""
-NUM_MERGES = 32
-"""Merges that are no sums for which room is reserved from the start."""
 
 
 def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
@@ -95,12 +83,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     own_store, demo_store = open_stores(settings)  # reports an unreachable store before the model is loaded
     use_threads(settings.threads)
     load = BackgroundLoad()
-    device = resolve_device(settings.device)
-    dtype = _dtype(settings.dtype, device)
-    logger.info("loading %s in %s on %s …", settings.model or EMBEDDED_NAME, _name(dtype), device_name(device))
-    # The model's own attention only computes the expected logits. Not every family has another one than the eager one.
-    base = load_base_model(settings.model, dtype, "eager", device)
-    check_family(base.model)
+    base = load_base(settings)
     background = find_background(base.identity, settings.background)
     aliases = base_aliases(settings.model)
     base_names = aliases | {base.name}
@@ -111,24 +94,11 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     registry = make_registry(inventory.entries, inventory.summaries)
     registry.add_faulty(inventory.faulty)
     merges = NamedMerges(named_merges, lambda name: name in registry.by_name or name in registry.faulty)
-    logger.info("preparing the model for %d adapters, and checking it against transformers …", len(registry.by_name))
-    expected = reference_logits(base.model)
-    pool = make_pool(base, registry, settings.max_resident, own_store is not None, settings.max_rank)
-    num_blocks = _num_blocks(settings, base)
-    runner = Runner(base.model, pool, num_blocks, settings.block_size, settings.max_batch, settings.quantization)
-    _reserve(pool, min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, pool, settings.max_resident)))
-    max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
-    check_logits(runner, base.model, expected, max_context, settings.block_size)
-    if not settings.threads and device.type == "cpu":
+    model = prepare(settings, base, registry, may_grow=own_store is not None)
+    if not settings.threads and base.model.device.type == "cpu":
         warn_if_busy(load)
-    logger.info("timing steps …")
-    limits = _limits(settings, base, runner, max_context, num_blocks)
-    if device.type == "cuda":  # only now: the cost model must time steps with prompts as they run, not as replayed CUDA graphs
-        runner.prepare()
-        check_logits(runner, base.model, expected, max_context, settings.block_size)
-    residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
-    reader = PackedReader(base.identity, pool.layouts)
-    files = AdapterFiles(own_store, demo_store, reader, Fit.from_pool(pool), settings.max_upload_bytes)
+    reader = PackedReader(base.identity, model.pool.layouts)
+    files = AdapterFiles(own_store, demo_store, reader, Fit.from_pool(model.pool), settings.max_upload_bytes)
     others, damaged = files.others(registry.by_name.values(), inventory.faulty)
     registry.add(others)
     registry.add_faulty(damaged)
@@ -138,31 +108,17 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
             lambda new_keys: check_policies(new_keys, partial(_meaning, registry), registry.by_name, partial(_absence, registry))
         )
         logger.info("%s", keys.keys)
-    loader = Loader(registry, reader, NUM_FETCHED)
-    adapter_cache = AdapterCache(pool, residents, loader, int(settings.loaded_gib * GIB), max_load_wait_s=_patience_s(device))
-    cache = KvCache(num_blocks, settings.block_size, base.identity.digest)
-    max_priority_wait_s = settings.max_priority_wait_s or inf
-    scheduler = Scheduler(cache, adapter_cache, limits, max_priority_wait_s)
     grammars = make_grammars(base)
-    _log(base, settings.quantization, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
-    # The objects that exist now stay. The garbage collector, which stops the world, need not scan them again and again.
-    gc.collect()
-    gc.freeze()
-    # At exit the collector must scan them: remaining cycles hold objects of libtriton, which torch imports where it is installed,
-    # and nanobind would report them as leaks.
-    atexit.register(gc.unfreeze)
-    num_ids = base.model.config.get_text_config().vocab_size
-    weigher = _make_weigher(base, runner, max_priority_wait_s) if background else None
-    engine = Engine(
-        scheduler, runner, adapter_cache, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars, weigher=weigher
-    )
+    engine = _make_engine(settings, model, Loader(registry, reader, NUM_FETCHED), grammars, can_weigh=background is not None)
+    _log(model, settings, len(registry.by_name))
+    _freeze()
     admission = Admission(
         base.tokenizer,
         registry,
-        max_context,
+        model.max_context,
         settings.max_resident,
         _max_nnz(base, settings),
-        num_ids,
+        base.model.config.get_text_config().vocab_size,
         grammars,
         max_merge_nnz=settings.resident_gib * GIB / BYTES_PER_PART,
         background=background,
@@ -178,7 +134,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         registry=registry,
         admission=admission,
         engine=EngineThread(engine, settings.max_step_s),
-        metrics=make_metrics(base.name, registry, scheduler, adapter_cache),
+        metrics=make_metrics(base.name, registry, engine.scheduler, engine.adapter_cache),
         keys=keys,
         num_ingresses=num_ingresses,
         required=lambda: [name for tenant in keys.keys.tenants.values() for name, _ in tenant.policy] if keys else [],
@@ -190,42 +146,35 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
             base_names,
             lambda reference: bool(candidates(registry, reference)),
         ),
-        outline=f"{_outline(base)}, {_capacity(base, registry, pool, settings)}",
+        outline=f"{_outline(base)}, {capacity(base, registry, model.pool, settings)}",
         selector=AdapterSelector(registry, admission, background, max_selected, threshold) if background else None,
     )
 
 
-def _limits(settings: Settings, base: BaseModel, runner: Runner, max_context: int, num_blocks: int) -> StepLimits:
-    try:
-        cost = measure_step_cost(
-            StepExecutor(runner, Sampler(_stop_ids(base))),
-            num_ids=base.model.config.get_text_config().vocab_size,
-            max_tokens=settings.max_step_tokens,
-            max_sequences=settings.max_batch,
-            max_context=max_context,
-            num_blocks=num_blocks,
-            block_size=settings.block_size,
-        )
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ModelError(
-            f"--max-step-tokens, --kv-cache-gib: there is no room for a step: {' '.join(str(error).split())}"
-        ) from error
-    return StepLimits(
-        max_sequences=settings.max_batch,
-        max_tokens=settings.max_step_tokens,
-        max_stall=settings.max_stall,
-        short_step_s=cost.short_step_seconds() if settings.short_step_ms is None else settings.short_step_ms / 1000,
-        cost=cost,
+def _make_engine(settings: Settings, model: ServedModel, loader: Loader, grammars: Grammars | None, *, can_weigh: bool) -> Engine:
+    base, max_priority_wait_s = model.base, settings.max_priority_wait_s or inf
+    residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
+    patience_s = _patience_s(base.model.device)
+    adapter_cache = AdapterCache(model.pool, residents, loader, int(settings.loaded_gib * GIB), max_load_wait_s=patience_s)
+    cache = KvCache(model.num_blocks, settings.block_size, base.identity.digest)
+    return Engine(
+        Scheduler(cache, adapter_cache, model.limits, max_priority_wait_s),
+        model.runner,
+        adapter_cache,
+        base.tokenizer.backend_tokenizer,
+        stop_ids(base),
+        grammars=grammars,
+        weigher=make_weigher(base, model.runner, max_priority_wait_s) if can_weigh else None,
     )
 
 
-def _make_weigher(base: BaseModel, runner: Runner, max_priority_wait_s: float) -> PromptWeigher:
-    try:
-        probe = PromptProbe(runner.decoder, base.model.dtype, base.model.device)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ModelError(f"there is no room for automatic weights: {' '.join(str(error).split())}") from error
-    logger.info("automatic weights: prompts are probed with %.0f MiB of keys and values", probe.num_bytes / 2**20)
-    return PromptWeigher(probe, runner.is_broken, max_priority_wait_s)
+def _freeze() -> None:
+    # The objects that exist now stay. The garbage collector, which stops the world, need not scan them again and again.
+    gc.collect()
+    gc.freeze()
+    # At exit the collector must scan them: remaining cycles hold objects of libtriton, which torch imports where it is installed,
+    # and nanobind would report them as leaks.
+    atexit.register(gc.unfreeze)
 
 
 def _warn_of_statistics(admission: Admission, registry: Registry) -> None:
@@ -263,90 +212,29 @@ def _absence(registry: Registry, reference: str) -> str:
     )
 
 
-def make_pool(
-    base: BaseModel, registry: Registry, num_slots: int, may_grow: bool = False, max_rank: int | None = None
-) -> AdapterPool:
-    """Return a pool for the registered adapters: with their bases and their highest rank.
-
-    With `may_grow` more adapters may come later: on these bases or the shared default one, with a rank up to `max_rank`. Raises
-    `AdapterError` if a registered adapter has a higher rank.
-    """
-    adapters = [*registry.by_name.values()]
-    bases = list(dict.fromkeys([*map(_basis, adapters), *([Seeded()] if may_grow else [])]))
-    rank = max((adapter.summary.max_rank for adapter in adapters), default=NEW_RANK if may_grow else 0)
-    if may_grow and max_rank:
-        for adapter in adapters:
-            if adapter.summary.max_rank > max_rank:
-                raise AdapterError(f"--max-rank is {max_rank}, and {adapter.summary.name!r} has rank {adapter.summary.max_rank}")
-        rank = max_rank
-    return AdapterPool(base.identity.shapes, bases, rank, num_slots, base.model.dtype, base.model.device)
-
-
-def make_grammars(base: BaseModel) -> Grammars | None:
-    """Return the grammar compiler of a base model. Returns None, and logs why, if its answers cannot follow grammars."""
-    num_tokens = base.model.config.get_text_config().vocab_size
-    try:
-        return Grammars(base.tokenizer.backend_tokenizer, num_tokens, _stop_ids(base))
-    except GrammarError as error:
-        logger.warning("no answer can be made to fit a JSON schema, a regular expression or a grammar: %s", error)
-        return None
-
-
-def _reserve(pool: AdapterPool, num_bytes: int) -> None:
-    try:
-        pool.reserve(num_bytes)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ModelError(f"--resident-gib: there is no room for adapters: {' '.join(str(error).split())}") from error
-
-
-def _likely_bytes(base: BaseModel, registry: Registry, pool: AdapterPool, max_resident: int) -> int:
-    # Room for all registered adapters and some merges, each as large as the largest adapter. Without adapters, each has the usual
-    # size.
-    nnz = [adapter.summary.nnz for adapter in registry.by_name.values()]
-    most = max(nnz, default=_usual_nnz(pool))
-    return int(most * BYTES_PER_ENTRY[base.model.dtype] * min(max_resident, len(nnz) + NUM_MERGES))
-
-
 def _max_nnz(base: BaseModel, settings: Settings) -> float:
     # An entry has a value and at least one byte for its column. The padding of slices comes on top.
     return settings.resident_gib * GIB / (base.model.dtype.itemsize + 1)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype called `name`. "auto" is bf16 wherever that is faster than fp32.
-
-    Our products in bf16 read half the bytes of torch's in fp32, with or without the CPU's instructions for bf16. Without AVX2
-    they compute too slowly.
-    """
-    if name == "auto" and has_native(torch.bfloat16, device) and choose() != "portable":
-        return torch.bfloat16
-    return resolve_dtype(name, device)
-
-
-def _basis(adapter: Registered) -> Basis:
-    config = adapter.summary.basis
-    return adapter.entry.basis(config.digest) if isinstance(config, ExplicitConfig) else config.basis()
-
-
-def _log(
-    base: BaseModel, quantization: Quantization | None, num_adapters: int, runner: Runner, num_kv_tokens: int, limits: StepLimits
-) -> None:
+def _log(model: ServedModel, settings: Settings, num_adapters: int) -> None:
+    base, limits = model.base, model.limits
     dtype, device = base.model.dtype, base.model.device
     products = "C++" if has_native(dtype, device) else "torch"
-    if quantization:
-        products = f"{products} on weights in {quantization}"
+    if settings.quantization:
+        products = f"{products} on weights in {settings.quantization}"
     logger.info(
         "%s in %s on %s, %d threads; products in %s, attention in %s, deltas in %s; %d adapters; room for %d tokens in %.0f MiB",
         base.name,
-        _name(dtype),
+        dtype_name(dtype),
         device_name(device),
         torch.get_num_threads(),
         products,
-        runner.attention,
+        model.runner.attention,
         description() if device.type == "cpu" else "Triton",
         num_adapters,
-        num_kv_tokens,
-        runner.num_kv_bytes / 2**20,
+        model.num_blocks * settings.block_size,
+        model.runner.num_kv_bytes / 2**20,
     )
     logger.info(
         "a step in which one sequence decodes takes %.1f ms; one with a few short prompts may take %.0f ms",
@@ -365,7 +253,7 @@ def _outline(base: BaseModel) -> str:
     """Return the model, its dtype and device, and on a CPU the kernels' instruction set."""
     dtype, device = base.model.dtype, base.model.device
     code = "" if device.type != "cpu" else f" with {choose()}" if MODULE else " with torch alone"
-    return f"{base.name} in {_name(dtype)} on {device_name(device)}{code}"
+    return f"{base.name} in {dtype_name(dtype)} on {device_name(device)}{code}"
 
 
 def _merges_of_folder(folder: Path, base_digest: str, base_names: Collection[str]) -> Mapping[str, NamedMerge]:
@@ -390,7 +278,7 @@ def fingerprint(dtype: torch.dtype, device: torch.device, quantization: Quantiza
         code = "sm{}{}".format(*torch.cuda.get_device_capability(device))
     else:
         code = choose() if MODULE else "portable"
-    parts = [f"lori-{package_version()}", code, _name(dtype), quantization or ""]
+    parts = [f"lori-{package_version()}", code, dtype_name(dtype), quantization or ""]
     if not has_native(dtype, device):
         parts.append(f"torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability().lower()}")
     return "-".join(filter(None, [*parts, weighing]))
@@ -402,40 +290,3 @@ def weighing_name(settings: Settings, background: Background | None) -> str:
         return ""
     parts = (background.digest, settings.default_merge, settings.auto_max_adapters, settings.auto_threshold)
     return f"auto-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
-
-
-def _capacity(base: BaseModel, registry: Registry, pool: AdapterPool, settings: Settings) -> str:
-    """Return the number of adapters, and how many like them fit into the kernels' memory."""
-    if not pool.has_operands:
-        return "no adapters"
-    nnz = [adapter.summary.nnz for adapter in registry.by_name.values()]
-    mean = sum(nnz) / len(nnz) if nnz else _usual_nnz(pool)
-    count = int(settings.resident_gib * GIB / max(1.0, mean * BYTES_PER_ENTRY[base.model.dtype]))
-    fits = f"about {count}" if count < settings.max_resident else f"the {settings.max_resident} of --max-resident"
-    like = "of these" if nnz else f"of rank {pool.rank}"
-    return f"{len(nnz) or 'no'} adapter{'s' * (len(nnz) != 1)}; {settings.resident_gib} GiB for adapters holds {fits} {like}"
-
-
-def _usual_nnz(pool: AdapterPool) -> float:
-    return NEW_DENSITY * sum(layout.num_outputs * layout.rank for layout in pool.layouts.values())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _num_blocks(settings: Settings, base: BaseModel) -> int:
-    num_bytes = bytes_per_token(base.model) * settings.block_size
-    num_blocks = int(settings.kv_cache_gib * GIB) // num_bytes - NUM_SPARE_BLOCKS[base.model.device.type]
-    if num_blocks * settings.block_size < MIN_CONTEXT:
-        raise ModelError(
-            f"--kv-cache-gib {settings.kv_cache_gib:g} holds {num_blocks * settings.block_size} tokens of {base.name}, "
-            f"expected at least {MIN_CONTEXT}"
-        )
-    return num_blocks
-
-
-def _stop_ids(base: BaseModel) -> Iterable[int]:
-    configured = base.model.generation_config.eos_token_id if base.model.generation_config else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*ids, base.tokenizer.eos_token_id) if i is not None}

@@ -35,6 +35,7 @@ ORDER = (
     "server.description",
     "server.routes",
     "server.app",
+    "server.served_model",
     "server.loading",
     "server.http_server",
     "server.serving",

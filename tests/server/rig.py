@@ -39,7 +39,8 @@ from server.engine.sampling.grammars import Grammars
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.step import Emit
-from server.loading import make_grammars, make_pool, make_registry
+from server.loading import make_registry
+from server.served_model import make_grammars, make_pool
 from server.service.service import Service
 from tests.server.plans import step_limits
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer

@@ -222,7 +222,7 @@ def test_too_little_memory_for_the_timed_steps_is_reported(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("server.loading.measure_step_cost", fail)
+    monkeypatch.setattr("server.served_model.measure_step_cost", fail)
     with pytest.raises(LoriError, match=r"--max-step-tokens.*there is no room for a step: none left"):
         load_service(Settings(model=str(writer_model), dtype="float32", kv_cache_gib=0.01))
 

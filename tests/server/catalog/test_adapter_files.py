@@ -15,7 +15,8 @@ from server.catalog.files import AdapterFiles, translated_errors
 from server.catalog.fit import Fit
 from server.engine.adapters.registry import Registered
 from server.errors import ConflictError, StoreError
-from server.loading import make_pool, make_registry
+from server.loading import make_registry
+from server.served_model import make_pool
 from tests.server.rig import write_adapter
 
 

@@ -12,7 +12,8 @@ from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
 from lori.store.store import AdapterStore
 from lori.summary import summarise
-from server.loading import NEW_RANK, load_service, make_pool, make_registry
+from server.loading import load_service, make_registry
+from server.served_model import NEW_RANK, make_pool
 from server.settings import Settings
 from tests.server.office import open_office
 from tests.server.replies import refusal

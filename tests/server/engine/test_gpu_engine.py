@@ -19,7 +19,8 @@ from server.engine.generate_request import GenerateRequest
 from server.engine.model.cuda_graphs import Replays
 from server.engine.request import SamplingParams
 from server.engine.step import read_back
-from server.loading import GIB, load_service
+from server.loading import load_service
+from server.served_model import GIB
 from server.settings import Settings
 from tests.server.rig import Heard, Rig, build, rig_of
 
