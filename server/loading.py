@@ -23,7 +23,7 @@ from lori.packed_adapter import PackedReader
 from lori.printable import printable
 from lori.projection import Quantization, has_native
 from lori.prompt_statistics import Background, find_background
-from lori.resources import BackgroundLoad, use_threads, warn_if_busy
+from lori.resources import BackgroundLoad, use_threads
 from lori.store.entry import Entry
 from lori.store.remote_folder import redacted
 from lori.summary import Summary
@@ -45,20 +45,19 @@ from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.thread import EngineThread
 from server.served_model import (
-    GIB,
     ServedModel,
-    capacity,
+    describe_capacity,
     dtype_name,
     load_base,
     make_grammars,
     make_weigher,
-    prepare,
+    prepare_model,
     stop_ids,
 )
 from server.service.merge_admin import MergeAdmin
 from server.service.named_merges import NamedMerges, read_merges
 from server.service.service import Service
-from server.settings import Settings
+from server.settings import GIB, Settings
 from server.telemetry.gauges import make_metrics
 
 logger = logging.getLogger(__name__)
@@ -94,9 +93,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     registry = make_registry(inventory.entries, inventory.summaries)
     registry.add_faulty(inventory.faulty)
     merges = NamedMerges(named_merges, lambda name: name in registry.by_name or name in registry.faulty)
-    model = prepare(settings, base, registry, may_grow=own_store is not None)
-    if not settings.threads and base.model.device.type == "cpu":
-        warn_if_busy(load)
+    model = prepare_model(settings, base, registry, load, may_grow=own_store is not None)
     reader = PackedReader(base.identity, model.pool.layouts)
     files = AdapterFiles(own_store, demo_store, reader, Fit.from_pool(model.pool), settings.max_upload_bytes)
     others, damaged = files.others(registry.by_name.values(), inventory.faulty)
@@ -109,9 +106,9 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         )
         logger.info("%s", keys.keys)
     grammars = make_grammars(base)
-    engine = _make_engine(settings, model, Loader(registry, reader, NUM_FETCHED), grammars, can_weigh=background is not None)
     _log(model, settings, len(registry.by_name))
     _freeze()
+    engine = _make_engine(settings, model, Loader(registry, reader, NUM_FETCHED), grammars, can_weigh=background is not None)
     admission = Admission(
         base.tokenizer,
         registry,
@@ -146,7 +143,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
             base_names,
             lambda reference: bool(candidates(registry, reference)),
         ),
-        outline=f"{_outline(base)}, {capacity(base, registry, model.pool, settings)}",
+        outline=f"{_outline(base)}, {describe_capacity(base, registry, model.pool, settings)}",
         selector=AdapterSelector(registry, admission, background, max_selected, threshold) if background else None,
     )
 

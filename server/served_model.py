@@ -1,4 +1,7 @@
-"""The base model as it is served: loaded, made ready for adapters, checked against transformers, and timed."""
+"""The base model as it is served: loaded, made ready for adapters, checked against transformers, and timed.
+
+Also what is made for one base model: the pool of adapters, the grammar compiler and the prompt weigher.
+"""
 
 import logging
 from collections.abc import Iterable
@@ -15,6 +18,7 @@ from lori.kernels.native import choose
 from lori.names import EMBEDDED_NAME
 from lori.pool import AdapterPool
 from lori.projection import has_native
+from lori.resources import BackgroundLoad, warn_if_busy
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.grammar import GrammarError
 from server.engine.model.families import check_family
@@ -26,10 +30,9 @@ from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.step_budget import StepLimits
 from server.engine.startup import check_logits, measure_step_cost, reference_logits
 from server.engine.step import StepExecutor
-from server.settings import Settings
+from server.settings import GIB, Settings
 
 logger = logging.getLogger(__name__)
-GIB = 2**30
 MIN_CONTEXT = 16
 """Tokens of KV memory below which the server does not start."""
 BYTES_PER_ENTRY = {torch.bfloat16: 4.5, torch.float32: 6.5}
@@ -67,8 +70,10 @@ def load_base(settings: Settings) -> BaseModel:
     return base
 
 
-def prepare(settings: Settings, base: BaseModel, registry: Registry, may_grow: bool) -> ServedModel:
-    """Return the model, ready for the registered adapters, and with `may_grow` for more.
+def prepare_model(
+    settings: Settings, base: BaseModel, registry: Registry, load: BackgroundLoad, *, may_grow: bool
+) -> ServedModel:
+    """Return the model, ready for the registered adapters, and with `may_grow` for more. Warns if `load` slows it down.
 
     Raises `ModelError` if there is too little memory or the logits are not those of transformers. Raises as `make_pool`.
     """
@@ -80,6 +85,8 @@ def prepare(settings: Settings, base: BaseModel, registry: Registry, may_grow: b
     _reserve(pool, min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, pool, settings.max_resident)))
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     check_logits(runner, base.model, expected, max_context, settings.block_size)
+    if not settings.threads and base.model.device.type == "cpu":
+        warn_if_busy(load)
     logger.info("timing steps …")
     limits = _limits(settings, base, runner, max_context, num_blocks)
     # Only now: the cost model must time steps with prompts as they run, not as replayed CUDA graphs.
@@ -128,7 +135,7 @@ def make_weigher(base: BaseModel, runner: Runner, max_priority_wait_s: float) ->
     return PromptWeigher(probe, runner.is_broken, max_priority_wait_s)
 
 
-def capacity(base: BaseModel, registry: Registry, pool: AdapterPool, settings: Settings) -> str:
+def describe_capacity(base: BaseModel, registry: Registry, pool: AdapterPool, settings: Settings) -> str:
     """Return the number of adapters, and how many like them fit into the kernels' memory."""
     if not pool.has_operands:
         return "no adapters"
@@ -138,6 +145,18 @@ def capacity(base: BaseModel, registry: Registry, pool: AdapterPool, settings: S
     fits = f"about {count}" if count < settings.max_resident else f"the {settings.max_resident} of --max-resident"
     like = "of these" if nnz else f"of rank {pool.rank}"
     return f"{len(nnz) or 'no'} adapter{'s' * (len(nnz) != 1)}; {settings.resident_gib} GiB for adapters holds {fits} {like}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype, without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def stop_ids(base: BaseModel) -> Iterable[int]:
+    """Return the ids of the tokens that end an answer."""
+    configured = base.model.generation_config.eos_token_id if base.model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return {i for i in (*ids, base.tokenizer.eos_token_id) if i is not None}
 
 
 def _limits(settings: Settings, base: BaseModel, runner: Runner, max_context: int, num_blocks: int) -> StepLimits:
@@ -208,15 +227,3 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _basis(adapter: Registered) -> Basis:
     config = adapter.summary.basis
     return adapter.entry.basis(config.digest) if isinstance(config, ExplicitConfig) else config.basis()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return torch's name of a dtype, without `torch.`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def stop_ids(base: BaseModel) -> Iterable[int]:
-    """Return the ids of the tokens that end an answer."""
-    configured = base.model.generation_config.eos_token_id if base.model.generation_config else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*ids, base.tokenizer.eos_token_id) if i is not None}

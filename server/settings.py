@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.transport.bodies import max_counted_bytes
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 MAX_RECEIVED = 4
 """Adapters that are received at once, by upload or from the hub. Each is in memory meanwhile."""
 LogFormat = Literal["text", "json"]

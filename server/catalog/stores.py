@@ -8,10 +8,9 @@ from lori.errors import AdapterError, UnreachableError
 from lori.store.remote import RemoteStore
 from lori.store.remote_folder import RemoteFolder, is_url, redacted
 from lori.store.store import AdapterStore
-from server.settings import Settings
+from server.settings import GIB, Settings
 
 DEMO_ADAPTERS = Path(__file__).parents[1] / "adapters"
-GIB = 2**30
 NUM_DIGITS = 16
 """Hexadecimal digits of the digest of an address, which names its cache folder."""
 

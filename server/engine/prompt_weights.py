@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,8 @@ OnOutcome = Callable[[Any], None]
 """Function of a query's result, or of its error."""
 MAX_BUSY_TOKENS = 512
 """Tokens of one pass while sequences run, which wait for it."""
+MIN_UNTIL_DROP = 64
+"""Prompts, at least, that are queued before those that nobody wants are dropped again."""
 OVERFLOW = "the base model's numbers overflow on this prompt"
 
 
@@ -32,31 +33,42 @@ class _Queued:
     query: PromptQuery[Any]
     is_wanted: IsWanted
     on_outcome: OnOutcome
-    since: float
+    queued_at: float
+    """Monotonic seconds."""
+
+
+_Flow = tuple[str, bool]
+"""The tenant of prompts, and whether they were raised to a higher priority."""
 
 
 class PromptWeigher:
-    """The queue of prompts to weigh: by priority, then by tenants in turn, then by arrival.
+    """The queue of prompts to weigh: those of the highest priority (the lowest number) first.
 
-    A lower number is a higher priority. A prompt that has waited for `max_priority_wait_s` counts as of the highest one present.
-    Only the engine's thread may use it. `is_broken` says of an error that nothing more can be computed after it.
+    Within a priority tenants take turns, and a tenant's prompts come in the order of their arrival. A prompt that has waited for
+    `max_priority_wait_s` is raised to the highest priority present. A tenant's raised prompts have turns of their own, so that
+    many of them do not hold up the tenant's others. Only the engine's thread may use the queue. `is_broken` says of an error that
+    nothing more can be computed after it.
     """
 
     def __init__(
         self,
         probe: PromptProbe,
         is_broken: Callable[[Exception], bool],
-        max_priority_wait_s: float = inf,
+        max_priority_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._probe, self._is_broken = probe, is_broken
         self._max_priority_wait_s, self._clock = max_priority_wait_s, clock
-        self._queues: dict[int, dict[str, deque[_Queued]]] = {}
-        """The queued prompts by priority and tenant, of those that have any. The first tenant's turn is next."""
+        self._queues: dict[int, dict[_Flow, deque[_Queued]]] = {}
+        """Queued prompts by priority, then by flow, without empty entries. The first flow of a priority is next."""
+        self._num_until_drop = MIN_UNTIL_DROP
 
     def submit(self, query: PromptQuery[Any], priority: int, tenant: str, is_wanted: IsWanted, on_outcome: OnOutcome) -> None:
         """Queue a prompt. One of the next steps calls `on_outcome` with its query's result or error, if `is_wanted()` then."""
-        self._add(_Queued(query, is_wanted, on_outcome, self._clock()), priority, tenant)
+        if not self._num_until_drop:
+            self._drop_unwanted()
+        self._num_until_drop -= 1
+        self._add(_Queued(query, is_wanted, on_outcome, self._clock()), priority, (tenant, False))
 
     @property
     def has_work(self) -> bool:
@@ -75,33 +87,44 @@ class PromptWeigher:
         batch: list[_Queued] = []
         while self._queues and len(batch) < MAX_PROMPTS:
             priority = min(self._queues)
-            tenant, queue = next(iter(self._queues[priority].items()))
+            flow, queue = next(iter(self._queues[priority].items()))
             if queue[0].is_wanted():
                 max_tokens -= len(queue[0].query.prompt.ids)
                 if batch and max_tokens < 0:
                     break
                 batch.append(queue[0])
             queue.popleft()
-            self._remove(priority, tenant)
+            self._remove(priority, flow)
             if queue:
-                self._queues.setdefault(priority, {})[tenant] = queue  # at the end
+                self._queues.setdefault(priority, {})[flow] = queue  # at the end
         return batch
 
     def _raise_overdue(self) -> None:
         last_overdue = self._clock() - self._max_priority_wait_s
-        first, *others = sorted(self._queues) or [0]
-        for priority in others:
-            for tenant, queue in [*self._queues[priority].items()]:
-                while queue and queue[0].since <= last_overdue:
-                    self._add(queue.popleft(), first, tenant)
+        top = min(self._queues, default=0)
+        for priority in sorted(self._queues)[1:]:
+            for flow, queue in [*self._queues[priority].items()]:
+                while queue and queue[0].queued_at <= last_overdue:
+                    self._add(queue.popleft(), top, (flow[0], True))
                 if not queue:
-                    self._remove(priority, tenant)
+                    self._remove(priority, flow)
 
-    def _add(self, queued: _Queued, priority: int, tenant: str) -> None:
-        self._queues.setdefault(priority, {}).setdefault(tenant, deque()).append(queued)
+    def _drop_unwanted(self) -> None:
+        # Prompts of clients that left, for which no turn comes while there are higher priorities.
+        num_left = 0
+        for priority, flows in [*self._queues.items()]:
+            for flow, queue in [*flows.items()]:
+                flows[flow] = deque(queued for queued in queue if queued.is_wanted())
+                num_left += len(flows[flow])
+                if not flows[flow]:
+                    self._remove(priority, flow)
+        self._num_until_drop = max(MIN_UNTIL_DROP, num_left)
 
-    def _remove(self, priority: int, tenant: str) -> None:
-        del self._queues[priority][tenant]
+    def _add(self, queued: _Queued, priority: int, flow: _Flow) -> None:
+        self._queues.setdefault(priority, {}).setdefault(flow, deque()).append(queued)
+
+    def _remove(self, priority: int, flow: _Flow) -> None:
+        del self._queues[priority][flow]
         if not self._queues[priority]:
             del self._queues[priority]
 

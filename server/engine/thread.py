@@ -139,7 +139,7 @@ class EngineThread:
     async def evaluate(
         self, queries: Sequence[PromptQuery[T]], priority: int, tenant: str, check_present: CheckPresent
     ) -> Sequence[T]:
-        """Return the results of prompts' queries. They are computed on the engine's thread, by priority and tenants in turn.
+        """Return the results of prompts' queries. They are computed on the engine's thread, see `PromptWeigher`.
 
         `check_present` is called again and again meanwhile, and once at the end. If it raises, or the caller is cancelled, the
         prompts are dropped. Raises its errors, `EngineDeadError` as `call`, and `WeighingError`.

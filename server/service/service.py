@@ -191,8 +191,8 @@ class Service:
             raise RefusedError("adapter", f"is {AUTO!r}, and {NO_BACKGROUND}")
         prepare = partial(selector.prepare, must_be_current=must_be_current)
         pending = await self.texts.run(lambda: [*map(prepare, undecided)], submission.tenant, _size(undecided))
-        queries, first = [one.query for one in pending], pending[0]
-        selections = await self._evaluate(queries, submission, first.timeout_s, first.request.priority or 0)
+        queries, priority = [one.query for one in pending], undecided[0].priority or 0
+        selections = await self._evaluate(queries, submission, pending[0].timeout_s, priority)
         resolved = (selector.resolve(one, selection) for one, selection in zip(pending, selections, strict=True))
         return [next(resolved) if is_auto(request) else request for request in requests]
 

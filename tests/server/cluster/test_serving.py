@@ -198,7 +198,7 @@ def _publish_sum(cluster: Cluster, name: str) -> None:
 
 
 def _statuses_of_sum(cluster: Cluster) -> set[int]:
-    """Return the statuses of requests for the merge `sum` that every replica gets some of."""
+    """Return the statuses of eight requests for the merge `sum`, of which each of two replicas almost surely gets some."""
     body = {"prompt": PROMPT, "max_tokens": 1}
     # The names decide which replica gets the request.
     named = [["sum", *names] for number in range(4) for names in combinations(("nlu", "intent", "math"), number)]

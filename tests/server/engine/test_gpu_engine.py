@@ -20,8 +20,7 @@ from server.engine.model.cuda_graphs import Replays
 from server.engine.request import SamplingParams
 from server.engine.step import read_back
 from server.loading import load_service
-from server.served_model import GIB
-from server.settings import Settings
+from server.settings import GIB, Settings
 from tests.server.rig import Heard, Rig, build, rig_of
 
 pytestmark = pytest.mark.gpu

@@ -1,6 +1,8 @@
 """The prompt weigher, with a fake probe: priorities, turns of tenants, lengths of passes, and errors."""
 
+import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from typing import Any, cast
 
@@ -118,6 +120,53 @@ def test_a_prompt_waits_a_limited_time_behind_higher_priorities() -> None:
     while rig.weigher.has_work:
         rig.weigher.step(is_busy=False)
     assert rig.probe.passes[-2:] == [[27, 28], [29, 13]]
+
+
+def test_many_raised_prompts_take_turns_with_their_own_tenant_s_others() -> None:
+    """Regression: on a server without keys, prompts of the highest priority waited behind all that had been raised before."""
+    rig, length = Rig(max_priority_wait_s=60), MAX_TOKENS // 2
+    for first in range(10, 20):
+        rig.submit(first, length=length, priority=5)
+    rig.now += 60
+    rig.submit(20, length=length)
+    rig.weigher.step(is_busy=False)
+    for first in (21, 22, 23):
+        rig.submit(first, length=length)
+    for _ in range(3):
+        rig.weigher.step(is_busy=False)
+    assert rig.probe.passes == [[20, 10], [11, 21], [12, 22], [13, 23]]
+
+
+def test_a_raised_prompt_stays_raised_when_a_higher_priority_comes() -> None:
+    rig, length = Rig(max_priority_wait_s=60), MAX_TOKENS // 2
+    for first in (10, 11, 12):
+        rig.submit(first, "low", length, priority=5)
+    rig.now += 60
+    rig.submit(13, "low", length)
+    rig.weigher.step(is_busy=False)
+    for first in range(20, 30):
+        rig.submit(first, "high", length, priority=-5)
+    for _ in range(2):
+        rig.weigher.step(is_busy=False)
+    assert rig.probe.passes == [[13, 10], [20, 11], [21, 12]]
+
+
+def test_prompts_that_nobody_wants_are_dropped_behind_higher_priorities_too(rig: Rig) -> None:
+    """Regression: they were kept as long as there were prompts of a higher priority."""
+    wanted: dict[int, bool] = {}
+    for first in range(10, 10_010):
+        wanted[first] = True
+        rig.submit(first, is_wanted=partial(wanted.get, first, False), priority=1)
+        wanted[first - 10] = False
+    for first in (5, 6):
+        rig.submit(first, length=MAX_TOKENS)
+    rig.weigher.step(is_busy=False)
+    assert rig.probe.passes == [[5]]
+    assert len([one for one in gc.get_objects() if isinstance(one, WeightQuery)]) < 200
+    for _ in range(2):
+        rig.weigher.step(is_busy=False)
+    assert rig.probe.passes[1:] == [[6], [*range(10_000, 10_010)]]
+    assert not rig.weigher.has_work
 
 
 @pytest.mark.parametrize(("is_busy", "num_tokens"), [(False, MAX_TOKENS), (True, MAX_BUSY_TOKENS)])
