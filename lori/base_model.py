@@ -16,9 +16,9 @@ from lori.base_identity import identify, identify_files
 from lori.embedded import embedded_model
 from lori.errors import ModelError
 from lori.identity import BaseIdentity
-from lori.kernels.native import is_allowed
 from lori.model_folder import folder_fault, tokenizer_fault
 from lori.names import EMBEDDED_NAME, short_name
+from lori.native import is_allowed
 from lori.store.hub import check_model
 
 

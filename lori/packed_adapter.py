@@ -29,10 +29,10 @@ from lori.format import (
     read_files,
 )
 from lori.identity import BaseIdentity
-from lori.kernels.layout import Layout
-from lori.kernels.native import MODULE, pack
+from lori.kernels.layout import Layout, pack
 from lori.kernels.packed_modules import PackedModules
 from lori.names import NUM_VERSION_DIGITS
+from lori.native import MODULE
 from lori.sparse import ValueType
 from lori.store.bases import load_basis
 from lori.store.entry import Entry

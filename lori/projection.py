@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from lori.errors import ModelError
 from lori.kernels import Operands, Route, add_delta
 from lori.kernels.cpu import bound_operands, bound_route
-from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import Arena
+from lori.native import MODULE, choose
 
 Quantization = Literal["int8"]
 INT8_MAX = 127

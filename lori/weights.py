@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 
 from lori import rice
 from lori.config import AdapterConfig
-from lori.kernels.native import decode_mask
+from lori.native import decode_mask
 from lori.sparse import SparseB, ValueType, dequantize, is_canonical, quantize, stored_dtype
 
 

@@ -16,9 +16,9 @@ from lori.base_model import BaseModel
 from lori.device import device_name
 from lori.errors import AdapterError
 from lori.flags import package_version
-from lori.kernels.native import MISSING, MODULE, choose, description, max_isa
 from lori.named_merge import NamedMerge
 from lori.names import base_aliases
+from lori.native import MISSING, MODULE, choose, description, max_isa
 from lori.packed_adapter import PackedReader
 from lori.printable import printable
 from lori.projection import Quantization, has_native

@@ -14,8 +14,8 @@ from lori.basis import Basis, Seeded
 from lori.config import ExplicitConfig
 from lori.device import device_name, resolve_device
 from lori.errors import AdapterError, ModelError
-from lori.kernels.native import choose
 from lori.names import EMBEDDED_NAME
+from lori.native import choose
 from lori.pool import AdapterPool
 from lori.projection import has_native
 from lori.resources import BackgroundLoad, warn_if_busy

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lori.kernels.native import MISSING, MODULE
+from lori.native import MISSING, MODULE
 
 ROOT = Path(__file__).parents[1]
 STUB = ROOT / "lori" / "kernels" / "native" / "_lori_cpu.pyi"

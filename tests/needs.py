@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lori.kernels import native
+from lori import native
 from tests.server.cluster.namespaces import why_not
 
 VARIABLE = "TESTS_NEED"

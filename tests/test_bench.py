@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lori.kernels import native
+from lori import native
 from tests.bench import product
 from tests.bench.kernel import COLUMNS, Plan, Row, cells, verdicts
 from tests.bench.kernel_plot import plot

@@ -14,7 +14,7 @@ import torch
 from lori.base_identity import identify_files
 from lori.base_model import load_base_model
 from lori.format import load_adapter
-from lori.kernels.native import MAX_ISA_VARIABLE
+from lori.native import MAX_ISA_VARIABLE
 from lori.store.store import AdapterStore
 from tests.bench.random_model import SHAPES, write_model
 from tests.bench.serve_adapters import DENSITY, adapter_name, export_adapters, write_adapters

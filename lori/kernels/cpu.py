@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lori.kernels.native import MISSING, MODULE, choose
 from lori.kernels.operands import Operands
 from lori.kernels.route import Route
 from lori.kernels.shapes import mismatch
+from lori.native import MISSING, MODULE, choose
 
 if TYPE_CHECKING:
     import _lori_cpu

@@ -8,12 +8,12 @@ import torch
 
 from lori.kernels.cpu import add_delta as cpu_add_delta
 from lori.kernels.layout import Layout
-from lori.kernels.native import MODULE
 from lori.kernels.operands import Operands
 from lori.kernels.reference import add_delta as reference_add_delta
 from lori.kernels.route import Route
 from lori.kernels.shapes import fits, mismatch
 from lori.kernels.stacked import add_delta as stacked_add_delta
+from lori.native import MODULE
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, Operands, Route], None]
 

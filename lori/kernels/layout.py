@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lori.native import MODULE
 from lori.sparse import SparseB
 
 Ints = npt.NDArray[np.int64]
@@ -101,7 +102,18 @@ def place_of(position: Ints) -> Ints:
 
 
 def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
-    """Pack scale * B, of rank R at most. `lori.kernels.native.pack` returns the same bytes, faster."""
+    """Pack scale * B, of rank R at most."""
+    if not MODULE:
+        return pack_in_numpy(layout, b, scale)
+    num_outputs, rank = b.shape
+    values = b.values.float() * scale
+    column_bytes = layout.column_dtype().itemsize
+    blocks, starts = MODULE.pack(b.indices.numpy(), values.numpy(), num_outputs, rank, layout.dtype_name, column_bytes)
+    return Packed(layout, torch.from_numpy(blocks), torch.from_numpy(starts))
+
+
+def pack_in_numpy(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
+    """Return the same bytes as `pack`, slower."""
     indices = b.indices.numpy().astype(np.int64)
     rows, columns = indices // b.shape[1], indices % b.shape[1]
     values = (b.values.float() * scale).to(layout.dtype)

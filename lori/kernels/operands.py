@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lori.kernels.layout import UNIT, Layout, Packed, unpack
-from lori.kernels.native import MODULE, pack
+from lori.kernels.layout import UNIT, Layout, Packed, pack, unpack
+from lori.native import MODULE
 from lori.sparse import SparseB
 
 if TYPE_CHECKING:

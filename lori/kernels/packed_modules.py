@@ -12,8 +12,8 @@ import torch
 
 from lori.device import to_device
 from lori.kernels.layout import UNIT, Layout, Packed
-from lori.kernels.native import MODULE
 from lori.kernels.operands import Operands
+from lori.native import MODULE
 
 
 @dataclass(frozen=True, slots=True)

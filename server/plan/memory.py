@@ -17,8 +17,7 @@ from lori.base_identity import module_shapes
 from lori.embedded import embedded_model
 from lori.errors import ModelError
 from lori.identity import projection_of
-from lori.kernels.layout import Layout
-from lori.kernels.native import pack
+from lori.kernels.layout import Layout, pack
 from lori.names import EMBEDDED_NAME, short_name
 from lori.projection import Quantization
 from lori.sparse import SparseB

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lori.embedded import cache_dir
-from lori.kernels.native import MAX_ISA_VARIABLE, MODULE, description
+from lori.native import MAX_ISA_VARIABLE, MODULE, description
 from tests.bench.machine import machine, versions
 
 REPOSITORY = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from lori.cli.output import print_table
-from lori.kernels.native import description
+from lori.native import description
 from tests.bench.gate import check_tests
 from tests.bench.kernel_steps import POPULARITY, SHAPES, SPARE, Module, Shape, Step
 from tests.bench.timing import Call, read_bandwidth, timed

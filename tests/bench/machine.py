@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lori.kernels.native import description
+from lori.native import description
 from tests.bench.timing import read_bandwidth
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")

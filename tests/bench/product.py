@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lori.cli.output import print_table
-from lori.kernels.native import description, instruction_sets
+from lori.native import description, instruction_sets
 from lori.projection import NativeProjection
 from tests.bench.timing import Times, read_bandwidth, timed
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from lori.cli.output import print_table
 from lori.embedded import embedded_model
-from lori.kernels.native import description
 from lori.merge_options import MergeOptions
+from lori.native import description
 from lori.template import Message
 from server.engine.generate_request import GenerateRequest, Prompt, RefusedError
 from server.engine.request import SamplingParams

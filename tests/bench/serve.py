@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lori.cli.output import print_table
 from lori.embedded import embedded_model
-from lori.kernels.native import ISAS, MAX_ISA_VARIABLE
+from lori.native import ISAS, MAX_ISA_VARIABLE
 from tests.bench.gate import check_tests
 from tests.bench.machine import machine, pinned, versions
 from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, PROBES, Trial, own_cases, peer_cases, trials

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from lori.kernels.native import MAX_ISA_VARIABLE
+from lori.native import MAX_ISA_VARIABLE
 from tests.bench.serve_wire import FailedError
 
 READY_S = 600

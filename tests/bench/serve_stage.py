@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lori.base_identity import identify_files
 from lori.embedded import embedded_model
-from lori.kernels.native import is_limited
+from lori.native import is_limited
 from tests.bench.serve_adapters import adapter_name, export_adapters, write_adapters, write_merges
 from tests.bench.serve_asks import distinct, make_asks, no_adapter
 from tests.bench.serve_cases import LLAMA, MERGE_SIZES, NUM_DISTINCT, OWN, PEFT, TRANSFORMERS, VLLM

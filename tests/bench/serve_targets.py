@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lori.kernels.native import is_limited, max_isa
+from lori.native import is_limited, max_isa
 from server.transport.sockets import free_port
 from tests.bench.serve_adapters import RANK
 from tests.bench.serve_asks import Ask

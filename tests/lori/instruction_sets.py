@@ -6,10 +6,10 @@
 import re
 from pathlib import Path
 
-from lori.kernels import native
-from lori.kernels.native import instruction_sets
+from lori import native
+from lori.native import instruction_sets
 
-LISTS = (Path(native.__file__).parent / "native" / "CMakeLists.txt").read_text(encoding="utf-8")
+LISTS = (Path(native.__file__).parent / "kernels" / "native" / "CMakeLists.txt").read_text(encoding="utf-8")
 VARIABLES = dict(re.findall(r"set\((\w+) (-m[^)]*)\)", LISTS))
 FLAGS = {"portable": ""} | {
     name: re.sub(r"\$\{(\w+)\}", lambda variable: VARIABLES[variable[1]], flags)

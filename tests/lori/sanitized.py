@@ -11,10 +11,10 @@ import time
 from functools import cache
 from pathlib import Path
 
-from lori.kernels import native
+from lori import native
 from tests.lori.instruction_sets import FLAGS
 
-SOURCES = Path(native.__file__).parent / "native"
+SOURCES = Path(native.__file__).parent / "kernels" / "native"
 PROGRAMS = Path(__file__).parent / "kernels"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lori-tests" / "sanitized"
 WEEK_S = 7 * 24 * 3600

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lori.base_identity import identify, identify_files
 from lori.base_model import default_dtype, load_base_model, resolve_dtype
 from lori.errors import ModelError
-from lori.kernels.native import MAX_ISA_VARIABLE
 from lori.names import EMBEDDED_NAME
+from lori.native import MAX_ISA_VARIABLE
 from lori.template import encode
 from tests.tiny import save_tiny_model, tiny_llama_config
 

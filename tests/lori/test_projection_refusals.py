@@ -10,7 +10,7 @@ from torch import nn
 from lori.errors import ModelError
 from lori.kernels import Operands, Route, Term
 from lori.kernels.cpu import bound_operands, bound_route
-from lori.kernels.native import MODULE
+from lori.native import MODULE
 from lori.projection import NativeProjection, project
 from tests.lori.operands import put
 from tests.lori.projected import BF16, BOTH, NUM_SLOTS, Case, Framed, Make, bound, make_case, needs_native, tokens

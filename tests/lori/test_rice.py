@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lori.kernels import native
+from lori import native
 from lori.rice import MAX_ENTRIES, Code, Indices, decode, encode, parameter
 
 

@@ -19,7 +19,7 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
-from lori.kernels.native import MAX_ISA_VARIABLE
+from lori.native import MAX_ISA_VARIABLE
 from server.app import create_app
 from server.http_server import DrainingServer, http_config
 from server.service.service import Service

@@ -19,7 +19,7 @@ from lori.config import seal_config
 from lori.errors import LoriError
 from lori.flags import package_version
 from lori.format import read_config
-from lori.kernels.native import MODULE, choose
+from lori.native import MODULE, choose
 from lori.projection import Quantization
 from server import loading
 from server.loading import fingerprint, load_service, weighing_name

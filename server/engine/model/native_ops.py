@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from lori.kernels.cpu import bound_operands, bound_route
-from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import zeros
+from lori.native import MODULE, choose
 from lori.projection import NativeProjection
 from server.engine.model.decoder import ForwardContext, Heads, Layer, Norm, Rotary, Span, run_layers
 

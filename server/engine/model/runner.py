@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lori.device import to_device
 from lori.errors import ModelError
 from lori.kernels import Route, Term, Weight
-from lori.kernels.native import MODULE
+from lori.native import MODULE
 from lori.pool import AdapterPool
 from lori.projection import Quantization
 from server.engine.model.cuda_graphs import CudaGraphs, DecodingInputs, ReplayableOps, Replays

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lori.kernels import Operands, Route, Term, add_delta, default_kernel
-from lori.kernels.native import MODULE
+from lori.native import MODULE
 from tests.cases import all_pairs
 from tests.lori.operands import POPULARITY, SIZES, assert_close, by_hand, make_case, put
 

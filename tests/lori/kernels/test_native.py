@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from lori import native
 from lori.base_model import default_dtype
 from lori.errors import LoriError
-from lori.kernels import cpu, native
-from lori.kernels.native import ISAS, MAX_ISA_VARIABLE, MODULE, instruction_sets
+from lori.kernels import cpu
+from lori.native import ISAS, MAX_ISA_VARIABLE, MODULE, instruction_sets
 from server.engine.model.decoder import Heads
 from server.engine.model.native_ops import NativeOps
 from tests.lori.instruction_sets import FLAGS
@@ -47,7 +48,7 @@ class Module:
 def module(monkeypatch: pytest.MonkeyPatch) -> Module:
     """Return the stand-in for a processor with every instruction set, including AMX."""
     module = Module(ISAS[::-1])
-    for path in ("lori.kernels.native", "lori.kernels.cpu", "server.engine.model.native_ops"):
+    for path in ("lori.native", "lori.kernels.cpu", "server.engine.model.native_ops"):
         monkeypatch.setattr(f"{path}.MODULE", module)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lori.kernels import native
+from lori import native
 from tests.lori.sanitized import PROGRAMS, SOURCES, compile_kernel, compile_portable, run_program, sets_with
 
 pytestmark = [pytest.mark.sanitizer, pytest.mark.needs("compiler")]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lori.kernels.native import MAX_ISA_VARIABLE, description, instruction_sets
+from lori.native import MAX_ISA_VARIABLE, description, instruction_sets
 from tests.server.forked import run_forked, start_forked
 from tests.server.live import LIMIT_S, Live
 

@@ -11,7 +11,6 @@ from lori.base_identity import identify_files
 from lori.base_model import load_base_model
 from lori.basis import Seeded
 from lori.errors import ModelError
-from lori.kernels import native
 from lori.packed_adapter import PackedAdapter, PackedReader
 from lori.pool import AdapterPool
 from lori.projection import quantize
@@ -118,7 +117,7 @@ def test_only_the_targets_count() -> None:
 def test_without_the_compiled_module_the_bytes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"a.q_proj": (300, 48)}
     before = adapter_sizes(shapes, 8, 0.9, BF16)
-    monkeypatch.setattr(native, "MODULE", None)
+    monkeypatch.setattr("lori.kernels.layout.MODULE", None)
     assert adapter_sizes(shapes, 8, 0.9, BF16) == before
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lori.kernels.native import MODULE, instruction_sets
+from lori.native import MODULE, instruction_sets
 from server.engine.model.decoder import Heads, Norm, Ops, Rotary, Span
 from server.engine.model.native_ops import NativeOps
 from server.engine.model.torch_ops import TorchOps

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lori.kernels.native import MODULE
+from lori.native import MODULE
 from server.engine.model.decoder import Heads, Norm, Span
 from server.engine.model.native_ops import NativeOps
 from tests.server.engine.model.attended import FP32, HEADS, NATIVE, Rig, each_dtype, heads_of, rotary_at, weights

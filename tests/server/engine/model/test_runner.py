@@ -27,7 +27,7 @@ from transformers import (
 
 from lori.base_model import load_base_model
 from lori.errors import ModelError
-from lori.kernels.native import MODULE
+from lori.native import MODULE
 from server.engine.generate_request import GenerateRequest
 from server.engine.model.native_ops import NativeOps
 from server.engine.model.torch_ops import TorchOps

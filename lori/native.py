@@ -8,13 +8,8 @@ import os
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import torch
-
 from lori import rice
 from lori.errors import LoriError
-from lori.kernels.layout import Layout, Packed
-from lori.kernels.layout import pack as pack_in_numpy
-from lori.sparse import SparseB
 
 VERSION = 8
 """Version of the layout and of the module's functions; must equal the one in CMakeLists.txt."""
@@ -40,7 +35,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 _loaded, MISSING = _load()
 if TYPE_CHECKING:
-    import _lori_cpu  # native/_lori_cpu.pyi
+    import _lori_cpu  # kernels/native/_lori_cpu.pyi
 
     MODULE = _lori_cpu
 else:
@@ -92,17 +87,6 @@ def description() -> str:
         return "torch alone"
     limit = f" by {MAX_ISA_VARIABLE}" if is_limited() else ""
     return f"C++ ({choose()}{limit}, {MODULE.COMPILER}{'' if MODULE.HAS_THREADS else ', one thread: no OpenMP'})"
-
-
-def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
-    """Pack scale * B, of rank R at most. Returns the same bytes as `lori.kernels.layout.pack`."""
-    if not MODULE:
-        return pack_in_numpy(layout, b, scale)
-    num_outputs, rank = b.shape
-    values = b.values.float() * scale
-    column_bytes = layout.column_dtype().itemsize
-    blocks, starts = MODULE.pack(b.indices.numpy(), values.numpy(), num_outputs, rank, layout.dtype_name, column_bytes)
-    return Packed(layout, torch.from_numpy(blocks), torch.from_numpy(starts))
 
 
 def decode_mask(code: rice.Code, num_entries: int, nnz: int) -> rice.Indices:
