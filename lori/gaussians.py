@@ -7,9 +7,15 @@ Shapes: C Gaussians, F features, K axes, P prompts.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from lori.native import MODULE
+
+if TYPE_CHECKING:
+    import _lori_cpu
 
 NUM_AXES = 64
 """Directions in which a Gaussian has a variance of its own; in all others it has one common variance."""
@@ -61,6 +67,15 @@ class Gaussians:
         determinants: Array = self.means.shape[1] * np.log(self.variances.astype(np.float64)) - 2 * np.log(diagonals).sum(-1)
         return determinants
 
+    @cached_property
+    def compiled(self) -> "_lori_cpu.Gaussians":
+        """These Gaussians as the compiled module takes them, if it is there."""
+        return MODULE.Gaussians(self.means, self.axes, self.scales, self.variances, self.log_determinants)
+
+    def prepare(self) -> None:
+        """Compute what the first log-likelihood would else wait for."""
+        _ = self.compiled if MODULE else self.log_determinants
+
     @property
     def loadings(self) -> Array:
         """Factor loadings L, (C, K, F): the covariance is v I + L^T L."""
@@ -89,11 +104,17 @@ Component = tuple[Gaussians, int]
 
 def log_likelihoods(components: Sequence[Component], z: Array) -> Array:
     """Return the log-likelihood of z (F,) under each of C components, (C,), without the term that all of them share."""
+    if not MODULE:
+        return log_likelihoods_in_numpy(components, z)
+    return MODULE.log_likelihoods([gaussians.compiled for gaussians, _ in components], [i for _, i in components], z)
+
+
+def log_likelihoods_in_numpy(components: Sequence[Component], z: Array) -> Array:
+    """Return the same as `log_likelihoods`, but for rounding, slower."""
     difference = z - np.array([gaussians.means[i] for gaussians, i in components])
-    # One Gaussian at a time, so that the axes in float32 stay in the CPU's cache; the rest in one call for all.
-    rows = zip(components, difference.astype(np.float32), strict=True)
-    projections = np.array([gaussians.axes[i].astype(np.float32) @ row for (gaussians, i), row in rows])  # (C, K)
-    projections *= np.array([gaussians.scales[i] for gaussians, i in components])
+    axes = np.array([gaussians.axes[i] for gaussians, i in components], np.float32)
+    scales = np.array([gaussians.scales[i] for gaussians, i in components])
+    projections = (axes @ difference.astype(np.float32)[..., None])[..., 0] * scales  # (C, K)
     variances = np.array([gaussians.variances[i] for gaussians, i in components])
     determinants = np.array([gaussians.log_determinants[i] for gaussians, i in components])
     distances = ((difference**2).sum(-1) - (projections.astype(np.float64) ** 2).sum(-1)) / variances

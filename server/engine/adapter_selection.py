@@ -9,7 +9,8 @@ from threading import Lock
 
 import numpy as np
 
-from lori.auto_weights import Mask, Selection, SelectionIndex, SelectionQuery
+from lori.auto_weights import Selection, SelectionIndex, SelectionQuery
+from lori.flat_index import Mask
 from lori.names import AUTO
 from lori.prompt_statistics import Background
 from lori.summary import Summary

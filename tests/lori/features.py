@@ -1,6 +1,7 @@
 """Random features of prompts, and statistics of them."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -42,12 +43,15 @@ def make_adapters(background: Background, seeds: Sequence[int] = SEEDS) -> list[
 def copies(
     originals: Sequence[PromptStatistics], count: int, spread: float, random: np.random.Generator
 ) -> list[PromptStatistics]:
-    """Return `count` copies of the statistics, in turn, with random means around theirs, of the standard deviation `spread`."""
+    """Return `count` copies of the statistics, in turn, with random means around theirs, of the standard deviation `spread`.
+
+    Each has its own arrays, as adapters that were read from files do.
+    """
     made = []
     for index in range(count):
         one = originals[index % len(originals)]
         means = one.gaussians.means + spread * random.standard_normal(one.gaussians.means.shape)
-        made.append(replace(one, gaussians=replace(one.gaussians, means=as_float32(means))))
+        made.append(replace(one, gaussians=replace(deepcopy(one.gaussians), means=as_float32(means))))
     return made
 
 

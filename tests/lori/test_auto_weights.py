@@ -11,8 +11,6 @@ from lori.auto_weights import (
     GRID,
     LOG_ODDS,
     MAX_EXACT,
-    NUM_CANDIDATES,
-    Mask,
     Selection,
     SelectionIndex,
     SelectionQuery,
@@ -20,6 +18,7 @@ from lori.auto_weights import (
     mean_weights,
     shares,
 )
+from lori.flat_index import Mask
 from lori.gaussians import Array, joined, log_likelihoods
 from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
 from tests.lori.features import SEEDS, copies, draw, draw_prompt, make_adapters
@@ -161,7 +160,7 @@ def test_the_most_likely_of_thousands_of_forms_is_selected(
     background: Background, adapters: Sequence[PromptStatistics], num_forms: int
 ) -> None:
     original = replace(adapters[0], gaussians=joined([adapters[0].gaussians] * num_forms))
-    like = copies([original], 3 * NUM_CANDIDATES // num_forms, spread=0.3, random=np.random.default_rng(0))
+    like = copies([original], 1500 // num_forms, spread=0.3, random=np.random.default_rng(0))
     index = SelectionIndex(background, like)
     some, few = allow(index), allow(index)
     some[:: len(like) // 5], few[MAX_EXACT // num_forms :] = False, False  # most or few are allowed

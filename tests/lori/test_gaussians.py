@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from lori.gaussians import Array, Gaussians, fit_gaussian, joined, log_likelihoods
+from lori.gaussians import (
+    GAUSSIAN_NAMES,
+    Array,
+    Gaussians,
+    as_float32,
+    fit_gaussian,
+    joined,
+    log_likelihoods,
+    log_likelihoods_in_numpy,
+)
+from lori.native import MODULE
 from lori.prompt_statistics import NUM_FEATURES, Background, PromptStatistics
 from tests.lori.features import NUM_PROMPTS, draw
 
@@ -30,6 +40,48 @@ def test_log_likelihoods_are_those_of_the_covariance() -> None:
     exact = -0.5 * (distances + np.linalg.slogdet(covariance)[1])
     ours = np.array([log_likelihoods(gaussians.components, row)[0] for row in z])
     np.testing.assert_allclose(ours, exact, rtol=1e-5)
+
+
+def random_gaussians(count: int, num_axes: int, num_features: int, seed: int = 0) -> Gaussians:
+    random = np.random.default_rng(seed)
+    means, variances = random.standard_normal((count, num_features)), random.uniform(0.5, 2, count)
+    axes = random.integers(-127, 128, (count, num_axes, num_features), dtype=np.int8)
+    scales = random.uniform(0, 0.2, (count, num_axes)) / (127 * np.sqrt(num_axes * num_features))
+    return Gaussians(as_float32(means), axes, as_float32(scales), as_float32(variances))
+
+
+@pytest.mark.needs("kernels")
+@pytest.mark.parametrize(("num_axes", "num_features"), [(1, 5), (3, 16), (7, 37), (64, NUM_FEATURES)])
+def test_the_compiled_log_likelihoods_are_those_of_numpy(num_axes: int, num_features: int) -> None:
+    one, other = (random_gaussians(3, num_axes, num_features, seed) for seed in (1, 2))
+    components = [(one, 2), (other, 0), (one, 0), (other, 1)]
+    for z in 10 * np.random.default_rng(3).standard_normal((5, num_features)):
+        expected = log_likelihoods_in_numpy(components, z)
+        assert len({*expected}) == len(components)
+        np.testing.assert_allclose(log_likelihoods(components, z), expected, rtol=1e-6)
+
+
+@pytest.mark.needs("kernels")
+def test_the_compiled_gaussians_are_checked() -> None:
+    means, axes, scales, variances = (getattr(random_gaussians(2, 3, 16), name) for name in GAUSSIAN_NAMES)
+    determinants = np.zeros(2)
+    gaussians = MODULE.Gaussians(means, axes, scales, variances, determinants)
+    for arrays in (
+        (means[:, :15], axes, scales, variances, determinants),
+        (means[:1], axes, scales, variances, determinants),
+        (means, axes[:1], scales, variances, determinants),
+        (means, axes[:, :2], scales, variances, determinants),
+        (means, axes, scales[:1], variances, determinants),
+        (means, axes, scales, variances[:1], determinants),
+        (means, axes, scales, variances, determinants[:1]),
+    ):
+        with pytest.raises(ValueError, match="do not have the shapes of the same Gaussians"):
+            MODULE.Gaussians(*map(np.ascontiguousarray, arrays))  # type: ignore[arg-type]  # one by one they have their types
+    for index, z, fault in ((2, np.zeros(16), "does not exist"), (0, np.zeros(15), "another number of features")):
+        with pytest.raises(ValueError, match=fault):
+            MODULE.log_likelihoods([gaussians], [index], z)
+    with pytest.raises(ValueError, match="an index for each"):
+        MODULE.log_likelihoods([gaussians], [0, 1], np.zeros(16))
 
 
 def test_the_fit_has_the_mean_and_the_covariance_of_its_prompts() -> None:

@@ -91,6 +91,25 @@ class Route:
         num_tokens: int,
     ) -> None: ...
 
+class Gaussians:
+    def __init__(
+        self,
+        means: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        axes: Annotated[NDArray[numpy.int8], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
+        scales: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        variances: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        log_determinants: Annotated[NDArray[numpy.float64], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    ) -> None: ...
+
+def log_likelihoods(
+    gaussians: Sequence[Gaussians],
+    indices: Sequence[int],
+    z: Annotated[NDArray[numpy.float64], dict(shape=(None,), order="C", device="cpu", writable=False)],
+) -> Annotated[NDArray[numpy.float64], dict(shape=(None,))]:
+    """
+    The log-likelihood of z under each component: the Gaussian of this index of these Gaussians.
+    """
+
 class Spans:
     def __init__(
         self,
@@ -147,6 +166,18 @@ class Layers:
         num_threads: int,
     ) -> None: ...
     def block_bytes(self, heads: Heads) -> int: ...
+
+def nearest(
+    points: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    constants: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    query: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    allowed: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order="C", device="cpu", writable=False)] | None,
+    count: int,
+) -> Annotated[NDArray[numpy.int64], dict(shape=(None,))]:
+    """
+    The indices of the allowed points with the greatest p^T x + constant, in any order: NaN is never among them.
+    """
 
 def part_size(num_outputs: int, num_inputs: int) -> int: ...
 @overload

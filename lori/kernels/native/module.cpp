@@ -147,7 +147,9 @@ NB_MODULE(_lori_cpu, m) {
   nb::class_<BoundRoute>(m, "Route")
       .def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>, int>(), nb::arg("segments"), nb::arg("slots"),
            nb::arg("weights"), nb::arg("num_tokens"));
+  bind_gaussians(m);
   bind_layers(m);
+  bind_points(m);
   bind_product(m);
   bind_stack(m);
 }
