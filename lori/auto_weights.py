@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lori.flat_index import NUM_DIMENSIONS, FlatIndex, Mask
-from lori.gaussians import Array, Gaussians, log_likelihoods, mean_covariance
+from lori.gaussians import Array, Component, log_likelihoods, mean_covariance
 from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
@@ -32,9 +32,6 @@ NUM_AVERAGED = 1000
 NUM_DRAWS = 64
 """Number of prompts that `mean_weights` draws, about equally many of each form."""
 
-Mixture = tuple[Gaussians, Sequence[int]]
-"""An adapter's Gaussians, and the indices of those that are compared. The others count as infinitely unlikely."""
-
 
 @dataclass(frozen=True, slots=True)
 class Shares:
@@ -49,18 +46,15 @@ def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics
 
     `log_odds` is the logarithm of an adapter's prior probability divided by the base's.
     """
-    return _shares(background.whiten(z), background, [_all_of(adapter) for adapter in adapters], log_odds)
+    return _shares(background.whiten(z), background, [adapter.gaussians.components for adapter in adapters], log_odds)
 
 
-def _all_of(adapter: PromptStatistics) -> Mixture:
-    return adapter.gaussians, range(len(adapter.gaussians.means))
-
-
-def _shares(whitened: Array, background: Background, adapters: Sequence[Mixture], log_odds: float) -> Shares:
-    components = [(gaussians, i) for gaussians, indices in adapters for i in indices]
-    by_gaussian = log_likelihoods([*components, *background.gaussians.components], whitened)
-    *starts, stop = accumulate((len(indices) for _, indices in adapters), initial=0)
-    num_gaussians = [len(gaussians.means) for gaussians, _ in adapters]
+def _shares(whitened: Array, background: Background, adapters: Sequence[Sequence[Component]], log_odds: float) -> Shares:
+    # Components of an adapter that are not given count as infinitely unlikely.
+    components = [component for mixture in [*adapters, background.gaussians.components] for component in mixture]
+    by_gaussian = log_likelihoods(components, whitened)
+    *starts, stop = accumulate((len(mixture) for mixture in adapters), initial=0)
+    num_gaussians = [len(gaussians.means) for (gaussians, _), *_ in adapters]
     by_adapter = np.logaddexp.reduceat(by_gaussian[:stop], starts) - np.log(num_gaussians) + log_odds
     scores = np.append(by_adapter, background.log_likelihood(whitened, by_gaussian[stop:]))
     likelihoods = np.exp(scores - scores.max())
@@ -73,7 +67,7 @@ def mean_weights(background: Background, adapters: Sequence[PromptStatistics], p
     The estimate is optimistic: the prompts come from the Gaussians that judge them, and none has another form.
     """
     draws = prompts.gaussians.draw(max(1, NUM_DRAWS // len(prompts.gaussians.means)), seed=0)
-    mixtures = [_all_of(adapter) for adapter in adapters]
+    mixtures = [adapter.gaussians.components for adapter in adapters]
     weights: Array = np.array([_shares(z, background, mixtures, LOG_ODDS).weights for z in draws.reshape(-1, draws.shape[-1])])
     mean: Array = weights.mean(0)
     return mean
@@ -112,7 +106,7 @@ class SelectionIndex:
     """The statistics of many adapters on one background. Never changes."""
 
     num_bytes = 0
-    """Size of what the index holds beside the statistics."""
+    """Size of the index's own arrays. What the statistics keep for comparisons is not among them."""
 
     def __init__(self, background: Background, adapters: Sequence[PromptStatistics]) -> None:
         self._background, self._adapters = background, adapters
@@ -145,11 +139,10 @@ class SelectionIndex:
             return Selection((), Shares((), 1.0))
         whitened = self._background.whiten(z)
         nearest = self._nearest(whitened, allowed)
-        compared: dict[int, list[int]] = {}
+        compared: dict[int, list[Component]] = {}
         for owner, form in zip(self._owners[nearest].tolist(), self._forms[nearest].tolist(), strict=True):
-            compared.setdefault(owner, []).append(form)
-        mixtures = [(self._adapters[owner].gaussians, forms) for owner, forms in compared.items()]
-        result = _shares(whitened, self._background, mixtures, LOG_ODDS - log(num_allowed))
+            compared.setdefault(owner, []).append((self._adapters[owner].gaussians, form))
+        result = _shares(whitened, self._background, [*compared.values()], LOG_ODDS - log(num_allowed))
         fitting = [(weight, owner) for owner, weight in zip(compared, result.weights, strict=True) if weight]
         best = sorted(fitting, key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
         weights = tuple(weight for weight, _ in best)
@@ -157,12 +150,11 @@ class SelectionIndex:
 
     def _nearest(self, whitened: Array, allowed: Mask) -> npt.NDArray[np.intp]:
         """Return the sorted indices of the Gaussians that are compared exactly."""
-        is_allowed = None if np.count_nonzero(allowed) == len(allowed) else allowed[self._owners]
-        num_allowed = len(self._owners) if is_allowed is None else np.count_nonzero(is_allowed)
-        if num_allowed <= MAX_EXACT:
-            return np.arange(num_allowed) if is_allowed is None else np.flatnonzero(is_allowed)
+        are_allowed = allowed[self._owners]
+        if np.count_nonzero(are_allowed) <= MAX_EXACT:
+            return np.flatnonzero(are_allowed)
         point = (whitened @ self._discriminants).astype(np.float32)
-        return np.sort(self._points.nearest(point, NUM_NEAREST, is_allowed))
+        return np.sort(self._points.nearest(point, NUM_NEAREST, are_allowed))
 
 
 Result_co = TypeVar("Result_co", covariant=True)

@@ -1,4 +1,4 @@
-"""The compiled module `_lori_cpu`, its capabilities, and functions that fall back to NumPy without it.
+"""The compiled module `_lori_cpu`, its capabilities, and the decoding of a mask with or without it.
 
 The module is built at install if there is a C++ compiler.
 """

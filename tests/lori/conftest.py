@@ -9,6 +9,7 @@ import torch
 from lori.prompt_statistics import Background, PromptStatistics
 from tests.lori.adapters import make_config, make_modules, save
 from tests.lori.features import make_adapters, make_background
+from tests.needs import need
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def compiled_and_numpy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare features with the compiled module, and without it."""
+    if request.param == "compiled":
+        need("kernels")
+    else:
+        monkeypatch.setattr("lori.flat_index.MODULE", None)
+        monkeypatch.setattr("lori.gaussians.MODULE", None)
 
 
 @pytest.fixture

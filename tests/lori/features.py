@@ -1,12 +1,11 @@
 """Random features of prompts, and statistics of them."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 
-from lori.gaussians import NUM_AXES, Array, Gaussians, as_float32, fit_gaussian
+from lori.gaussians import NUM_AXES, Array, Gaussians, as_float32, fit_gaussian, joined
 from lori.prompt_statistics import NUM_FEATURES, Background, PromptStatistics, fit_background
 
 NUM_PROMPTS = 120
@@ -51,7 +50,7 @@ def copies(
     for index in range(count):
         one = originals[index % len(originals)]
         means = one.gaussians.means + spread * random.standard_normal(one.gaussians.means.shape)
-        made.append(replace(one, gaussians=replace(deepcopy(one.gaussians), means=as_float32(means))))
+        made.append(replace(one, gaussians=replace(joined([one.gaussians]), means=as_float32(means))))
     return made
 
 

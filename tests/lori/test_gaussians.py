@@ -58,7 +58,7 @@ def test_the_compiled_log_likelihoods_are_those_of_numpy(num_axes: int, num_feat
     for z in 10 * np.random.default_rng(3).standard_normal((5, num_features)):
         expected = log_likelihoods_in_numpy(components, z)
         assert len({*expected}) == len(components)
-        np.testing.assert_allclose(log_likelihoods(components, z), expected, rtol=1e-6)
+        np.testing.assert_allclose(log_likelihoods(components, z), expected, rtol=1e-9)
 
 
 @pytest.mark.needs("kernels")

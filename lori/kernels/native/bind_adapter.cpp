@@ -29,9 +29,7 @@ std::optional<NewArray<int32_t>> decode_mask_array(const Array<uint8_t, 1>& code
     is_sound = decode_mask(code.data(), code.shape(0), num_entries, nnz, indices->data(), scratch);
   }
   if (!is_sound) return std::nullopt;
-  std::vector<int32_t>* kept = indices.release();
-  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
-  return new_array(*kept, owner);
+  return new_array(std::move(indices));
 }
 
 // What is known of a module before its file is read, as a row of a table.

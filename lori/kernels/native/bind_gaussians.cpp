@@ -74,9 +74,7 @@ NewArray<double> log_likelihoods(const std::vector<const BoundGaussians*>& gauss
     for (size_t i = 0; i < gaussians.size(); i++)
       (*result)[i] = gaussians[i]->log_likelihood(indices[i], z.data(), difference.data());
   }
-  std::vector<double>* kept = result.release();
-  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<double>*>(p); });
-  return new_array(*kept, owner);
+  return new_array(std::move(result));
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,6 +22,14 @@ using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cp
 // An array that Python owns from then on.
 template <typename T>
 using NewArray = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
+
+// Returns `values` as an array that owns them.
+template <typename T>
+NewArray<T> new_array(std::unique_ptr<std::vector<T>> values) {
+  std::vector<T>* kept = values.release();
+  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return NewArray<T>(kept->data(), {kept->size()}, owner);
+}
 
 // Returns `values` as an array that keeps their `owner` alive.
 template <typename T>
