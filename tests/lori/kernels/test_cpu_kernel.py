@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lori.kernels import Operands, Route, Term, cpu, native, reference
+from lori import native
+from lori.kernels import Operands, Route, Term, cpu, reference
 from lori.kernels.cpu import add_delta
 from tests.cases import all_pairs
 from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
