@@ -115,7 +115,7 @@ class SelectionIndex:
         counts = [len(adapter.gaussians.means) for adapter in adapters]
         self._owners = np.repeat(np.arange(len(adapters), dtype=np.int32), counts)
         self._forms = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
-        self._all = np.ones(len(self._owners), dtype=bool)
+        self._all_forms = np.ones(len(self._owners), dtype=bool)
         for adapter in adapters:
             adapter.gaussians.prepare()
         means = np.concatenate([adapter.gaussians.means for adapter in adapters]).astype(np.float64)  # (G, F)
@@ -125,7 +125,7 @@ class SelectionIndex:
         _, axes = np.linalg.eigh((means @ spherical).T @ (means @ spherical))
         self._discriminants = spherical @ axes[:, -NUM_DIMENSIONS:]  # (F, NUM_DIMENSIONS)
         self._points = FlatIndex(means @ self._discriminants)
-        arrays = (self._discriminants, self._owners, self._forms, self._all)
+        arrays = (self._discriminants, self._owners, self._forms, self._all_forms)
         self.num_bytes = self._points.num_bytes + sum(array.nbytes for array in arrays)
 
     def __len__(self) -> int:
@@ -152,7 +152,7 @@ class SelectionIndex:
 
     def _nearest(self, whitened: Array, allowed: Mask) -> npt.NDArray[np.intp]:
         """Return the sorted indices of the Gaussians that are compared exactly."""
-        are_allowed = self._all if allowed.all() else allowed[self._owners]
+        are_allowed = self._all_forms if allowed.all() else allowed[self._owners]
         if np.count_nonzero(are_allowed) <= MAX_EXACT:
             return np.flatnonzero(are_allowed)
         point = (whitened @ self._discriminants).astype(np.float32)

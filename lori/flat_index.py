@@ -18,10 +18,13 @@ Mask = npt.NDArray[np.bool_]
 
 
 class FlatIndex:
-    """Points in int8 with one scale each, so that none is rounded more because of another. Never changes."""
+    """Points in int8. Each has a scale of its own, so that one far point does not make the others less exact. Never changes."""
 
     def __init__(self, points: Array) -> None:
         """Quantize `points` (G, D)."""
+        # Distances do not depend on the origin, and points near it are rounded less. A few far points do not move the median.
+        self._origin = as_float32(np.median(points, axis=0))
+        points = points - self._origin
         self._scales = np.maximum(as_float32(np.abs(points).max(1) / MAX_INTEGER), np.finfo(np.float32).tiny)
         self._integers = np.round(points / self._scales[:, None]).astype(np.int8)
         # Added to p^T x, -|p|^2 / 2 ranks points as their distance to x does.
@@ -30,14 +33,15 @@ class FlatIndex:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the points, 104 bytes each."""
-        return self._integers.nbytes + self._scales.nbytes + self._constants.nbytes
+        """Size of the points, 104 bytes each, and of the origin."""
+        return self._integers.nbytes + self._scales.nbytes + self._constants.nbytes + self._origin.nbytes
 
     def nearest(self, query: npt.NDArray[np.float32], count: int, allowed: Mask) -> npt.NDArray[np.int64]:
-        """Return the indices, in any order, of the `count` points nearest to `query` (D,) of those that `allowed` (G,) has.
+        """Return the indices, in any order, of the points nearest to `query` (D,) among those that `allowed` (G,) has.
 
-        Of all of them if there are fewer.
+        They are `count`, or all allowed points if those are fewer.
         """
+        query = query - self._origin
         if MODULE:
             return MODULE.nearest(self._integers, self._scales, self._constants, allowed, query, count)
         blocks = np.split(self._integers, range(BLOCK_SIZE, len(self._integers), BLOCK_SIZE))

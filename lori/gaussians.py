@@ -73,7 +73,7 @@ class Gaussians:
         return MODULE.Gaussians(self.means, self.axes, self.scales, self.variances, self.log_determinants)
 
     def prepare(self) -> None:
-        """Compute what the first log-likelihood would else wait for."""
+        """Compute now what the first log-likelihood would have to wait for."""
         _ = self.compiled if MODULE else self.log_determinants
 
     @property

@@ -162,21 +162,21 @@ def test_the_most_likely_of_thousands_of_forms_is_selected(
     background: Background, adapters: Sequence[PromptStatistics], num_forms: int
 ) -> None:
     original = replace(adapters[0], gaussians=joined([adapters[0].gaussians] * num_forms))
-    like = copies([original], 1500 // num_forms, spread=0.5, random=np.random.default_rng(0))
+    like = copies([original], 1500 // num_forms, spread=0.3, random=np.random.default_rng(0))
     index = SelectionIndex(background, like)
     some, few = allow(index), allow(index)
     some[:: len(like) // 5], few[MAX_EXACT // num_forms :] = False, False  # most or few are allowed
-    for allowed, least in ((allow(index), 9), (some, 9), (few, 10)):  # few are all compared exactly
-        places = np.flatnonzero(allowed)
-        num_selected = 0
-        for place in np.linspace(0, len(like) - 1, 10).astype(int):
-            z = draw_prompt(like[place].gaussians, background, seed=int(place))
+    num_found = 0
+    for place in np.linspace(0, len(like) - 1, 10).astype(int):
+        z = draw_prompt(like[place].gaussians, background, seed=int(place))
+        for allowed in (allow(index), some, few):
+            places = np.flatnonzero(allowed)
             exact = shares(z, background, [like[i] for i in places], log_odds=LOG_ODDS - np.log(len(places)))
             expected = (places[np.argmax(exact.weights)],) if any(exact.weights) else ()
             selection = index.select(z, 1, allowed)
             assert allowed[[*selection.adapters]].all()
-            num_selected += selection.adapters == expected
-        assert num_selected >= least
+            num_found += selection.adapters == expected
+    assert num_found >= 28  # of 30
 
 
 @pytest.mark.usefixtures("compiled_and_numpy")

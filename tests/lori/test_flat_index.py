@@ -49,6 +49,13 @@ def test_far_points_do_not_blur_the_others(magnitude: float) -> None:
 
 
 @pytest.mark.usefixtures("compiled_and_numpy")
+def test_a_common_offset_does_not_blur_the_points() -> None:
+    points, queries = make_points(), make_points(10, seed=1)
+    num_same = sum(len({*nearest(points + 1000, query + 1000)} & {*nearest(points, query)}) for query in queries)
+    assert num_same >= 0.99 * COUNT * len(queries)
+
+
+@pytest.mark.usefixtures("compiled_and_numpy")
 def test_only_allowed_points_are_returned() -> None:
     points, [query] = make_points(), make_points(1, seed=1)
     allowed = np.zeros(len(points))
@@ -89,7 +96,7 @@ def test_the_compiled_index_returns_what_numpy_returns(monkeypatch: pytest.Monke
 
 
 def test_a_point_takes_104_bytes() -> None:
-    assert FlatIndex(make_points(1000)).num_bytes == 1000 * (NUM_DIMENSIONS + 8)
+    assert FlatIndex(make_points(1000)).num_bytes == 1000 * (NUM_DIMENSIONS + 8) + 4 * NUM_DIMENSIONS
 
 
 @pytest.mark.needs("kernels")
