@@ -7,15 +7,14 @@ Shapes: G Gaussians of all adapters, F features.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from math import fsum, log
+from math import exp, log
 from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lori.flat_index import NUM_DIMENSIONS, FlatIndex, Mask
-from lori.gaussians import Array, Component, log_likelihoods, mean_covariance
+from lori.gaussians import Array, Component, log_likelihoods, log_sum_exp, mean_covariance
 from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
@@ -52,13 +51,13 @@ def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics
 def _shares(whitened: Array, background: Background, adapters: Sequence[Sequence[Component]], log_odds: float) -> Shares:
     # Components of an adapter that are not given count as infinitely unlikely.
     components = [component for mixture in [*adapters, background.gaussians.components] for component in mixture]
-    by_gaussian = log_likelihoods(components, whitened)
-    *starts, stop = accumulate((len(mixture) for mixture in adapters), initial=0)
-    num_gaussians = [len(gaussians.means) for (gaussians, _), *_ in adapters]
-    by_adapter = np.logaddexp.reduceat(by_gaussian[:stop], starts) - np.log(num_gaussians) + log_odds
-    scores = np.append(by_adapter, background.log_likelihood(whitened, by_gaussian[stop:]))
-    likelihoods = np.exp(scores - scores.max())
-    return _on_grid((likelihoods / fsum(likelihoods)).tolist())  # an exact sum, so that the order of adapters does not matter
+    by_gaussian = iter(log_likelihoods(components, whitened).tolist())
+    scores = [
+        log_sum_exp([next(by_gaussian) for _ in mixture]) - log(len(mixture[0][0].means)) + log_odds for mixture in adapters
+    ]
+    scores.append(background.log_likelihood(whitened, list(by_gaussian)))
+    total = log_sum_exp(scores)
+    return _on_grid([exp(score - total) for score in scores])
 
 
 def mean_weights(background: Background, adapters: Sequence[PromptStatistics], prompts: PromptStatistics) -> Array:

@@ -7,6 +7,7 @@ Shapes: C Gaussians, F features, K axes, P prompts.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import exp, fsum, log
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,6 +121,13 @@ def log_likelihoods_in_numpy(components: Sequence[Component], z: Array) -> Array
     distances = ((difference**2).sum(-1) - (projections.astype(np.float64) ** 2).sum(-1)) / variances
     result: Array = -0.5 * (distances + determinants)
     return result
+
+
+def log_sum_exp(values: Sequence[float]) -> float:
+    """Return log(sum(exp(values))), without overflow. The order of the values does not change a bit of it."""
+    # For a few dozen values NumPy takes longer.
+    largest = max(values)
+    return largest + log(fsum(exp(value - largest) for value in values))
 
 
 def fit_gaussian(z: Array, weights: Array | None = None, shrinkage: float = SHRINKAGE) -> Gaussians:

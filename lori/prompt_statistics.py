@@ -33,6 +33,7 @@ from lori.gaussians import (
     as_float32,
     fit_gaussian,
     joined,
+    log_sum_exp,
 )
 from lori.identity import BaseIdentity
 from lori.names import NUM_VERSION_DIGITS
@@ -172,17 +173,17 @@ class Background:
     def _whitening(self) -> Array:
         return self.whitening.astype(np.float64)
 
-    def log_likelihood(self, z: Array, by_gaussian: Array) -> float:
+    def log_likelihood(self, z: Array, by_gaussian: Sequence[float]) -> float:
         """Return the log-likelihood of z (F,), whitened, without the term that all densities here share.
 
-        `by_gaussian` (C,) has the log-likelihood under each of the Gaussians.
+        `by_gaussian` has the log-likelihood under each of the C Gaussians.
         In equal parts with the Gaussians there is Student's t distribution of all prompts together, with `FREEDOM` degrees of
         freedom. It has heavy tails, so that a prompt unlike all others is nobody's.
         """
         scale = (FREEDOM - 2) / FREEDOM  # with this scale the covariance is the identity
         distance, both = float(z @ z) / scale, (FREEDOM + len(z)) / 2
         wide = lgamma(both) - lgamma(FREEDOM / 2) - len(z) / 2 * log(FREEDOM * scale / 2) - both * log1p(distance / FREEDOM)
-        return _log_mean_exp(np.append(by_gaussian, wide))
+        return log_sum_exp([*by_gaussian, wide]) - log(len(by_gaussian) + 1)
 
     @property
     def _tensors(self) -> dict[str, Tensor]:
@@ -262,12 +263,6 @@ class PromptStatistics:
         """Return the statistics in a file's content. Raises `AdapterFormatError` about `source` with every fault."""
         tensors, metadata = _parse(source, content, ("adapter", "background"), GAUSSIAN_NAMES)
         return cls(metadata["adapter"], metadata["background"], _gaussians_of(tensors))
-
-
-def _log_mean_exp(values: Array) -> float:
-    """Return log(mean(exp(values))), without overflow."""
-    largest = values.max()
-    return float(largest + np.log(np.exp(values - largest).mean()))
 
 
 def _tensors_of(gaussians: Gaussians) -> dict[str, Tensor]:
