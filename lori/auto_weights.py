@@ -7,6 +7,7 @@ Shapes: G Gaussians of all adapters, F features.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import exp, log
 from typing import Protocol, TypeVar
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lori.flat_index import NUM_DIMENSIONS, FlatIndex, Mask
-from lori.gaussians import Array, Component, log_likelihoods, log_sum_exp, mean_covariance
+from lori.gaussians import Array, Component, log_likelihoods, logsumexp, mean_covariance
 from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
@@ -26,6 +27,8 @@ MAX_EXACT = 128
 """Up to so many Gaussians are all compared exactly."""
 NUM_NEAREST = 16
 """Gaussians that are compared exactly if there are more."""
+MAX_ORIGIN = 64.0
+"""Largest magnitude of an entry of the flat index's origin. With copies of the demo adapters' statistics it is at most 13.3."""
 NUM_AVERAGED = 1000
 """Maximum number of adapters whose covariances are averaged."""
 NUM_DRAWS = 64
@@ -52,12 +55,13 @@ def _shares(whitened: Array, background: Background, adapters: Sequence[Sequence
     # Components of an adapter that are not given count as infinitely unlikely.
     components = [component for mixture in [*adapters, background.gaussians.components] for component in mixture]
     by_gaussian = iter(log_likelihoods(components, whitened).tolist())
-    scores = [
-        log_sum_exp([next(by_gaussian) for _ in mixture]) - log(len(mixture[0][0].means)) + log_odds for mixture in adapters
-    ]
-    scores.append(background.log_likelihood(whitened, list(by_gaussian)))
-    total = log_sum_exp(scores)
-    return _on_grid([exp(score - total) for score in scores])
+    scores = []
+    for mixture in adapters:
+        num_gaussians = len(mixture[0][0].means)
+        scores.append(logsumexp([*islice(by_gaussian, len(mixture))]) - log(num_gaussians) + log_odds)
+    scores.append(background.log_likelihood(whitened, [*by_gaussian]))
+    log_total = logsumexp(scores)
+    return _on_grid([exp(score - log_total) for score in scores])
 
 
 def mean_weights(background: Background, adapters: Sequence[PromptStatistics], prompts: PromptStatistics) -> Array:
@@ -123,7 +127,10 @@ class SelectionIndex:
         spherical = vectors / np.sqrt(values)  # to a space in which the mean covariance is the identity
         _, axes = np.linalg.eigh((means @ spherical).T @ (means @ spherical))
         self._discriminants = spherical @ axes[:, -NUM_DIMENSIONS:]  # (F, NUM_DIMENSIONS)
-        self._points = FlatIndex(means @ self._discriminants)
+        points = means @ self._discriminants
+        # Each adapter counts once, however many forms it has. Even most of them cannot move the origin far from the others.
+        centres = np.add.reduceat(points, np.flatnonzero(self._forms == 0)) / np.array(counts)[:, None]
+        self._points = FlatIndex(points, np.clip(np.median(centres, axis=0), -MAX_ORIGIN, MAX_ORIGIN))
         arrays = (self._discriminants, self._owners, self._forms, self._all_forms)
         self.num_bytes = self._points.num_bytes + sum(array.nbytes for array in arrays)
 

@@ -20,10 +20,9 @@ Mask = npt.NDArray[np.bool_]
 class FlatIndex:
     """Points in int8. Each has a scale of its own, so that one far point does not make the others less exact. Never changes."""
 
-    def __init__(self, points: Array) -> None:
-        """Quantize `points` (G, D)."""
-        # Distances do not depend on the origin, and points near it are rounded less. A few far points do not move the median.
-        self._origin = as_float32(np.median(points, axis=0))
+    def __init__(self, points: Array, origin: Array) -> None:
+        """Quantize `points` (G, D). Points near `origin` (D,) are rounded less. Otherwise it changes nothing."""
+        self._origin = as_float32(origin)
         points = points - self._origin
         self._scales = np.maximum(as_float32(np.abs(points).max(1) / MAX_INTEGER), np.finfo(np.float32).tiny)
         self._integers = np.round(points / self._scales[:, None]).astype(np.int8)

@@ -123,8 +123,8 @@ def log_likelihoods_in_numpy(components: Sequence[Component], z: Array) -> Array
     return result
 
 
-def log_sum_exp(values: Sequence[float]) -> float:
-    """Return log(sum(exp(values))), without overflow. The order of the values does not change a bit of it."""
+def logsumexp(values: Sequence[float]) -> float:
+    """Return log(sum(exp(values))), without overflow. It does not depend on the order of the values."""
     # For a few dozen values NumPy takes longer.
     largest = max(values)
     return largest + log(fsum(exp(value - largest) for value in values))

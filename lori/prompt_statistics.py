@@ -33,7 +33,7 @@ from lori.gaussians import (
     as_float32,
     fit_gaussian,
     joined,
-    log_sum_exp,
+    logsumexp,
 )
 from lori.identity import BaseIdentity
 from lori.names import NUM_VERSION_DIGITS
@@ -183,7 +183,7 @@ class Background:
         scale = (FREEDOM - 2) / FREEDOM  # with this scale the covariance is the identity
         distance, both = float(z @ z) / scale, (FREEDOM + len(z)) / 2
         wide = lgamma(both) - lgamma(FREEDOM / 2) - len(z) / 2 * log(FREEDOM * scale / 2) - both * log1p(distance / FREEDOM)
-        return log_sum_exp([*by_gaussian, wide]) - log(len(by_gaussian) + 1)
+        return logsumexp([*by_gaussian, wide]) - log(len(by_gaussian) + 1)
 
     @property
     def _tensors(self) -> dict[str, Tensor]:

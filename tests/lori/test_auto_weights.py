@@ -20,7 +20,7 @@ from lori.auto_weights import (
 )
 from lori.flat_index import Mask
 from lori.gaussians import MAX_MAGNITUDE, Array, joined, log_likelihoods
-from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
+from lori.prompt_statistics import MAX_GAUSSIANS, NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
 from tests.lori.features import SEEDS, copies, draw, draw_prompt, make_adapters
 
 
@@ -108,7 +108,9 @@ def test_the_base_is_e7_times_as_likely_as_an_adapter_and_as_all_that_may_be_sel
     def log_ratio(z: Array) -> float:
         whitened = background.whiten(z)
         [own] = log_likelihoods(adapters[0].gaussians.components, whitened)
-        return float(own) - background.log_likelihood(whitened, log_likelihoods(background.gaussians.components, whitened))
+        return float(own) - background.log_likelihood(
+            whitened, log_likelihoods(background.gaussians.components, whitened).tolist()
+        )
 
     # On the grid, one half is reached from 15/32 on, and by eight adapters together from 4/9 on.
     log_odds = log_ratio(crossing(lambda z: shares(z, background, adapters[:1]).weights[0])) - np.log(15 / 17)
@@ -180,13 +182,15 @@ def test_the_most_likely_of_thousands_of_forms_is_selected(
 
 
 @pytest.mark.usefixtures("compiled_and_numpy")
-def test_extreme_statistics_of_one_adapter_do_not_change_the_selections_of_others(
-    background: Background, many: Sequence[PromptStatistics]
+@pytest.mark.parametrize("magnitude", [1e3, MAX_MAGNITUDE])
+@pytest.mark.parametrize(("num_adapters", "num_forms"), [(1, 1), (3, MAX_GAUSSIANS), (200, 1)])
+def test_extreme_statistics_of_some_adapters_do_not_change_the_selections_of_others(
+    background: Background, many: Sequence[PromptStatistics], num_adapters: int, num_forms: int, magnitude: float
 ) -> None:
-    """Regression: all directions were rounded by their greatest value, and one file made selections of others wrong."""
-    means = np.full_like(many[0].gaussians.means, MAX_MAGNITUDE)
-    content = replace(many[0], gaussians=replace(many[0].gaussians, means=means)).to_bytes()
-    index = SelectionIndex(background, [*many, PromptStatistics.from_bytes("extreme", content)])
+    """Regressions: all directions were rounded by their greatest value, and the origin was the median of all forms."""
+    far = replace(many[0].gaussians, means=np.full_like(many[0].gaussians.means, magnitude))
+    content = replace(many[0], gaussians=joined([far] * num_forms)).to_bytes()
+    index = SelectionIndex(background, [*many, *[PromptStatistics.from_bytes("extreme", content)] * num_adapters])
     for place in range(0, len(many), 9):
         [z] = draw(100 + place, 3.0, count=1)
         assert index.select(z, 2, allow(index)) == Selection((place,), Shares((1.0,), 0.0))

@@ -20,9 +20,12 @@ def distances(points: Array, query: Array) -> Array:
     return result
 
 
-def nearest(points: Array, query: Array, allowed: Array | None = None, count: int = COUNT) -> list[int]:
+def nearest(
+    points: Array, query: Array, allowed: Array | None = None, count: int = COUNT, origin: Array | float = 0.0
+) -> list[int]:
     is_allowed = np.ones(len(points), dtype=bool) if allowed is None else allowed.astype(bool)
-    return FlatIndex(points).nearest(as_float32(query), count, is_allowed).tolist()
+    index = FlatIndex(points, np.broadcast_to(origin, NUM_DIMENSIONS))
+    return index.nearest(as_float32(query), count, is_allowed).tolist()
 
 
 @pytest.mark.usefixtures("compiled_and_numpy")
@@ -49,9 +52,10 @@ def test_far_points_do_not_blur_the_others(magnitude: float) -> None:
 
 
 @pytest.mark.usefixtures("compiled_and_numpy")
-def test_a_common_offset_does_not_blur_the_points() -> None:
+def test_points_around_the_origin_are_not_blurred() -> None:
     points, queries = make_points(), make_points(10, seed=1)
-    num_same = sum(len({*nearest(points + 1000, query + 1000)} & {*nearest(points, query)}) for query in queries)
+    moved = [nearest(points + 1000, query + 1000, origin=np.full(NUM_DIMENSIONS, 1000.0)) for query in queries]
+    num_same = sum(len({*indices} & {*nearest(points, query)}) for indices, query in zip(moved, queries, strict=True))
     assert num_same >= 0.99 * COUNT * len(queries)
 
 
@@ -96,7 +100,7 @@ def test_the_compiled_index_returns_what_numpy_returns(monkeypatch: pytest.Monke
 
 
 def test_a_point_takes_104_bytes() -> None:
-    assert FlatIndex(make_points(1000)).num_bytes == 1000 * (NUM_DIMENSIONS + 8) + 4 * NUM_DIMENSIONS
+    assert FlatIndex(make_points(1000), np.zeros(NUM_DIMENSIONS)).num_bytes == 1000 * (NUM_DIMENSIONS + 8) + 4 * NUM_DIMENSIONS
 
 
 @pytest.mark.needs("kernels")

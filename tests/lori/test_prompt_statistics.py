@@ -46,12 +46,12 @@ def test_the_background_is_white() -> None:
 def test_each_part_of_the_background_s_mixture_counts_the_same(background: Background) -> None:
     again = Background(background.base_digest, background.mean, background.whitening, joined([background.gaussians] * 3))
     z = background.whiten(draw(1, count=1)[0])
-    by_gaussian = log_likelihoods(background.gaussians.components, z)
+    by_gaussian = log_likelihoods(background.gaussians.components, z).tolist()
     once, count = background.log_likelihood(z, by_gaussian), len(by_gaussian)
-    part = count / (count + 1) * np.exp(by_gaussian - once).mean()  # of the Gaussians
+    part = count / (count + 1) * np.exp(np.subtract(by_gaussian, once)).mean()  # of the Gaussians
     assert 0 < part < 1
     expected = once + np.log((1 + 2 * part) * (count + 1) / (3 * count + 1))
-    assert again.log_likelihood(z, log_likelihoods(again.gaussians.components, z)) == pytest.approx(expected)
+    assert again.log_likelihood(z, log_likelihoods(again.gaussians.components, z).tolist()) == pytest.approx(expected)
 
 
 def test_files_are_read_as_they_were_written(background: Background, adapters: Sequence[PromptStatistics]) -> None:
