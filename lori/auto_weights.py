@@ -128,7 +128,7 @@ class SelectionIndex:
         _, axes = np.linalg.eigh((means @ spherical).T @ (means @ spherical))
         self._discriminants = spherical @ axes[:, -NUM_DIMENSIONS:]  # (F, NUM_DIMENSIONS)
         points = means @ self._discriminants
-        # Each adapter counts once, however many forms it has. Even most of them cannot move the origin far from the others.
+        # Each adapter counts once, however many forms it has. If most are far away, the limit keeps the origin near the rest.
         centres = np.add.reduceat(points, np.flatnonzero(self._forms == 0)) / np.array(counts)[:, None]
         self._points = FlatIndex(points, np.clip(np.median(centres, axis=0), -MAX_ORIGIN, MAX_ORIGIN))
         arrays = (self._discriminants, self._owners, self._forms, self._all_forms)

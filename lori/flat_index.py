@@ -21,7 +21,7 @@ class FlatIndex:
     """Points in int8. Each has a scale of its own, so that one far point does not make the others less exact. Never changes."""
 
     def __init__(self, points: Array, origin: Array) -> None:
-        """Quantize `points` (G, D). Points near `origin` (D,) are rounded less. Otherwise it changes nothing."""
+        """Quantize `points` (G, D). Those near `origin` (D,) are rounded less; it changes nothing else."""
         self._origin = as_float32(origin)
         points = points - self._origin
         self._scales = np.maximum(as_float32(np.abs(points).max(1) / MAX_INTEGER), np.finfo(np.float32).tiny)
