@@ -14,15 +14,15 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from lori.flat_index import NUM_DIMENSIONS, FlatIndex, Mask
+from lori.flat_index import NUM_DIMENSIONS, BoolArray, FlatIndex
 from lori.gaussians import Array, Component, log_likelihoods, logsumexp, mean_covariance
 from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
 """Weights are multiples of 1 / GRID, so that like prompts share their prefixes in the cache."""
 LOG_ODDS = -7.0
-"""Logarithm of the ratio of an adapter's prior probability to the base's. Chosen on held-out prompts: without it, too many of
-nobody's go to an adapter."""
+"""Logarithm of the ratio of an adapter's prior probability to the base's. Chosen on held-out prompts: with 0, too many prompts
+that fit no adapter go to one."""
 MAX_EXACT = 128
 """Up to so many Gaussians are all compared exactly."""
 NUM_NEAREST = 16
@@ -77,7 +77,7 @@ def mean_weights(background: Background, adapters: Sequence[PromptStatistics], p
 
 
 def _on_grid(exact: Sequence[float]) -> Shares:
-    """Return shares on the grid: the largest remainders are rounded up. What is left over goes to the base.
+    """Return shares on the grid by the largest remainder method. What is left over goes to the base.
 
     Equal remainders are rounded up together or not at all, so that the order of adapters does not matter.
     """
@@ -137,8 +137,8 @@ class SelectionIndex:
     def __len__(self) -> int:
         return len(self._adapters)
 
-    def select(self, z: Array, max_adapters: int, allowed: Mask) -> Selection:
-        """Return the adapters for a prompt with features z (F,): at most `max_adapters` of those that `allowed` (one each) has.
+    def select(self, z: Array, max_adapters: int, allowed: BoolArray) -> Selection:
+        """Return at most `max_adapters` of the adapters for which `allowed` is true, for a prompt with features z (F,).
 
         All allowed adapters together have the prior log-odds `LOG_ODDS`. The base gets the shares of those beyond `max_adapters`.
         """
@@ -156,7 +156,7 @@ class SelectionIndex:
         weights = tuple(weight for weight, _ in best)
         return Selection(tuple(i for _, i in best), Shares(weights, 1 - sum(weights)))
 
-    def _nearest(self, whitened: Array, allowed: Mask) -> npt.NDArray[np.intp]:
+    def _nearest(self, whitened: Array, allowed: BoolArray) -> npt.NDArray[np.intp]:
         """Return the sorted indices of the Gaussians that are compared exactly."""
         are_allowed = self._all_forms if allowed.all() else allowed[self._owners]
         if np.count_nonzero(are_allowed) <= MAX_EXACT:
@@ -200,7 +200,7 @@ class SelectionQuery:
     prompt: ProbedPrompt
     index: SelectionIndex
     max_adapters: int
-    allowed: Mask
+    allowed: BoolArray
 
     def evaluate(self, z: Array) -> Selection:
         """See `SelectionIndex.select`."""

@@ -14,14 +14,14 @@ NUM_DIMENSIONS = 96
 BLOCK_SIZE = 4096
 """Points that NumPy compares at a time, so that they stay in the CPU's cache in float32."""
 
-Mask = npt.NDArray[np.bool_]
+BoolArray = npt.NDArray[np.bool_]
 
 
 class FlatIndex:
     """Points in int8. Each has a scale of its own, so that one far point does not make the others less exact. Never changes."""
 
     def __init__(self, points: Array, origin: Array) -> None:
-        """Quantize `points` (G, D). Those near `origin` (D,) are rounded less; it changes nothing else."""
+        """Quantize `points` (G, D) relative to `origin` (D,), which changes only the rounding: points near it are more exact."""
         self._origin = as_float32(origin)
         points = points - self._origin
         self._scales = np.maximum(as_float32(np.abs(points).max(1) / MAX_INTEGER), np.finfo(np.float32).tiny)
@@ -35,7 +35,7 @@ class FlatIndex:
         """Size of the points, 104 bytes each, and of the origin."""
         return self._integers.nbytes + self._scales.nbytes + self._constants.nbytes + self._origin.nbytes
 
-    def nearest(self, query: npt.NDArray[np.float32], count: int, allowed: Mask) -> npt.NDArray[np.int64]:
+    def nearest(self, query: npt.NDArray[np.float32], count: int, allowed: BoolArray) -> npt.NDArray[np.int64]:
         """Return the indices, in any order, of the points nearest to `query` (D,) among those that `allowed` (G,) has.
 
         They are `count`, or all allowed points if those are fewer.

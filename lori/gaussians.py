@@ -23,7 +23,7 @@ NUM_AXES = 64
 MAX_INTEGER = 127
 """Largest magnitude of the integers in which axes are stored."""
 MAX_NORM = 0.999
-"""Largest spectral norm of a Gaussian's axes that is written: a variance along an axis is at most 500 v more."""
+"""Largest spectral norm of a Gaussian's axes that is written. The variance along an axis is then at most about 500 v."""
 REFUSED_NORM = 0.9995
 """Spectral norms from here on are refused: a distance in float32 could be negative."""
 MAX_MAGNITUDE = 1e9
@@ -92,9 +92,9 @@ class Gaussians:
 
     def draw(self, num_draws: int, seed: int) -> Array:
         """Return `num_draws` random whitened features of each Gaussian, (C, num_draws, F). A seed gives the same ones again."""
-        random = np.random.default_rng(seed)
-        spherical = random.standard_normal((len(self.means), num_draws, self.means.shape[1]))
-        along = random.standard_normal((len(self.means), num_draws, self.axes.shape[1]))
+        rng = np.random.default_rng(seed)
+        spherical = rng.standard_normal((len(self.means), num_draws, self.means.shape[1]))
+        along = rng.standard_normal((len(self.means), num_draws, self.axes.shape[1]))
         draws: Array = self.means[:, None] + np.sqrt(self.variances)[:, None, None] * spherical + along @ self.loadings
         return draws
 
@@ -111,7 +111,7 @@ def log_likelihoods(components: Sequence[Component], z: Array) -> Array:
 
 
 def log_likelihoods_in_numpy(components: Sequence[Component], z: Array) -> Array:
-    """Return the same as `log_likelihoods`, but for rounding, slower."""
+    """`log_likelihoods` in NumPy: slower, and equal up to rounding."""
     difference = z - np.array([gaussians.means[i] for gaussians, i in components])
     axes = np.array([gaussians.axes[i] for gaussians, i in components], np.float32)
     scales = np.array([gaussians.scales[i] for gaussians, i in components])

@@ -246,7 +246,7 @@ def _parents(adapters: Sequence[Adapter], weights: Sequence[float], block_weight
         key = (adapter.config.lori.content_digest, adapter.name, tuple(map(float, blocks)))
         named.setdefault(key, (adapter, []))[1].append(float(weight))
     parents = [_Parent(named[key][0], key[0], sum(sorted(named[key][1])), key[2]) for key in sorted(named)]
-    if faults := [f"of {t.adapter.name!r} is {t.weight}" for t in parents if not math.isfinite(t.weight)]:
+    if faults := [f"of {parent.adapter.name!r} is {parent.weight}" for parent in parents if not math.isfinite(parent.weight)]:
         raise AdapterError(f"the weight {', '.join(faults)}, expected finite numbers")
     common_shapes([parent.adapter for parent in parents])
     return [parent for parent in parents if parent.has_weight] or parents[:1]
@@ -320,7 +320,9 @@ def _alpha(parents: Sequence[_Parent], module: str, rank: int, is_folded: bool) 
     """Return alpha of `module` in the merge: that of an adapter with the merged rank, so that alpha / r is bitwise the same."""
     if is_folded:
         return float(rank)
-    config = next(t.adapter.config for t in _parents_with(parents, module) if t.adapter.modules[module].shape[1] == rank)
+    config = next(
+        parent.adapter.config for parent in _parents_with(parents, module) if parent.adapter.modules[module].shape[1] == rank
+    )
     return config.alpha_pattern.get(module, config.lora_alpha)
 
 
@@ -336,9 +338,9 @@ def _config(
 ) -> AdapterConfig:
     configs = [parent.adapter.config for parent in parents]
     record: list[dict[str, object]] = [
-        {"name": t.adapter.name, "version": t.digest[:NUM_VERSION_DIGITS], "weight": t.weight}
-        | ({"block_weights": [*t.block_weights]} if t.block_weights else {})
-        for t in parents
+        {"name": parent.adapter.name, "version": parent.digest[:NUM_VERSION_DIGITS], "weight": parent.weight}
+        | ({"block_weights": [*parent.block_weights]} if parent.block_weights else {})
+        for parent in parents
     ]
     try:
         return new_config(

@@ -25,13 +25,13 @@ MAX_BYTES = 1 << 20
 """Maximum size of a file."""
 SUFFIX = ".json"
 MAX_BLOCKS = 128
-"""Most blocks of layers: as many as the layers of the largest models."""
+"""Maximum number of blocks of layers: as many as the layers of the largest models."""
 MAX_DECIMALS = 17
 """Decimal places of a weight in a `model`'s name."""
-MAX_ABOUT, MAX_SOURCE, MAX_SOURCES = 4096, 1024, 64
-"""Most characters of `about` and of a source's name, and most sources. No merge within these limits exceeds `MAX_BYTES`."""
+MAX_ABOUT_CHARACTERS, MAX_SOURCE_CHARACTERS, MAX_SOURCES = 4096, 1024, 64
+"""Maximum number of characters of `about` and of a source's name, and of sources. Such merges fit in `MAX_BYTES`."""
 
-
+SourceName = Annotated[Text, Field(max_length=MAX_SOURCE_CHARACTERS)]
 BlockWeight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 
@@ -96,16 +96,18 @@ class NamedMerge(BaseModel):
     base_digest: Digest
     """Digest of the base model that the adapters belong to."""
     adapters: list[MergedAdapter] = Field(min_length=1, max_length=MAX_ADAPTERS)
-    about: Annotated[Text, Field(max_length=MAX_ABOUT)] = ""
+    about: Annotated[Text, Field(max_length=MAX_ABOUT_CHARACTERS)] = ""
     """How the weights were chosen."""
-    scores: dict[Annotated[Text, Field(max_length=MAX_SOURCE)], FiniteFloat] = Field(default={}, max_length=MAX_SOURCES)
+    scores: dict[Annotated[Text, Field(max_length=MAX_SOURCE_CHARACTERS)], FiniteFloat] = Field(
+        default={}, max_length=MAX_SOURCES
+    )
     """Share of the best single adapter's gain that the merge keeps, by source, on the rows that the weights were chosen on."""
 
     @field_validator("adapters")
     @classmethod
     def _check_references(cls, adapters: list[MergedAdapter]) -> list[MergedAdapter]:
-        if repeated := repeated_references(adapter.reference for adapter in adapters):
-            raise ValueError(f"names {', '.join(repeated)} twice, expected each adapter once")
+        if duplicates := repeated(adapter.reference for adapter in adapters):
+            raise ValueError(f"names {', '.join(duplicates)} twice, expected each adapter once")
         return adapters
 
     @property
@@ -137,8 +139,8 @@ class NamedMerge(BaseModel):
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, one['loc'])) or 'JSON'}: {one['msg']}" for one in error.errors()]
             raise AdapterError(f"it is no sound named merge: {printable('; '.join(faults))}") from error
-        if repeated := _repeated_keys(content):
-            raise AdapterError(f"it is no sound named merge: JSON: has {', '.join(repeated)} twice in one object")
+        if duplicates := _repeated_keys(content):
+            raise AdapterError(f"it is no sound named merge: JSON: has {', '.join(duplicates)} twice in one object")
         return merge
 
     def check_base(self, base_digest: str) -> None:
@@ -149,19 +151,18 @@ class NamedMerge(BaseModel):
 
 def _repeated_keys(content: bytes) -> list[str]:
     """Return the keys that an object of the JSON has more than once. The parser keeps only the last value of each."""
-    repeated: set[str] = set()
+    keys: set[str] = set()
 
     def note(pairs: list[tuple[str, object]]) -> None:
-        repeated.update(printable(repr(key)) for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        keys.update(printable(repr(key)) for key in repeated(key for key, _ in pairs))
 
     json.loads(content, object_pairs_hook=note)
-    return sorted(repeated)
+    return sorted(keys)
 
 
-def repeated_references(references: Iterable[str]) -> list[str]:
-    """Return the references that occur more than once, sorted."""
-    seen = list(references)
-    return sorted({reference for reference in seen if seen.count(reference) > 1})
+def repeated(values: Iterable[str]) -> list[str]:
+    """Return the values that occur more than once, sorted."""
+    return sorted(value for value, count in Counter(values).items() if count > 1)
 
 
 def read_named_merges(folder: Path, base_digest: str) -> Mapping[str, NamedMerge]:

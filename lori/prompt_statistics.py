@@ -2,7 +2,8 @@
 
 The frozen base alone decides: its first layers read the prompt's last message (`ProbedPrompt`), and the features z of the prompt
 are a fixed random projection of what the next layer's attention reads. An adapter's statistics are a Gaussian of z for each form
-of its prompts. The background has Gaussians of everything else: a prompt that does not fit an adapter clearly better is nobody's.
+of its prompts. The background has Gaussians of everything else: a prompt that does not fit an adapter clearly better is left to
+the base.
 
 All Gaussians are in the space in which the background's covariance is the identity. Shapes: F features, N width of the base, P
 prompts.
@@ -58,6 +59,7 @@ MAX_PROBED_TOKENS = 1024
 SENTINEL = "\ue000"
 """A character without a meaning or a case. Templates write it as they write a message's content."""
 MAX_GAUSSIANS = 64
+"""Maximum number of forms of an adapter's prompts, and of groups in a background."""
 BACKGROUNDS = Path(__file__).parent / "backgrounds"
 """The backgrounds that come with this package, by the base's digest."""
 PROBED_LAYERS_DIVISOR = 5
@@ -216,7 +218,7 @@ def fit_background(base_digest: str, groups: Sequence[Array]) -> Background:
 
 
 def find_background(base: BaseIdentity, path: Path | None = None) -> Background | None:
-    """Return the background of a base: the file at `path`, or that of this package, if it has one. Raises `AdapterError`."""
+    """Return the background as `load_background`, or None if no `path` is given and this package has none for the base."""
     return load_background(base, path) if path or _shipped(base).exists() else None
 
 
@@ -225,7 +227,10 @@ def _shipped(base: BaseIdentity) -> Path:
 
 
 def load_background(base: BaseIdentity, path: Path | None = None) -> Background:
-    """Return the background as `find_background`. Raises `AdapterError` if there is none, too."""
+    """Return the background of a base: the file at `path`, or the one in this package.
+
+    Raises `AdapterError` if there is none, and if it cannot be read, is unsound, or is of another base.
+    """
     file = path or _shipped(base)
     try:
         content = file.read_bytes()
@@ -238,8 +243,9 @@ def load_background(base: BaseIdentity, path: Path | None = None) -> Background:
     except AdapterFormatError as error:
         raise AdapterError(f"{printable(str(file))} is not a sound background: {'; '.join(error.shown)}") from error
     if background.base_digest != base.digest:
-        digest = background.base_digest[:NUM_VERSION_DIGITS]
-        raise AdapterError(f"{file} is the background of another base than {base.name}: {digest}")
+        found, expected = (digest[:NUM_VERSION_DIGITS] for digest in (background.base_digest, base.digest))
+        fault = f"the base's digest is {found}, expected {expected}: it is the background of another base"
+        raise AdapterError(f"{printable(str(file))}: {fault}")
     return background
 
 

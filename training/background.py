@@ -13,12 +13,12 @@ import numpy as np
 from pydantic import Field
 
 from lori.gaussians import Array
-from lori.prompt_statistics import NUM_FEATURES, NUM_PROJECTED, Background, fit_background
+from lori.prompt_statistics import MAX_GAUSSIANS, NUM_FEATURES, NUM_PROJECTED, Background, fit_background
 from lori.store.files import replace_file
-from training.base import load_base
+from training.base import RowsConfig, load_base
 from training.command_line import run_program
 from training.data import DataError, Faults, Source, read_rows
-from training.prompt_features import PromptsConfig, prompt_features
+from training.prompt_features import prompt_features
 
 MIN_ROWS = 40
 """Fewer prompts of a source say too little about their kind."""
@@ -26,10 +26,10 @@ MIN_PROMPTS = 4 * NUM_FEATURES
 """Fewer prompts in all say too little about the covariance of the features."""
 
 
-class BackgroundConfig(PromptsConfig):
+class BackgroundConfig(RowsConfig):
     """Measure ordinary prompts on a base model and write the background that automatic weights compare adapters with."""
 
-    data: list[Source]
+    data: list[Source] = Field(min_length=1, max_length=MAX_GAUSSIANS)
     """Sources of prompts, as in `training.fit`: one for each kind, such as code, greetings, or messages in a language. Their
     completions are ignored."""
     output: Path
@@ -43,8 +43,9 @@ def measure_background(config: BackgroundConfig) -> str:
     faults = Faults(config.on_bad)
     kinds = [read_rows(source, needs="prompt", faults=faults) for source in config.data]
     faults.raise_or_warn()
-    if small := [source.path for source, rows in zip(config.data, kinds, strict=True) if len(rows) < MIN_ROWS]:
-        raise DataError(f"{', '.join(small)}: fewer than {MIN_ROWS} prompts, which say too little about their kind")
+    sizes = [(source.path, len(rows)) for source, rows in zip(config.data, kinds, strict=True)]
+    if small := [f"{path} has {size} prompts" for path, size in sizes if size < MIN_ROWS]:
+        raise DataError(f"{', '.join(small)}, expected at least {MIN_ROWS} of a kind")
     base = load_base(config.model, config.dtype, config.threads)
     drawn = [config.draw(rows, config.num_rows) for rows in kinds]
     if (num_prompts := sum(map(len, drawn))) < MIN_PROMPTS:

@@ -1,8 +1,35 @@
 """Loading of the base model for the programs of this package: on a GPU if there is one, in the best dtype of the device."""
 
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.resources import BackgroundLoad, avoid_busy_cpus, use_threads
+from training.command_line import CommandLine
+from training.data import OnBad, Row
 from training.processes import processes
+
+
+class RowsConfig(CommandLine):
+    """Options of the programs that draw rows and run a base model on them."""
+
+    model: str | None = None
+    """The base model: a local folder or a hub id; the embedded model if absent."""
+    seed: int = Field(default=0, ge=0)
+    """Seed for drawing the rows."""
+    on_bad: OnBad = "refuse"
+    """refuse: write nothing if a row cannot be used. skip: leave such rows out."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of weights and matrix products."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 means as many as there are CPUs that other processes leave idle."""
+
+    def draw(self, rows: Sequence[Row], num_rows: int) -> list[Row]:
+        """Return `num_rows` of `rows` at random, or all if there are fewer."""
+        return random.Random(self.seed).sample(rows, min(len(rows), num_rows))
 
 
 def load_base(

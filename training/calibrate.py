@@ -13,22 +13,21 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from lori.format import load_adapter
-from lori.prompt_statistics import load_background
-from training.base import load_base
+from lori.prompt_statistics import MAX_GAUSSIANS, load_background
+from training.base import RowsConfig, load_base
 from training.command_line import run_program
 from training.data import Faults, Source, read_rows
-from training.prompt_features import PromptsConfig
 from training.prompt_statistics import MAX_ROWS, MIN_ROWS, Form, measure, write_statistics
 
 
-class CalibrateConfig(PromptsConfig):
+class CalibrateConfig(RowsConfig):
     """Measure the prompts that an adapter is for. The adapter's folder gets a file `prompt_statistics.safetensors`."""
 
     USAGE: ClassVar[str] = "ADAPTER [--FLAG VALUE ...]"
 
     adapter: CliPositionalArg[Path]
     """The adapter's folder."""
-    data: list[Source]
+    data: list[Source] = Field(min_length=1, max_length=MAX_GAUSSIANS)
     """Rows like those that the adapter was trained on, with completions: one source for each form of prompts, such as plain
     prompts and messages."""
     background: Path | None = None

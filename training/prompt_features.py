@@ -1,16 +1,11 @@
-"""Features of prompts, computed by the base model in training: what the server's probe computes, see `lori.prompt_statistics`.
+"""Features of prompts, computed by the base model in training: what the server's probe computes, see `lori.prompt_statistics`."""
 
-Also the options that the programs share which measure prompts.
-"""
-
-import random
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import nn
 from tqdm import tqdm
 
@@ -18,28 +13,7 @@ from lori.base_model import BaseModel
 from lori.gaussians import Array
 from lori.prompt_statistics import ProbedPrompt, num_probe_layers, probed_prompt, project, projection_matrix
 from lori.template import Message
-from training.command_line import CommandLine
-from training.data import OnBad, Row
 from training.packing import ATTENTION, use_attention
-
-
-class PromptsConfig(CommandLine):
-    """Options of the programs that measure prompts on a base model."""
-
-    model: str | None = None
-    """The base model: a local folder or a hub id; the embedded model if absent."""
-    seed: int = Field(default=0, ge=0)
-    """Seed for drawing the rows."""
-    on_bad: OnBad = "refuse"
-    """refuse: write nothing if a row cannot be used. skip: leave such rows out."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of weights and matrix products."""
-    threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 means as many as there are CPUs that other processes leave idle."""
-
-    def draw(self, rows: Sequence[Row], num_rows: int) -> list[Row]:
-        """Return `num_rows` of `rows` at random, or all if there are fewer."""
-        return random.Random(self.seed).sample(rows, min(len(rows), num_rows))
 
 
 class _FeaturesReadError(Exception):

@@ -26,8 +26,8 @@ from training.prompt_features import prompt_features
 logger = logging.getLogger(__name__)
 
 MAX_ROWS, MAX_ALL_ROWS = 800, 2400
-"""Maximum number of rows of a form, and of all forms, that are measured at the end of a training. `training.calibrate` measures
-as many of a form by default."""
+"""Maximum number of rows of a form, and of all forms together unless each then had fewer than `MIN_ROWS`. So many are measured at
+the end of a training; `training.calibrate` measures as many of a form by default."""
 NUM_KINDS = 2
 """Kinds of prompts: plain ones, and messages."""
 MIN_ROWS = 80
@@ -65,10 +65,10 @@ def forms_of(rows: Sequence[Row], seed: int) -> list[Form]:
     for (kind, source), group in groups.items():
         has_own = len(group) >= MIN_ROWS and num_large <= MAX_GAUSSIANS - NUM_KINDS
         forms[f"{kind} of {source}" if has_own else kind] += group
-    drawn = random.Random(seed)
+    rng = random.Random(seed)
     num_rows = max(MIN_ROWS, min(MAX_ROWS, MAX_ALL_ROWS // max(1, len(forms))))
     return [
-        Form(name, drawn.sample(form_rows, min(len(form_rows), num_rows)))
+        Form(name, rng.sample(form_rows, min(len(form_rows), num_rows)))
         for name, form_rows in forms.items()
         if len(form_rows) >= MIN_ROWS
     ]

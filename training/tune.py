@@ -21,21 +21,20 @@ from lori.base_model import BaseModel
 from lori.errors import AdapterError, LoriError
 from lori.merge import blocks_of_layers
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
-from lori.named_merge import MAX_BLOCKS, MAX_SOURCE, MAX_SOURCES, SUFFIX, MergedAdapter, NamedMerge, repeated_references
+from lori.named_merge import MAX_BLOCKS, MAX_SOURCE_CHARACTERS, MAX_SOURCES, SUFFIX, MergedAdapter, NamedMerge, repeated
 from lori.names import NAME, check_name, is_name, weight_text
 from lori.store.files import replace_file
 from lori.store.store import AdapterStore
 from lori.template import common_templates
-from training.base import load_base
+from training.base import RowsConfig, load_base
 from training.command_line import run_program
 from training.data import DataError, Example, Faults, Row, Source, read_rows, tokenize
 from training.evaluation.local_adapters import find_adapter
 from training.evaluation.local_answerer import row_template
 from training.merge_score import MergeScorer
 from training.packing import max_example_length
-from training.prompt_features import PromptsConfig
 from training.weight_descent import DescentOptions, WeightDescent
-from training.weight_trials import Trial, Weights, best_of, even_weights, repeat_in_blocks, split_blocks, unit_weights
+from training.weight_trials import Trial, Weights, best_of, equal_weights, repeat_in_blocks, split_blocks, unit_weights
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ MIN_ROWS = 8
 """Minimum number of rows of a source that are held out, and of those that are not."""
 
 
-class TuneConfig(PromptsConfig):
+class TuneConfig(RowsConfig):
     """Fit the weights of a merge to a few rows, by gradient descent, and save them as a named merge."""
 
     adapter: list[str] = Field(min_length=1, max_length=MAX_ADAPTERS)
@@ -63,7 +62,7 @@ class TuneConfig(PromptsConfig):
     max_length: int = Field(default=1024, ge=2)
     """Maximum tokens of a row. Longer rows are bad rows; none is cut."""
     held_out_fraction: float = Field(default=0.25, gt=0, lt=1)
-    """Fraction of each source's rows that are not descended on. The weights are scored on them."""
+    """Fraction of each source's rows that is held out. The weights are scored on these rows and fitted to the others."""
     steps: int = Field(default=80, ge=NUM_SCORED)
     """Optimizer steps."""
     batch_size: int = Field(default=8, ge=1)
@@ -81,8 +80,8 @@ class TuneConfig(PromptsConfig):
             faults.append(f"--output is {str(self.output)!r}, expected NAME{SUFFIX} with a NAME that matches {NAME.pattern}")
         if len({*paths}) < len(paths):
             faults.append("--data has one path twice, expected each once")
-        if (longest := max(map(len, paths))) > MAX_SOURCE:
-            faults.append(f"--data has a path of {longest} characters, expected {MAX_SOURCE} at most")
+        if (longest := max(map(len, paths))) > MAX_SOURCE_CHARACTERS:
+            faults.append(f"--data has a path of {longest} characters, expected {MAX_SOURCE_CHARACTERS} at most")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -109,8 +108,8 @@ def tune(config: TuneConfig) -> str:
     adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
     names = [_own_name(config.adapters, *pair) for pair in zip(config.adapter, adapters, strict=True)]
     references = [f"{name}@{adapter.version}" for name, adapter in zip(names, adapters, strict=True)]
-    if repeated := repeated_references(references):
-        raise AdapterError(f"--adapter names {', '.join(repeated)} twice, expected each adapter once")
+    if duplicates := repeated(references):
+        raise AdapterError(f"--adapter names {', '.join(duplicates)} twice, expected each adapter once")
     if config.num_blocks > 1:
         _check_blocks(config.num_blocks, adapters)
     examples, held_out = _split(drawn, _tokenize(config, base, adapters, drawn, faults), config.held_out_fraction)
@@ -140,7 +139,7 @@ def _check_blocks(num_blocks: int, adapters: Sequence[Adapter]) -> None:
 
 
 def _distinct(rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
-    """Return the rows of each source without those that came before, in it or in another: none is descended on and held out."""
+    """Return the rows of each source without duplicates, in it or in earlier ones, so that no row is both fitted and held out."""
     seen = set[object]()
     distinct: dict[str, list[Row]] = {source: [] for source in rows}
     for source, source_rows in rows.items():
@@ -175,7 +174,7 @@ def _tokenize(
 def _split(
     rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Sequence[Example]], held_out_fraction: float
 ) -> tuple[dict[str, Sequence[Example]], dict[str, Sequence[Row]]]:
-    """Return the examples of each source to descend on, and the rows of the others, which are held out.
+    """Return the examples of each source that the weights are fitted to, and the rows of the others, which are held out.
 
     Raises `DataError` if a part would have fewer than `MIN_ROWS`.
     """
@@ -192,14 +191,14 @@ def _split(
 
 
 def _descend(config: TuneConfig, scorer: MergeScorer, examples: Mapping[str, Sequence[Example]]) -> list[Trial]:
-    """Return the trials: weights that people try first, then those of the descent, which starts from the best even ones."""
+    """Return the trials: weights that people try first, then those of the descent, which starts from the best equal ones."""
     num_blocks, num_adapters = config.num_blocks, len(scorer.adapters)
     alone = [repeat_in_blocks(weights, num_blocks) for weights in unit_weights(num_adapters)]
-    even = [repeat_in_blocks(weights, num_blocks) for weights in even_weights(num_adapters)]
+    equal = [repeat_in_blocks(weights, num_blocks) for weights in equal_weights(num_adapters)]
     options = DescentOptions(config.steps, config.batch_size, config.max_weight, config.seed)
     with logging_redirect_tqdm(), tqdm(total=config.steps, unit="step", desc="weights", disable=None) as bar:
-        trials = [Trial(weights, scorer.score(weights)) for weights in dict.fromkeys([*alone, *even])]
-        start = max(even, key=scorer.score)
+        trials = [Trial(weights, scorer.score(weights)) for weights in dict.fromkeys([*alone, *equal])]
+        start = max(equal, key=scorer.score)
         logger.info("before the first step: score %.3f", scorer.score(start))
         descent = WeightDescent(scorer.base, scorer.adapters, examples, scorer.gains(), num_blocks)
         scored_at = {config.steps * (i + 1) // NUM_SCORED for i in range(NUM_SCORED)}
@@ -234,17 +233,17 @@ def _own_name(store: Path | None, reference: str, adapter: Adapter) -> str:
 
 
 def _report(merge: NamedMerge, scorer: MergeScorer, trials: Sequence[Trial], output: Path) -> list[str]:
-    even = repeat_in_blocks(even_weights(len(scorer.adapters))[0], scorer.num_blocks)
-    even_shares = scorer.shares(even)
-    lines = [f"best of {len(trials)} trials: {' + '.join(map(_shown, merge.adapters))}"]
+    equal = repeat_in_blocks(equal_weights(len(scorer.adapters))[0], scorer.num_blocks)
+    equal_shares = scorer.shares(equal)
+    lines = [f"best of {len(trials)} trials: {' + '.join(map(_weights_text, merge.adapters))}"]
     lines += [
-        f"{source}: {share:.2f} of the best single adapter's gain, {even_shares[source]:.2f} at {even[0]:g} each"
+        f"{source}: {share:.2f} of the best single adapter's gain, {equal_shares[source]:.2f} at {equal[0]:g} each"
         for source, share in scorer.shares(best_of(trials).weights).items()
     ]
     return [*lines, f"wrote {output}: to serve it, python -m server --merges {output.parent}; its name is {output.stem!r}"]
 
 
-def _shown(adapter: MergedAdapter) -> str:
+def _weights_text(adapter: MergedAdapter) -> str:
     weights = adapter.block_weights or [adapter.weight]
     return f"{adapter.reference}:{','.join(map(weight_text, weights))}"
 

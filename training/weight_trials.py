@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 NUM_DIGITS = 2
 """Decimal places of the weights that are tried."""
-EVEN = (0.5, 1.0)
+EQUAL = (0.5, 1.0)
 """Weights of all adapters that are tried first, beside 1/n."""
 
 Weights = tuple[float, ...]
@@ -32,9 +32,9 @@ def unit_weights(num_adapters: int) -> list[Weights]:
     return [tuple(float(i == j) for j in range(num_adapters)) for i in range(num_adapters)]
 
 
-def even_weights(num_adapters: int) -> list[Weights]:
+def equal_weights(num_adapters: int) -> list[Weights]:
     """Return the weights that people try first for all adapters together: 1/n, 0.5 and 1 each."""
-    return [*dict.fromkeys((weight,) * num_adapters for weight in (round(1 / num_adapters, NUM_DIGITS), *EVEN))]
+    return [*dict.fromkeys((weight,) * num_adapters for weight in (round(1 / num_adapters, NUM_DIGITS), *EQUAL))]
 
 
 def repeat_in_blocks(weights: Weights, num_blocks: int) -> Weights:

@@ -10,9 +10,9 @@ from threading import Lock
 import numpy as np
 
 from lori.auto_weights import Selection, SelectionIndex, SelectionQuery
-from lori.flat_index import Mask
+from lori.flat_index import BoolArray
 from lori.names import AUTO
-from lori.prompt_statistics import Background
+from lori.prompt_statistics import Background, PromptStatistics
 from lori.summary import Summary
 from server.engine.adapters.registry import MAX_CALLERS, MayUse, Registered, Registry, candidates
 from server.engine.admission import Admission
@@ -25,7 +25,7 @@ class _View:
 
     adapters: Sequence[Summary | None]
     """Each adapter under a name that the caller may use; None if there is none."""
-    allowed: Mask
+    allowed: BoolArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,35 +44,38 @@ class _Snapshot:
         if view is None:
             adapters: list[Summary | None] = []
             owners: set[str] = set()
-            for same in self.adapters:
-                one = next((one for one in same if one.owner not in owners and may_use(one.summary.name)), None)
-                owners |= {one.owner} if one else set()
-                adapters.append(one.summary if one else None)
+            for named in self.adapters:
+                adapter = next((a for a in named if a.owner not in owners and may_use(a.summary.name)), None)
+                owners |= {adapter.owner} if adapter else set()
+                adapters.append(adapter.summary if adapter else None)
             view = _View(adapters, np.array([adapter is not None for adapter in adapters], dtype=bool))
             if len(self.views) >= MAX_CALLERS:
                 self.views.clear()
             self.views[may_use] = view
         return view
 
-    def allowed(self, view: _View, policy: Sequence[Registered]) -> Mask:
+    def allowed(self, view: _View, policy: Sequence[Registered]) -> BoolArray:
         """Return which adapters may be selected: those of `view` without any version of those of the operator's `policy`."""
         if not policy:
             return view.allowed
         names = {name for adapter in policy for name in adapter.names}
         digests = {adapter.summary.digest for adapter in policy}
         is_free = [same[0].summary.digest not in digests and not any(one.names & names for one in same) for same in self.adapters]
-        allowed: Mask = view.allowed & np.array(is_free, dtype=bool)
+        allowed: BoolArray = view.allowed & np.array(is_free, dtype=bool)
         return allowed
 
 
-def _snapshot(by_name: Mapping[str, Registered], background: Background, can_weigh: Callable[[Summary], bool]) -> _Snapshot:
+def _snapshot(
+    by_name: Mapping[str, Registered], background: Background, statistics_of: Callable[[Summary], PromptStatistics | None]
+) -> _Snapshot:
     """Return a snapshot of the adapters that have statistics of this background."""
     by_digest: dict[str, list[Registered]] = {}
+    statistics: dict[str, PromptStatistics] = {}
     for adapter in sorted(by_name.values(), key=lambda one: (one.summary.name != one.owner, one.summary.name)):
-        if can_weigh(adapter.summary):
+        if own := statistics_of(adapter.summary):
             by_digest.setdefault(adapter.summary.digest, []).append(adapter)
-    statistics = [first.summary.prompt_statistics for first, *_ in by_digest.values() if first.summary.prompt_statistics]
-    return _Snapshot(by_name, SelectionIndex(background, statistics), [*by_digest.values()])
+            statistics.setdefault(adapter.summary.digest, own)
+    return _Snapshot(by_name, SelectionIndex(background, [*statistics.values()]), [*by_digest.values()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class AdapterSelector:
         self._registry, self._admission, self._background = registry, admission, background
         self._max_adapters, self._threshold = max_adapters, threshold
         self._lock = Lock()
-        self._snapshot = _snapshot({}, background, admission.weights.can_weigh)
+        self._snapshot = _snapshot({}, background, admission.weights.statistics_of)
 
     def prepare(self, request: GenerateRequest, *, must_be_current: bool = False) -> PendingSelection:
         """Return the query of a request for `auto`. After a change of the adapters their index is built again first.
@@ -156,7 +159,7 @@ class AdapterSelector:
             try:
                 by_name = self._registry.by_name
                 if self._snapshot.by_name is not by_name:
-                    self._snapshot = _snapshot(by_name, self._background, self._admission.weights.can_weigh)
+                    self._snapshot = _snapshot(by_name, self._background, self._admission.weights.statistics_of)
             finally:
                 self._lock.release()
         return self._snapshot
@@ -172,6 +175,6 @@ def _check(request: GenerateRequest) -> None:
         raise RefusedError("adapter", f"names {AUTO!r} and other adapters, expected {AUTO!r} alone")
     if request.weights not in (None, "auto", ("auto",)):
         expected = "expected none or 'auto': the server chooses them"
-        raise RefusedError(request.weights_field, f"sets weights for the adapter {AUTO!r}, {expected}")
+        raise RefusedError(request.weights_field, f"has the weights {[*request.weights]} for the adapter {AUTO!r}, {expected}")
     if request.merge.method != "linear":
         raise RefusedError("merge", f"is {request.merge.method!r} with the adapter {AUTO!r}, expected 'linear'")

@@ -24,8 +24,8 @@ MIN_UNTIL_DROP = 64
 OVERFLOW = "the base model's numbers overflow on this prompt"
 
 
-class WeighingError(Exception):
-    """The weights of one prompt could not be computed."""
+class ProbeError(Exception):
+    """The features of one prompt could not be computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,8 @@ class PromptWeigher:
                 raise
             logger.exception("the probe of %d prompts failed", len(batch))
             if len(batch) == 1:
-                return [WeighingError(f"the weights could not be computed: {error!r}")]
+                return [ProbeError(f"the prompt's features could not be computed: {error!r}")]
             return [outcome for queued in batch for outcome in self._outcomes([queued])]
 
     def _outcome(self, query: PromptQuery[Any], z: Array) -> Any:
-        return query.evaluate(z) if np.isfinite(z).all() else WeighingError(OVERFLOW)
+        return query.evaluate(z) if np.isfinite(z).all() else ProbeError(OVERFLOW)

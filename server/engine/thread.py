@@ -142,7 +142,7 @@ class EngineThread:
         """Return the results of prompts' queries. They are computed on the engine's thread, see `PromptWeigher`.
 
         `check_present` is called again and again meanwhile, and once at the end. If it raises, or the caller is cancelled, the
-        prompts are dropped. Raises its errors, `EngineDeadError` as `call`, and `WeighingError`.
+        prompts are dropped. Raises its errors, `EngineDeadError` as `call`, and `ProbeError`.
         """
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")

@@ -99,7 +99,8 @@ class WeightResolver:
 
     def _query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery:
         assert self.background is not None
-        statistics = tuple(one.prompt_statistics for one in adapters if one.prompt_statistics)
+        statistics = tuple(own for adapter in adapters if (own := self.statistics_of(adapter)))
+        assert len(statistics) == len(adapters), "each can be weighed"
         return WeightQuery(self.probed_prompt(request.prompt, request.weights_field), self.background, statistics)
 
 

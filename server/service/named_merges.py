@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lori.errors import AdapterError
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
-from lori.named_merge import NamedMerge, read_named_merges, repeated_references
+from lori.named_merge import NamedMerge, read_named_merges, repeated
 from server.engine.adapters.registry import MayUse
 from server.engine.generate_request import GenerateRequest, RefusedError
 from server.engine.request import RequestedWeight
@@ -91,8 +91,8 @@ class NamedMerges:
             )
         if request.weights is None and len(names) > 1:
             raise RefusedError("weights", f"{name!r} is a merge beside other adapters, and needs a weight: expected {expected}")
-        if repeated := repeated_references(names):
-            raise RefusedError("adapter", f"names {repeated[0]!r} twice, expected each adapter once")
+        if duplicates := repeated(names):
+            raise RefusedError("adapter", f"names {duplicates[0]!r} twice, expected each adapter once")
         factors = (1.0,) if request.weights is None else request.weights
         if len(factors) != len(names):
             raise RefusedError(request.weights_field, f"has {len(factors)} weights, expected {len(names)}, one for each name")

@@ -22,7 +22,7 @@ from server.engine.adapter_selection import AdapterSelector, is_auto
 from server.engine.adapters.registry import Registry, check_registered
 from server.engine.admission import Admission, check_num_logprobs
 from server.engine.generate_request import Caps, GenerateRequest, RefusedError, prompt_size
-from server.engine.prompt_weights import WeighingError
+from server.engine.prompt_weights import ProbeError
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.engine.weight_resolver import NO_BACKGROUND
@@ -222,7 +222,7 @@ class Service:
                 )
         except TimeoutError as error:
             raise OutOfTimeError(f"not done within {timeout_s:g} s") from error
-        except WeighingError as error:
+        except ProbeError as error:
             raise EngineError(str(error)) from error
 
     def _check_possible(self, caller: Caller, num_requests: int, num_answers: int) -> None:

@@ -18,7 +18,7 @@ from lori.auto_weights import (
     mean_weights,
     shares,
 )
-from lori.flat_index import Mask
+from lori.flat_index import BoolArray
 from lori.gaussians import MAX_MAGNITUDE, Array, joined, log_likelihoods
 from lori.prompt_statistics import MAX_GAUSSIANS, NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
 from tests.lori.features import SEEDS, copies, draw, draw_prompt, make_adapters
@@ -125,7 +125,7 @@ def many(background: Background) -> list[PromptStatistics]:
     return make_adapters(background, range(100, 101 + MAX_EXACT))
 
 
-def allow(index: SelectionIndex) -> Mask:
+def allow(index: SelectionIndex) -> BoolArray:
     return np.ones(len(index), dtype=bool)
 
 

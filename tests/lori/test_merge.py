@@ -16,7 +16,7 @@ from lori.adapter import Adapter
 from lori.basis import Basis, Explicit
 from lori.config import UNSEALED
 from lori.errors import AdapterError, MergeCancelledError
-from lori.merge import MergeMethod, _Parent, merge
+from lori.merge import MergeMethod, blocks_of_layers, merge
 from lori.merge_options import MERGE_METHODS
 from lori.sparse import VALUE_TYPES, SparseB, ValueType, rounded
 from lori.store.store import AdapterStore
@@ -291,11 +291,9 @@ def test_blocks_do_not_move_beside_another_adapter() -> None:
 @pytest.mark.parametrize("num_layers", [1, 2, 7, 25, 100])
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 100])
 def test_blocks_are_of_about_equal_length(num_layers: int, num_blocks: int) -> None:
-    shapes = {f"layers.{i}.q_proj": (4, 5) for i in range(num_layers)}
-    one = adapter_of("a", {module: random_b((4, 3), 5, 0) for module in shapes}, shapes=shapes)
-    parent = _Parent(one, "", 1.0, tuple(map(float, range(num_blocks))))
-    blocks = [*parent.weights_by_layer.values()]
-    assert [*parent.weights_by_layer] == [f"layers.{i}" for i in range(num_layers)]
+    by_layer = blocks_of_layers(tuple(f"layers.{i}.q_proj" for i in range(num_layers)), num_blocks)
+    blocks = [*by_layer.values()]
+    assert [*by_layer] == [f"layers.{i}" for i in range(num_layers)]
     assert blocks == sorted(blocks)
     counts = Counter(blocks).values()
     assert max(counts) - min(counts) <= 1

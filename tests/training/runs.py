@@ -1,6 +1,8 @@
-"""Runs of `training.fit` with few steps: their configs, their adapters, and interruptions."""
+"""Runs of `training.fit` with few steps: their configs, their prompts, their adapters, and interruptions."""
 
 import hashlib
+import random
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ FIELDS: Mapping[str, object] = {
     "mix_fraction": 0.2, "steps": 6, "rank": 4, "alpha": 8, "batch_tokens": 200, "dtype": "float32", "save_every": 2,
     "template": ["plain"],
 }  # fmt: skip
+
+
+def random_texts(count: int, letters: str = string.ascii_lowercase, seed: int = 0) -> list[str]:
+    rng = random.Random(f"{letters} {seed}")
+    return ["".join(rng.choices(letters, k=rng.randint(8, 24))) for _ in range(count)]
 
 
 def config_for(tiny_model: Path, rows: Path, output: Path, **changes: object) -> FitConfig:

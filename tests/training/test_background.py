@@ -1,7 +1,6 @@
 """`training.background`: the background of a base, from ordinary prompts."""
 
 import json
-import random
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +12,10 @@ import torch
 from lori.base_model import load_base_model
 from lori.gaussians import log_likelihoods
 from lori.prompt_statistics import load_background
+from tests.training.runs import random_texts
 from training.background import MIN_PROMPTS, MIN_ROWS, BackgroundConfig, measure_background
 from training.data import DataError
 from training.prompt_features import prompt_features
-
-
-def prompts(count: int, letters: str = string.ascii_lowercase) -> list[str]:
-    drawn = random.Random(letters)
-    return ["".join(drawn.choices(letters, k=drawn.randint(4, 24))) for _ in range(count)]
 
 
 def config(place: Path, model: Path, *kinds: Sequence[str]) -> BackgroundConfig:
@@ -40,7 +35,7 @@ def config(place: Path, model: Path, *kinds: Sequence[str]) -> BackgroundConfig:
 
 
 def test_the_background_has_a_gaussian_for_each_kind(tiny_model: Path, tmp_path: Path) -> None:
-    kinds = [prompts(MIN_PROMPTS // 2), prompts(MIN_PROMPTS // 2 + 50, string.digits)]
+    kinds = [random_texts(MIN_PROMPTS // 2), random_texts(MIN_PROMPTS // 2 + 50, string.digits)]
     settings = config(tmp_path, tiny_model, *kinds)
     assert measure_background(settings).startswith(f"wrote {settings.output}: {MIN_PROMPTS + 16} prompts of 2 kinds, ")
     base = load_base_model(str(tiny_model), torch.float32, "eager")
@@ -53,14 +48,14 @@ def test_the_background_has_a_gaussian_for_each_kind(tiny_model: Path, tmp_path:
 
 def test_few_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"there are 400 prompts, at most 400 of a source, expected {MIN_PROMPTS} in all"):
-        measure_background(config(tmp_path, tiny_model, prompts(500)))
-    with pytest.raises(DataError, match=rf"1\.jsonl: fewer than {MIN_ROWS} prompts"):
-        measure_background(config(tmp_path, tiny_model, prompts(400), prompts(MIN_ROWS - 1)))
+        measure_background(config(tmp_path, tiny_model, random_texts(500)))
+    with pytest.raises(DataError, match=rf"1\.jsonl has {MIN_ROWS - 1} prompts, expected at least {MIN_ROWS} of a kind"):
+        measure_background(config(tmp_path, tiny_model, random_texts(400), random_texts(MIN_ROWS - 1)))
     assert not (tmp_path / "background.safetensors").exists()
 
 
 def test_prompts_that_are_too_alike_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    kinds = [prompts(10) * 40, prompts(10, string.digits) * 40]
+    kinds = [random_texts(10) * 40, random_texts(10, string.digits) * 40]
     with pytest.raises(DataError, match="the covariance of the prompts' features is singular: it has rank 19, expected 96"):
         measure_background(config(tmp_path, tiny_model, *kinds))
     assert not (tmp_path / "background.safetensors").exists()

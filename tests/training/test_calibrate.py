@@ -1,22 +1,24 @@
 """`training.calibrate`: statistics of an adapter's prompts, beside the adapter."""
 
 import json
-import random
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from lori.auto_weights import shares
 from lori.base_model import BaseModel, load_base_model
 from lori.errors import AdapterError
 from lori.format import read_config
-from lori.prompt_statistics import STATISTICS_FILE, fit_background, load_background
+from lori.prompt_statistics import STATISTICS_FILE, Background, fit_background, load_background
 from lori.store.entry import Entry
 from tests.server.rig import write_adapter
+from tests.training.runs import random_texts
 from training import calibrate, prompt_statistics
 from training.calibrate import CalibrateConfig
 from training.data import DataError
@@ -26,14 +28,12 @@ from training.prompt_statistics import MIN_ROWS, MIN_WEIGHT
 Rows = Sequence[Mapping[str, object]]
 
 
-def texts(count: int, letters: str, seed: int = 0) -> list[str]:
-    drawn = random.Random(f"{letters} {seed}")
-    return ["".join(drawn.choices(letters, k=drawn.randint(8, 24))) for _ in range(count)]
-
-
 def rows(count: int = 150, letters: str = string.digits, **fields: object) -> Rows:
-    answers = texts(count, string.ascii_letters, seed=1)
-    return [{"prompt": prompt, "completion": text} | fields for prompt, text in zip(texts(count, letters), answers, strict=True)]
+    answers = random_texts(count, string.ascii_letters, seed=1)
+    return [
+        {"prompt": prompt, "completion": text} | fields
+        for prompt, text in zip(random_texts(count, letters), answers, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def place(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with an adapter that was trained on plain prompts, and a background."""
     place = tmp_path_factory.mktemp("calibrate")
     write_adapter(place / "math", base, seed=1, templates=("plain",))
-    background = fit_background(base.identity.digest, [prompt_features(base, texts(300, string.ascii_lowercase))])
+    background = fit_background(base.identity.digest, [prompt_features(base, random_texts(300, string.ascii_lowercase))])
     (place / "background.safetensors").write_bytes(background.to_bytes())
     return place
 
@@ -78,7 +78,7 @@ def test_the_statistics_are_those_of_the_adapter_s_prompts(tiny_model: Path, bas
     assert statistics.background_digest == background.digest
     assert len(statistics.gaussians.means) == 2
     for letters, expected in ((string.digits, 1.0), ("XYZ", 1.0), (string.ascii_lowercase, 0.0)):
-        features = prompt_features(base, texts(20, letters, seed=2))
+        features = prompt_features(base, random_texts(20, letters, seed=2))
         weights = [shares(z, background, [statistics]).weights[0] for z in features]
         assert np.mean(weights) == pytest.approx(expected, abs=0.1), letters
 
@@ -103,9 +103,18 @@ def test_a_row_with_a_template_that_the_adapter_does_not_know_is_refused(tiny_mo
 
 
 def test_another_base_s_background_is_refused(tiny_model: Path, place: Path, tmp_path: Path) -> None:
-    settings = config(place, tiny_model, rows()).model_copy(update={"background": tmp_path / "absent"})
-    with pytest.raises(AdapterError, match="absent cannot be read: No such file"):
-        calibrate.calibrate(settings)
+    settings = config(place, tiny_model, rows())
+    assert settings.background
+    background = Background.from_bytes("background", settings.background.read_bytes())
+    (other := tmp_path / "other.safetensors").write_bytes(replace(background, base_digest="0" * 64).to_bytes())
+    with pytest.raises(AdapterError, match=r"other\.safetensors: the base's digest is 000000000000, expected "):
+        calibrate.calibrate(settings.model_copy(update={"background": other}))
+
+
+def test_more_forms_than_statistics_hold_are_refused_before_the_measurement(tiny_model: Path, place: Path) -> None:
+    flags = config(place, tiny_model, rows()).model_dump() | {"data": ["a.jsonl"] * 65}
+    with pytest.raises(ValidationError, match="at most 64 items"):
+        CalibrateConfig.model_validate(flags)
 
 
 def test_the_help_says_that_an_adapter_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

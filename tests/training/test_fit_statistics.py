@@ -2,7 +2,6 @@
 
 import json
 import logging
-import random
 import shlex
 import string
 from pathlib import Path
@@ -20,18 +19,13 @@ from lori.format import load_adapter
 from lori.prompt_statistics import MAX_GAUSSIANS, STATISTICS_FILE, Background, fit_background
 from lori.store.entry import Entry
 from lori.template import Message
-from tests.training.runs import config_for, flags_for
+from tests.training.runs import config_for, flags_for, random_texts
 from training.data import DataError, Row
 from training.fit import calibrate_command, fit
 from training.prompt_features import prompt_features
 from training.prompt_statistics import MAX_ALL_ROWS, MAX_ROWS, MIN_ROWS, Form, forms_of, measure, measure_changed
 
 ANSWER = "yes yes yes"
-
-
-def texts(count: int, letters: str) -> list[str]:
-    drawn = random.Random(letters)
-    return ["".join(drawn.choices(letters, k=drawn.randint(8, 24))) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +35,7 @@ def base(tiny_model: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def background(base: BaseModel) -> Background:
-    return fit_background(base.identity.digest, [prompt_features(base, texts(300, string.ascii_lowercase))])
+    return fit_background(base.identity.digest, [prompt_features(base, random_texts(300, string.ascii_lowercase))])
 
 
 @pytest.fixture
@@ -53,8 +47,8 @@ def file(background: Background, tmp_path: Path) -> Path:
 
 def write_rows(file: Path, num_plain: int, num_chats: int) -> list[Row]:
     """Write rows of both forms, and return the plain ones."""
-    plain = [{"prompt": text, "completion": ANSWER} for text in texts(num_plain, string.digits)]
-    users = texts(num_chats, "XYZ")
+    plain = [{"prompt": text, "completion": ANSWER} for text in random_texts(num_plain, string.digits)]
+    users = random_texts(num_chats, "XYZ")
     chats = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "no"}]} for text in users]
     file.write_text("".join(json.dumps(row) + "\n" for row in plain + chats))
     return [Row(prompt=row["prompt"], completion=ANSWER) for row in plain]

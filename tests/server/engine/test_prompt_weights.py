@@ -13,7 +13,7 @@ from lori.auto_weights import Shares, WeightQuery
 from lori.gaussians import Array, Gaussians
 from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
 from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
-from server.engine.prompt_weights import MAX_BUSY_TOKENS, OVERFLOW, PromptWeigher, WeighingError
+from server.engine.prompt_weights import MAX_BUSY_TOKENS, OVERFLOW, ProbeError, PromptWeigher
 from tests.lori.features import spherical
 
 LENGTH = 100
@@ -213,8 +213,8 @@ def test_only_the_prompt_that_raises_fails(rig: Rig, caplog: pytest.LogCaptureFi
         rig.submit(first)
     rig.weigher.step(is_busy=False)
     assert rig.probe.passes == [[10, GUILTY, 11], [10], [GUILTY], [11]]
-    assert [type(rig.outcomes[first]) for first in (10, GUILTY, 11)] == [Shares, WeighingError, Shares]
-    assert str(rig.outcomes[GUILTY]) == "the weights could not be computed: RuntimeError('out of luck')"
+    assert [type(rig.outcomes[first]) for first in (10, GUILTY, 11)] == [Shares, ProbeError, Shares]
+    assert str(rig.outcomes[GUILTY]) == "the prompt's features could not be computed: RuntimeError('out of luck')"
     assert "the probe of 3 prompts failed" in caplog.text
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lori.auto_weights import PromptQuery, Shares
 from server.engine.engine import Engine
-from server.engine.prompt_weights import IsWanted, OnOutcome, WeighingError
+from server.engine.prompt_weights import IsWanted, OnOutcome, ProbeError
 from server.engine.thread import EngineDeadError, EngineThread
 from tests.server.engine.test_thread import listen, named, run, until
 from tests.server.rig import FakeEngine
@@ -76,8 +76,8 @@ def test_an_error_is_raised_and_the_other_prompts_are_not_wanted_any_more() -> N
         engine = WeighingEngine()
         thread, task = await queued(engine)
         (_, _, first), (_, is_wanted, second) = engine.weigher.queued
-        first(WeighingError("no luck"))
-        with pytest.raises(WeighingError, match="no luck"):
+        first(ProbeError("no luck"))
+        with pytest.raises(ProbeError, match="no luck"):
             await task
         assert not is_wanted()
         second(SHARES)  # nobody waits

@@ -98,9 +98,9 @@ def test_if_an_adapter_was_withdrawn_meanwhile_another_is_selected(
         (
             {"weights": [1]},
             "weights",
-            "sets weights for the adapter 'auto', expected none or 'auto': the server chooses them",
+            "has the weights [1.0] for the adapter 'auto', expected none or 'auto': the server chooses them",
         ),
-        ({"adapter": [{"name": "auto", "weight": 1}]}, "adapter", "sets weights for the adapter 'auto'"),
+        ({"adapter": [{"name": "auto", "weight": 1}]}, "adapter", "has the weights [1.0] for the adapter 'auto'"),
         ({"merge": "ties"}, "merge", "is 'ties' with the adapter 'auto', expected 'linear'"),
     ],
 )

@@ -223,7 +223,7 @@ def overflowing(_: PromptProbe, given: Sequence[ProbedPrompt]) -> list[Array]:
 
 @pytest.mark.parametrize(
     ("features", "message"),
-    [(raising, "the weights could not be computed: RuntimeError('out of luck')"), (overflowing, OVERFLOW)],
+    [(raising, "the prompt's features could not be computed: RuntimeError('out of luck')"), (overflowing, OVERFLOW)],
 )
 def test_a_failed_probe_fails_its_request_alone(
     weighing: httpx.Client, monkeypatch: pytest.MonkeyPatch, features: Features, message: str
