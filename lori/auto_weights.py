@@ -118,15 +118,11 @@ class SelectionIndex:
         counts = [len(adapter.gaussians.means) for adapter in adapters]
         self._owners = np.repeat(np.arange(len(adapters), dtype=np.int32), counts)
         self._forms = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
-        self._all_forms = np.ones(len(self._owners), dtype=bool)
+        self._all_forms = np.ones(len(self._owners), dtype=bool)  # gathering it for each prompt would take longer
         for adapter in adapters:
             adapter.gaussians.prepare()
         means = np.concatenate([adapter.gaussians.means for adapter in adapters]).astype(np.float64)  # (G, F)
-        places = np.unique(np.linspace(0, len(adapters) - 1, NUM_AVERAGED).astype(int))
-        values, vectors = np.linalg.eigh(mean_covariance([adapters[i].gaussians for i in places]))
-        spherical = vectors / np.sqrt(values)  # to a space in which the mean covariance is the identity
-        _, axes = np.linalg.eigh((means @ spherical).T @ (means @ spherical))
-        self._discriminants = spherical @ axes[:, -NUM_DIMENSIONS:]  # (F, NUM_DIMENSIONS)
+        self._discriminants = _linear_discriminants(means, adapters)
         points = means @ self._discriminants
         # Each adapter counts once, however many forms it has. If most are far away, the limit keeps the origin near the rest.
         centres = np.add.reduceat(points, np.flatnonzero(self._forms == 0)) / np.array(counts)[:, None]
@@ -163,6 +159,16 @@ class SelectionIndex:
             return np.flatnonzero(are_allowed)
         point = (whitened @ self._discriminants).astype(np.float32)
         return np.sort(self._points.nearest(point, NUM_NEAREST, are_allowed))
+
+
+def _linear_discriminants(means: Array, adapters: Sequence[PromptStatistics]) -> Array:
+    """Return the directions (F, NUM_DIMENSIONS) in which `means` (G, F) differ most, measured by the mean covariance."""
+    indices = np.unique(np.linspace(0, len(adapters) - 1, NUM_AVERAGED).astype(int))
+    values, vectors = np.linalg.eigh(mean_covariance([adapters[i].gaussians for i in indices]))
+    whitening = vectors / np.sqrt(values)  # to a space in which the mean covariance is the identity
+    _, axes = np.linalg.eigh((means @ whitening).T @ (means @ whitening))
+    discriminants: Array = whitening @ axes[:, -NUM_DIMENSIONS:]
+    return discriminants
 
 
 Result_co = TypeVar("Result_co", covariant=True)
