@@ -98,9 +98,7 @@ class NamedMerge(BaseModel):
     adapters: list[MergedAdapter] = Field(min_length=1, max_length=MAX_ADAPTERS)
     about: Annotated[Text, Field(max_length=MAX_ABOUT_CHARACTERS)] = ""
     """How the weights were chosen."""
-    scores: dict[Annotated[Text, Field(max_length=MAX_SOURCE_CHARACTERS)], FiniteFloat] = Field(
-        default={}, max_length=MAX_SOURCES
-    )
+    scores: dict[SourceName, FiniteFloat] = Field(default={}, max_length=MAX_SOURCES)
     """Share of the best single adapter's gain that the merge keeps, by source, on the rows that the weights were chosen on."""
 
     @field_validator("adapters")

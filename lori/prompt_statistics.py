@@ -243,8 +243,8 @@ def load_background(base: BaseIdentity, path: Path | None = None) -> Background:
     except AdapterFormatError as error:
         raise AdapterError(f"{printable(str(file))} is not a sound background: {'; '.join(error.shown)}") from error
     if background.base_digest != base.digest:
-        found, expected = (digest[:NUM_VERSION_DIGITS] for digest in (background.base_digest, base.digest))
-        fault = f"the base's digest is {found}, expected {expected}: it is the background of another base"
+        digest, expected_digest = (whole[:NUM_VERSION_DIGITS] for whole in (background.base_digest, base.digest))
+        fault = f"the base's digest is {digest}, expected {expected_digest}: it is the background of another base"
         raise AdapterError(f"{printable(str(file))}: {fault}")
     return background
 

@@ -1,4 +1,4 @@
-"""Loading of the base model for the programs of this package: on a GPU if there is one, in the best dtype of the device."""
+"""Loading of the base model for the programs of this package, and the options of those that draw rows and run it on them."""
 
 import random
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class RowsConfig(CommandLine):
 def load_base(
     name: str | None, dtype: str = "auto", threads: int = 0, attention: str = "sdpa", is_sharded: bool = False
 ) -> BaseModel:
-    """Return the base model `name` (see `lori.base_model.load_base_model`) on this process's device.
+    """Return the base model `name` (see `lori.base_model.load_base_model`) on this process's device: a GPU if there is one.
 
     Sets the number of CPU threads of this process: `threads`, or if that is 0 as many as there are CPUs that other processes
     leave idle. With `is_sharded` the weights are sharded over the processes of `torchrun`.
