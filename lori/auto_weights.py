@@ -29,6 +29,8 @@ NUM_NEAREST = 16
 """Gaussians that are compared exactly if there are more."""
 MAX_ORIGIN = 64.0
 """Largest magnitude of an entry of the flat index's origin. With copies of the demo adapters' statistics it is at most 13.3."""
+MAX_DISTANCE = 4.0
+"""Largest distance of a mean from the background's that counts where directions are chosen, in multiples of the median."""
 NUM_AVERAGED = 1000
 """Maximum number of adapters whose covariances are averaged."""
 NUM_DRAWS = 64
@@ -122,7 +124,7 @@ class SelectionIndex:
         for adapter in adapters:
             adapter.gaussians.prepare()
         means = np.concatenate([adapter.gaussians.means for adapter in adapters]).astype(np.float64)  # (G, F)
-        self._discriminants = _linear_discriminants(means, adapters)
+        self._discriminants = _linear_discriminants(means, counts, adapters)
         points = means @ self._discriminants
         # Each adapter counts once, however many forms it has. If most are far away, the limit keeps the origin near the rest.
         centres = np.add.reduceat(points, np.flatnonzero(self._forms == 0)) / np.array(counts)[:, None]
@@ -161,12 +163,24 @@ class SelectionIndex:
         return np.sort(self._points.nearest(point, NUM_NEAREST, are_allowed))
 
 
-def _linear_discriminants(means: Array, adapters: Sequence[PromptStatistics]) -> Array:
-    """Return the directions (F, NUM_DIMENSIONS) in which `means` (G, F) differ most, measured by the mean covariance."""
-    indices = np.unique(np.linspace(0, len(adapters) - 1, NUM_AVERAGED).astype(int))
-    values, vectors = np.linalg.eigh(mean_covariance([adapters[i].gaussians for i in indices]))
+def _linear_discriminants(means: Array, counts: Sequence[int], adapters: Sequence[PromptStatistics]) -> Array:
+    """Return the directions (F, NUM_DIMENSIONS) in which `means` (G, F) differ most, measured by the mean covariance.
+
+    Each adapter counts once: `counts` has its number of Gaussians. Means that are far away count as if they were less far, and of
+    a covariance only the shape counts, so that no single adapter decides the directions for all others.
+    """
+    mean = np.zeros((means.shape[1], means.shape[1]))
+    for i in np.unique(np.linspace(0, len(adapters) - 1, NUM_AVERAGED).astype(int)):
+        covariance = mean_covariance(adapters[i].gaussians)
+        mean += covariance / np.trace(covariance)
+    values, vectors = np.linalg.eigh(mean)
     whitening = vectors / np.sqrt(values)  # to a space in which the mean covariance is the identity
-    _, axes = np.linalg.eigh((means @ whitening).T @ (means @ whitening))
+    whitened = means @ whitening
+    distances = np.linalg.norm(whitened, axis=1)
+    limit = max(MAX_DISTANCE * float(np.median(distances)), np.finfo(np.float64).tiny)
+    factors = limit / np.maximum(distances, limit) * np.repeat(1 / np.sqrt(counts), counts)
+    scaled = whitened * factors[:, None]
+    _, axes = np.linalg.eigh(scaled.T @ scaled)
     discriminants: Array = whitening @ axes[:, -NUM_DIMENSIONS:]
     return discriminants
 

@@ -162,12 +162,9 @@ def joined(parts: Sequence[Gaussians]) -> Gaussians:
     return Gaussians(*(np.concatenate([getattr(part, name) for part in parts]) for name in GAUSSIAN_NAMES))
 
 
-def mean_covariance(parts: Sequence[Gaussians]) -> Array:
-    """Return the mean (F, F) of the covariances of all Gaussians of all `parts`."""
-    num_gaussians, num_features = sum(len(part.means) for part in parts), parts[0].means.shape[1]
-    total = np.zeros((num_features, num_features))
-    for part in parts:
-        flat = part.loadings.reshape(-1, num_features)
-        total += flat.T @ flat
-        total[np.diag_indices(num_features)] += part.variances.sum(dtype=np.float64)
-    return total / num_gaussians
+def mean_covariance(gaussians: Gaussians) -> Array:
+    """Return the mean (F, F) of the covariances of all the Gaussians."""
+    num_gaussians, num_features = gaussians.means.shape
+    flat = gaussians.loadings.reshape(-1, num_features)
+    mean: Array = (flat.T @ flat + gaussians.variances.sum(dtype=np.float64) * np.eye(num_features)) / num_gaussians
+    return mean

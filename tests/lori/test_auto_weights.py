@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from lori.auto_weights import (
     shares,
 )
 from lori.flat_index import BoolArray
-from lori.gaussians import MAX_MAGNITUDE, Array, joined, log_likelihoods
-from lori.prompt_statistics import MAX_GAUSSIANS, NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
+from lori.gaussians import GAUSSIAN_NAMES, MAX_MAGNITUDE, Array, as_float32, joined, log_likelihoods
+from lori.prompt_statistics import BACKGROUNDS, MAX_GAUSSIANS, NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
+from lori.store.entry import Entry
 from tests.lori.features import SEEDS, copies, draw, draw_prompt, make_adapters
 
 
@@ -194,6 +196,38 @@ def test_extreme_statistics_of_some_adapters_do_not_change_the_selections_of_oth
     for place in range(0, len(many), 9):
         [z] = draw(100 + place, 3.0, count=1)
         assert index.select(z, 2, allow(index)) == Selection((place,), Shares((1.0,), 0.0))
+
+
+@pytest.fixture(scope="module")
+def likes_of_demos() -> tuple[Background, list[PromptStatistics]]:
+    """Return the shipped background, and 600 adapters that are hard to tell apart: copies of the demo adapters' statistics."""
+    [file] = BACKGROUNDS.glob("*.safetensors")
+    folders = sorted(folder for folder in Path(__file__).parents[2].glob("server/adapters/*") if folder.is_dir())
+    originals = [own for folder in folders if (own := Entry(folder.name, folder).prompt_statistics())]
+    likes = copies(originals, 600, spread=0.3, random=np.random.default_rng(0))
+    return Background.from_bytes(str(file), file.read_bytes()), likes
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "variance"), [(0.0, 1.0, MAX_MAGNITUDE), (MAX_MAGNITUDE, 0.0, 1.0), (0.0, 3.0, 1.0), (0.0, 30.0, 1e-9)]
+)
+def test_the_forms_of_one_adapter_do_not_blur_the_others(
+    likes_of_demos: tuple[Background, list[PromptStatistics]], mean: float, spread: float, variance: float
+) -> None:
+    """Regression: each form counted in the directions by which adapters are found, with its own scale and distance."""
+    background, likes = likes_of_demos
+    forms = joined([likes[0].gaussians] * MAX_GAUSSIANS)
+    forms = replace(forms, **{name: getattr(forms, name)[:MAX_GAUSSIANS] for name in GAUSSIAN_NAMES})
+    means = as_float32(mean + spread * np.random.default_rng(5).standard_normal(forms.means.shape))
+    extreme = replace(forms, means=means, variances=np.full_like(forms.variances, variance))
+    plain = SelectionIndex(background, likes)
+    index = SelectionIndex(background, [*likes, replace(likes[0], gaussians=extreme)])
+    num_own = num_expected = 0
+    for number, place in enumerate(np.random.default_rng(1).integers(len(likes), size=300).tolist()):
+        z = draw_prompt(likes[place].gaussians, background, seed=number)
+        num_expected += place in plain.select(z, 3, allow(plain)).adapters
+        num_own += place in index.select(z, 3, allow(index)).adapters
+    assert num_own >= num_expected - 1
 
 
 @pytest.mark.parametrize(("num_adapters", "num_forms"), [(2, 64), (5, 7), (9, 14)])
