@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from pydantic import Field, model_validator
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from lori.merge import blocks_of_layers
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
 from lori.named_merge import MAX_BLOCKS, MAX_SOURCE_CHARACTERS, MAX_SOURCES, SUFFIX, MergedAdapter, NamedMerge, repeated
 from lori.names import NAME, check_name, is_name, weight_text
-from lori.store.files import replace_file
+from lori.store.files import check_replaceable, replace_file
 from lori.store.store import AdapterStore
 from lori.template import common_templates
 from training.base import RowsConfig, load_base
@@ -98,8 +97,7 @@ def tune(config: TuneConfig) -> str:
     if existing := [str(file) for file in config.files if os.path.lexists(file)]:
         raise LoriError(f"--output: {', '.join(existing)} is there already: remove it, or give another name")
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=config.output.parent):  # raises before the descent, not after, if the folder cannot be written
-        pass
+    check_replaceable(config.output)  # before the descent, not after
     faults = Faults(config.on_bad)
     rows = _distinct({source.path: read_rows(source, faults=faults) for source in config.data})
     faults.raise_or_warn()

@@ -17,7 +17,7 @@ from lori.identity import BaseIdentity
 from lori.names import NUM_VERSION_DIGITS, is_reference
 from lori.prompt_statistics import MAX_STATISTICS_BYTES, STATISTICS_FILE, PromptStatistics
 from lori.store.bases import load_basis
-from lori.store.files import read_stored
+from lori.store.files import discard, read_stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Entry:
         try:
             self.prompt_statistics(read_config(self.folder).lori.content_digest)
         except AdapterFormatError:
-            (self.folder / STATISTICS_FILE).unlink(missing_ok=True)
+            discard(self.folder / STATISTICS_FILE)
 
     def file_faults(self) -> list[str]:
         """Return the faults of the files that show without reading them whole, see `lori.format.file_faults`."""

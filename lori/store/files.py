@@ -212,6 +212,14 @@ def replace_file(path: Path, content: bytes, mode: int = 0o644, owner: tuple[int
     sync_folder(path.parent)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise `OSError` if `replace_file` could not write `path`: its folder is not there or not writable, or it is a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a hidden scratch folder, and move it to `folder` after the block, in place of an old one, unless the block raises.

@@ -221,8 +221,10 @@ class AdapterStore:
             discard(leftover)
         Entry(name_of(folder), folder).remove_unsound_statistics()
         for name, content in files.items():
+            if (file := folder / name).is_dir():
+                discard(file)
             if read_file(folder, name, []) != content:  # a link is replaced, too
-                replace_file(folder / name, content)
+                replace_file(file, content)
 
     def alias(self, alias: str, reference: str) -> Entry:
         """Make `alias` mean the version that `reference` means now, and return its entry.

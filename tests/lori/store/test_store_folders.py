@@ -97,6 +97,24 @@ def test_statistics_of_a_version_are_replaced_and_damaged_ones_removed(store: Ad
     assert (folder / STATISTICS_FILE).read_bytes() == statistics, "sound ones stay"
 
 
+@pytest.mark.parametrize("name", [STATISTICS_FILE, "adapter_config.json", "README.md"])
+def test_a_folder_in_place_of_a_file_is_damage_that_publishing_mends(store: AdapterStore, tmp_path: Path, name: str) -> None:
+    save(tmp_path / "math", make_config(), make_modules())
+    (tmp_path / "math" / "README.md").write_text("# math")
+    write_statistics(tmp_path / "math")
+    folder = store.publish(tmp_path / "math").folder
+    sound = (folder / name).read_bytes()
+    (folder / name).unlink()
+    (folder / name / "deeper").mkdir(parents=True)
+    store.publish(tmp_path / "math")
+    assert (folder / name).read_bytes() == sound
+    (folder / STATISTICS_FILE).unlink()
+    (folder / STATISTICS_FILE).mkdir()
+    (tmp_path / "math" / STATISTICS_FILE).unlink()
+    store.publish(tmp_path / "math")
+    assert not (folder / STATISTICS_FILE).exists(), "there are none to put in its place"
+
+
 def test_an_alias_of_the_reserved_name_is_a_fault(store: AdapterStore, tmp_path: Path) -> None:
     publish(store, tmp_path, "math")
     (store.root / ".aliases" / "auto").write_text((store.root / ".aliases" / "math").read_text())
