@@ -147,13 +147,19 @@ class Registry:
     def put(self, adapter: Registered, others: Sequence[Registered] = ()) -> Sequence[Registered]:
         """Make `adapter` the current version of its name. `others`, of the same name, can be requested by version beside it.
 
-        Return the versions that can no longer be requested. They are still found by digest until `forget`.
+        What was read of their files holds for the other names of these versions, too. Return the versions that can no longer be
+        requested. They are still found by digest until `forget`.
         """
         tables, name = self._tables, adapter.summary.name
         versions = (adapter, *(other for other in others if other.summary.digest != adapter.summary.digest))
-        self._tables = _Tables(
-            {**tables.by_name, name: adapter}, {**tables.versions, name: versions}, _with_adapters(tables.by_digest, versions)
-        )
+        same = [also for one in versions for also in _under_other_names(tables, one)]
+        by_name, by_version = {**tables.by_name, name: adapter}, {**tables.versions, name: versions}
+        for also in same:
+            other_name, digest = also.summary.name, also.summary.digest
+            by_version[other_name] = tuple(also if one.summary.digest == digest else one for one in by_version[other_name])
+            if by_name[other_name].summary.digest == digest:
+                by_name[other_name] = also
+        self._tables = _Tables(by_name, by_version, _with_adapters(tables.by_digest, [*same, *versions]))
         references = {name, *(f"{name}@{other.summary.version}" for other in versions)}
         self._faulty = {reference: faulty for reference, faulty in self._faulty.items() if reference not in references}
         digests = {other.summary.digest for other in versions}
@@ -206,6 +212,18 @@ def _index(
     return {name: tuple(by_version.values()) for name, by_version in versions.items()}, {
         key: tuple(listed) for key, listed in by_digest.items()
     }
+
+
+def _under_other_names(tables: _Tables, adapter: Registered) -> list[Registered]:
+    """Return `adapter` under each other name that requests may use for the same version of the same owner."""
+    name, digest = adapter.summary.name, adapter.summary.digest
+    return [
+        Registered(replace(adapter.entry, name=other.summary.name), replace(adapter.summary, name=other.summary.name))
+        for other in tables.by_digest.get(digest, ())
+        if other.owner == adapter.owner
+        and other.summary.name != name
+        and any(one.summary.digest == digest for one in tables.versions.get(other.summary.name, ()))
+    ]
 
 
 def _with_adapters(

@@ -1,5 +1,6 @@
 """The registry of adapters while it changes: look-ups by name, by version and by content."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,25 @@ def test_an_adapter_that_is_put_twice_is_listed_once() -> None:
     registry.put(adapter("math", "1", "elsewhere"), [adapter("math", "1")])
     assert names(registry) == {"math": ["1"]}
     assert registry.find("1" * 64, ()) == [adapter("math", "1", "elsewhere")]
+
+
+def test_what_was_read_of_a_version_holds_for_its_aliases() -> None:
+    """Regression: an alias kept the statistics that its version had when the alias was loaded."""
+
+    def metrics(name: str) -> list[Mapping[str, float]]:
+        """Return those of the version "1", however it is found."""
+        found = [registry.by_name[name], *registry.versions(name), *registry.find("1" * 64, [name])[:1]]
+        return [one.summary.metrics for one in found if one.summary.digest[0] == "1"]
+
+    alias = adapter("prod", "1", "math@1")
+    registry = Registry([adapter("math", "1", "math@1"), alias, adapter("copy", "1", "copy@1")])
+    measured = adapter("math", "1", "math@1")
+    registry.put(replace(measured, summary=replace(measured.summary, metrics={"loss": 0.5})))
+    assert metrics("math") == metrics("prod") == [{"loss": 0.5}] * 3
+    assert metrics("copy") == [{}] * 3, "it has files of its own"
+    registry.put(alias)
+    assert metrics("math") == metrics("prod") == [{}] * 3
+    assert names(registry) == {"math": ["1"], "prod": ["1"], "copy": ["1"]}
 
 
 def test_a_name_is_withdrawn_with_its_versions() -> None:
