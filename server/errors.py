@@ -1,5 +1,7 @@
 """Errors that refuse a request, and the one table that maps them to statuses."""
 
+from collections.abc import Sequence
+
 from starlette.exceptions import HTTPException
 
 from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
@@ -46,6 +48,13 @@ class UnknownMergeError(Exception):
     """No named merge has the name."""
 
 
+class IncompleteMergeError(Exception):
+    """A named merge needs adapters that are not there. `references` names them."""
+
+    def __init__(self, name: str, references: Sequence[str]) -> None:
+        super().__init__(f"the merge {name!r} needs {', '.join(references)}, which the server does not have")
+
+
 class StoreError(Exception):
     """The disk, the hub or the adapters' store failed. The same request may succeed later."""
 
@@ -87,6 +96,7 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     UnknownAdapterError: (404, "NotFoundError"),
     UnknownModelError: (404, "NotFoundError"),
     UnknownMergeError: (404, "NotFoundError"),
+    IncompleteMergeError: (404, "NotFoundError"),
     ModelWeightsError: (400, "BadRequestError"),
     ConflictError: (409, "ConflictError"),
     StoreError: (503, "ServiceUnavailableError"),
@@ -110,6 +120,7 @@ FIELDS: dict[type[Exception], str] = {
     FaultyAdapterError: "adapter",
     UnknownModelError: "model",
     UnknownMergeError: "name",
+    IncompleteMergeError: "adapter",
     ModelWeightsError: "model",
 }
 """Fields at fault, by error."""

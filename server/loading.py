@@ -5,7 +5,7 @@ import gc
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -92,14 +92,18 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     inventory = take_inventory(own_store, demo_store, base.identity, is_strict=settings.strict)
     registry = make_registry(inventory.entries, inventory.summaries)
     registry.add_faulty(inventory.faulty)
-    merges = NamedMerges(named_merges, lambda name: name in registry.by_name or name in registry.faulty)
+    merges = NamedMerges(
+        named_merges,
+        lambda name: name in registry.by_name or name in registry.faulty,
+        lambda reference: bool(candidates(registry, reference) or registry.find_faulty(reference)),
+    )
     model = prepare_model(settings, base, registry, load, may_grow=own_store is not None)
     reader = PackedReader(base.identity, model.pool.layouts)
     files = AdapterFiles(own_store, demo_store, reader, Fit.from_pool(model.pool), settings.max_upload_bytes)
     others, damaged = files.others(registry.by_name.values(), inventory.faulty)
     registry.add(others)
     registry.add_faulty(damaged)
-    _warn_of_merges(merges, registry)
+    _warn_of_merges(merges)
     if keys:
         keys.add_check(
             lambda new_keys: check_policies(new_keys, partial(_meaning, registry), registry.by_name, partial(_absence, registry))
@@ -121,7 +125,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         background=background,
         weighs_by_default=settings.default_merge == "auto",
     )
-    _warn_of_statistics(admission, registry)
+    _log_statistics(admission, registry)
     max_selected, threshold = settings.auto_max_adapters, settings.auto_threshold
     return Service(
         settings=settings,
@@ -141,7 +145,6 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
             settings.merges,
             base.identity.digest,
             base_names,
-            lambda reference: bool(candidates(registry, reference)),
         ),
         outline=f"{_outline(base)}, {describe_capacity(base, registry, model.pool, settings)}",
         selector=AdapterSelector(registry, admission, background, max_selected, threshold) if background else None,
@@ -174,17 +177,24 @@ def _freeze() -> None:
     atexit.register(gc.unfreeze)
 
 
-def _warn_of_statistics(admission: Admission, registry: Registry) -> None:
-    can_weigh = admission.weights.can_weigh
-    adapters = [adapter.summary for adapter in registry.by_name.values()]
-    # An adapter may have several names.
-    if names := sorted({adapter.name for adapter in adapters if adapter.prompt_statistics and not can_weigh(adapter)}):
-        logger.warning(
-            "automatic weights: %d adapters have statistics of another background than the server's (--background): %s%s",
-            len(names),
-            ", ".join(names[:MAX_NAMED]),
-            ", …" if len(names) > MAX_NAMED else "",
+def _log_statistics(admission: Admission, registry: Registry) -> None:
+    """Log which adapters cannot have automatic weights, if the server has a background."""
+    if not admission.weights.background:
+        return
+    num_all = len(registry.by_name)
+    without = [one.summary for one in registry.by_name.values() if not admission.weights.can_weigh(one.summary)]
+    if other := sorted(adapter.name for adapter in without if adapter.prompt_statistics):
+        message = (
+            "automatic weights: %d of %d adapters have statistics of another background than the server's (--background): %s"
         )
+        logger.warning(message, len(other), num_all, _listed(other))
+    if absent := sorted(adapter.name for adapter in without if not adapter.prompt_statistics):
+        message = "automatic weights: %d of %d adapters have no statistics of their prompts (python -m training.calibrate): %s"
+        logger.info(message, len(absent), num_all, _listed(absent))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_NAMED]) + (", …" if len(names) > MAX_NAMED else "")
 
 
 def _patience_s(device: torch.device) -> float:
@@ -260,10 +270,10 @@ def _merges_of_folder(folder: Path, base_digest: str, base_names: Collection[str
         raise AdapterError(f"--merges: {printable(str(folder))} cannot be read: {error.strerror}") from error
 
 
-def _warn_of_merges(merges: NamedMerges, registry: Registry) -> None:
+def _warn_of_merges(merges: NamedMerges) -> None:
     for name, merge in merges.usable(lambda _: True).items():  # warns of those whose names adapters have
-        if absent := [one.reference for one in merge.adapters if not candidates(registry, one.reference)]:
-            logger.warning("requests for the merge %r will fail, since there is no %s", name, ", ".join(absent))
+        if missing := merges.missing(merge):
+            logger.warning("requests for the merge %r will fail, since there is no %s", name, ", ".join(missing))
 
 
 def fingerprint(dtype: torch.dtype, device: torch.device, quantization: Quantization | None, weighing: str = "") -> str:

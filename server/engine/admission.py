@@ -128,6 +128,7 @@ class Admission:
             prompt_offsets=offsets,
             template=template,
             terms=tuple(_term(request, *part) for part in zip(adapters, weights, block_weights, strict=True)),
+            merge_names=tuple(dict.fromkeys(filter(None, request.merge_names))),
             merge=request.merge,
             auto=auto,
             base_share=request.base_share,
@@ -211,17 +212,15 @@ class Admission:
             {adapter.summary.digest for adapter in policy_adapters},
         )
         adapters: list[Registered] = []
-        for reference in request.adapters:
+        for number, reference in enumerate(request.adapters):
             name = reference.partition("@")[0]
             adapter = None if name in names else resolve(self._registry, reference, request.may_use)
             if adapter is None or adapter.names & names or adapter.summary.digest in digests:
                 raise RefusedError(
                     "adapter", f"names {reference!r}, which the operator adds to every request of {request.tenant!r}"
                 )
-            if any(
-                (adapter.summary.name, adapter.summary.digest) == (other.summary.name, other.summary.digest) for other in adapters
-            ):
-                raise RefusedError("adapter", f"names {reference!r} twice, expected each adapter once")
+            if (same := _place_of(adapter, adapters)) is not None:
+                raise RefusedError("adapter", f"{_twice(request, same, number)}, expected each adapter once")
             adapters.append(adapter)
         return adapters
 
@@ -263,6 +262,24 @@ class Admission:
         if not request.max_tokens and not request.sampling.echo:
             raise RefusedError("max_tokens", "is 0 without echo, so there is nothing to answer; expected at least 1")
         return request.max_tokens
+
+
+def _place_of(adapter: Registered, adapters: Sequence[Registered]) -> int | None:
+    """Return the place of `adapter`, by name and content, among `adapters`, or None."""
+    contents = [(other.summary.name, other.summary.digest) for other in adapters]
+    content = (adapter.summary.name, adapter.summary.digest)
+    return contents.index(content) if content in contents else None
+
+
+def _twice(request: GenerateRequest, first: int, second: int) -> str:
+    """Return what names an adapter twice, at these places among the request's adapters: the client, or merges that it named."""
+    reference = request.adapters[second]
+    merge, other = (request.merge_names[place] if request.merge_names else "" for place in (first, second))
+    if merge and other:
+        return f"names the merges {merge!r} and {other!r}, which both have {reference!r}"
+    if not merge and not other:
+        return f"names {reference!r} twice"
+    return f"names {request.adapters[second if merge else first]!r} and the merge {merge or other!r}, which has it, too"
 
 
 def _term(request: GenerateRequest, adapter: Summary, weight: RequestedWeight, block_weights: tuple[float, ...]) -> AdapterTerm:

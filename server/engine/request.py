@@ -124,6 +124,8 @@ class Request:
     template: Template | None = None
     """Template of the conversation; None if the client sent a prompt."""
     terms: tuple[AdapterTerm, ...] = ()
+    merge_names: tuple[str, ...] = ()
+    """The named merges that some of `terms` come from, in the request's order."""
     merge: MergeOptions = LINEAR
     """Method that combines the adapters of `terms`. `linear` sums them; any other merge is built once, and cached as a resident
     adapter."""

@@ -75,10 +75,10 @@ def describe_details(service: Service, adapter: Registered, details: Details, ca
     )
 
 
-def describe_merge(name: str, merge: NamedMerge) -> NamedMergeInfo:
+def describe_merge(service: Service, name: str, merge: NamedMerge) -> NamedMergeInfo:
     """Return the row of a named merge."""
     adapters = [MergedAdapterInfo.model_validate(adapter, from_attributes=True) for adapter in merge.adapters]
-    return NamedMergeInfo(name=name, adapters=adapters, about=merge.about)
+    return NamedMergeInfo(name=name, adapters=adapters, about=merge.about, missing=service.merges.missing(merge))
 
 
 def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit: int | None) -> bytes:
@@ -98,7 +98,7 @@ def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit
         return name.startswith(prefix) and name > after and (not end or name <= end)
 
     faulty = FAULTY.dump_json(_faulty(service, caller, is_on_page))
-    written_merges = MERGES.dump_json([describe_merge(name, merges[name]) for name in shown if name in merges])
+    written_merges = MERGES.dump_json([describe_merge(service, name, merges[name]) for name in shown if name in merges])
     parts = (to_json(service.base_model), written, faulty, written_merges, to_json(end or None))
     return b'{"base_model":%b,"adapters":[%b],"faulty":%b,"merges":%b,"next":%b}' % parts
 

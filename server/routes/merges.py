@@ -23,10 +23,10 @@ async def publish_merge(name: MergePath, merge: NamedMerge, service: ServiceOf) 
     Requests under way end with the weights that they began with.
     """
     await service.merge_admin.publish(checked_name(name), merge)
-    return describe_merge(name, merge)
+    return describe_merge(service, name, merge)
 
 
 @admin.delete("/merges/{name}")
 async def delete_merge(name: MergePath, service: ServiceOf) -> NamedMergeInfo:
     """Delete a named merge with its file. The reply is what it was. Its adapters stay."""
-    return describe_merge(name, await service.merge_admin.delete(checked_name(name)))
+    return describe_merge(service, name, await service.merge_admin.delete(checked_name(name)))

@@ -36,6 +36,7 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     if model == AUTO and service.selector:
         return _auto(service)
     if merge := service.merges.find(model, caller.may_use):
+        service.merges.check_complete(model, merge)
         return _merge(service, model, merge)
     named = parse_model(model, service.base_names)
     request = GenerateRequest(prompt="", adapters=named.adapters, weights=named.weights, may_use=caller.may_use)
@@ -63,7 +64,7 @@ def _encode(service: Service, may_use: MayUse) -> bytes:
         _base(service),
         *([_auto(service)] if service.selector else []),
         *(_card(service, [adapter]) for adapter in adapters),
-        *(_merge(service, name, merge) for name, merge in service.merges.usable(may_use).items()),
+        *(_merge(service, name, merge) for name, merge in service.merges.complete(may_use).items()),
     ]
     return ModelList(data=cards).model_dump_json().encode()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from fastapi.sse import format_sse_event
 
@@ -10,7 +11,7 @@ from server.access.caller import Caller
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError
 from server.engine.generate_request import GenerateRequest, Prompt, RefusedError
 from server.engine.request import DoneEvent, Request
-from server.errors import FieldError
+from server.errors import FieldError, IncompleteMergeError
 from server.routes.generate import shared_request, to_adapters, to_merge, to_timings
 from server.routes.references import explained_adapter, explained_model
 from server.schemas.chat import ChatChunk
@@ -33,7 +34,8 @@ def openai_request(body: OpenAIBody, base_names: Collection[str], prompt: Prompt
         raise RefusedError("adapters", f"is beside the model {body.model!r}, expected it beside the base model alone")
     if named.weights is not None and body.weights is not None:
         raise RefusedError("weights", f"is beside the weights in the model {body.model!r}, expected one of the two")
-    return shared_request(body, prompt, named.adapters or names, named.weights or weights)
+    request = shared_request(body, prompt, named.adapters or names, named.weights or weights)
+    return replace(request, weights_field="adapter") if named.adapters and body.weights is None else request
 
 
 @contextmanager
@@ -46,7 +48,7 @@ def errors_in_fields_of(body: OpenAIBody, service: Service, caller: Caller) -> I
         if is_model:
             raise explained_model(service, caller, body.model or "", error) from error
         raise FieldError("adapters", explained_adapter(service, caller, error, "adapters")) from error
-    except (AmbiguousVersionError, FaultyAdapterError) as error:
+    except (AmbiguousVersionError, FaultyAdapterError, IncompleteMergeError) as error:
         raise FieldError("model" if is_model else "adapters", error) from error
     except RefusedError as error:
         if error.field != "adapter":

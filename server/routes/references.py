@@ -10,7 +10,7 @@ from lori.names import unknown_adapter as unknown_name
 from server.access.caller import Caller
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError, Registered, resolve
 from server.engine.generate_request import RefusedError
-from server.errors import FieldError
+from server.errors import FieldError, IncompleteMergeError
 from server.migration.names import IsKnown, unknown_adapter, unknown_model
 from server.schemas.model_names import UnknownModelError, is_base
 from server.service.service import Service
@@ -32,10 +32,12 @@ async def find(service: Service, caller: Caller, references: Sequence[str], fiel
 async def find_model(service: Service, caller: Caller, model: str, references: Sequence[str]) -> list[Registered]:
     """Return the adapters of `references`, which `model` names; a named merge gives its adapters.
 
-    Raises `UnknownModelError`, or `FieldError` as `find` does.
+    Raises `UnknownModelError`; `FieldError` as `find` does, and if a merge's adapters are not all there.
     """
     try:
         return await find(service, caller, service.merges.references(references, caller.may_use), "model")
+    except IncompleteMergeError as error:
+        raise FieldError("model", error) from error
     except FieldError as error:
         if isinstance(error.error, UnknownAdapterError):
             raise explained_model(service, caller, model, error.error) from error
@@ -55,7 +57,7 @@ def explained_adapter(service: Service, caller: Caller, error: UnknownAdapterErr
 
 def _with_merges(service: Service, caller: Caller, error: UnknownAdapterError) -> UnknownAdapterError:
     """Return the error with the names of the caller's merges among those that it suggests."""
-    if not (merges := service.merges.usable(caller.may_use)):
+    if not (merges := service.merges.complete(caller.may_use)):
         return error
     return unknown_name(error.name, [*service.registry.names_for(caller.may_use), *merges])
 

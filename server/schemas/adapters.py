@@ -108,6 +108,8 @@ class NamedMergeInfo(BaseModel):
     adapters: list[MergedAdapterInfo]
     about: str
     """How the weights were chosen."""
+    missing: list[str]
+    """The adapters that the server does not have, as `name@version`. Requests for the merge are refused while there are any."""
 
 
 class AdapterList(BaseModel):

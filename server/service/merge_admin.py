@@ -35,11 +35,10 @@ class MergeAdmin:
         folder: Path | None = None,
         base_digest: str = "",
         base_names: Collection[str] = (),
-        is_registered: Callable[[str], bool] = lambda _: True,
     ) -> None:
-        """`is_registered` returns whether there is an adapter of a reference `name@version`. Without `folder` nothing changes."""
+        """Without `folder` nothing changes."""
         self.merges = merges
-        self._folder, self._base_digest, self._base_names, self._is_registered = folder, base_digest, base_names, is_registered
+        self._folder, self._base_digest, self._base_names = folder, base_digest, base_names
         self._lock = Lock()
 
     async def publish(self, name: str, merge: NamedMerge) -> None:
@@ -54,7 +53,7 @@ class MergeAdmin:
         if merge.base_digest != self._base_digest:
             raise RefusedError("base_digest", f"is {merge.base_digest}, expected {self._base_digest}: it is of another base")
         for number, adapter in enumerate(merge.adapters):
-            if not self._is_registered(adapter.reference):
+            if not self.merges.is_registered(adapter.reference):
                 raise RefusedError(f"adapters.{number}.reference", f"there is no {adapter.reference}")
         async with self._lock:
             await self._run(lambda: replace_file(folder / f"{name}{SUFFIX}", merge.to_bytes()))

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lori.errors import AdapterError
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
@@ -11,6 +12,7 @@ from lori.named_merge import NamedMerge, read_named_merges, repeated
 from server.engine.adapters.registry import MayUse
 from server.engine.generate_request import GenerateRequest, RefusedError
 from server.engine.request import RequestedWeight
+from server.errors import IncompleteMergeError
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,17 @@ def read_merges(folder: Path, base_digest: str, base_names: Collection[str]) -> 
     return merges
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One adapter of a request whose merges were replaced by their adapters."""
+
+    reference: str
+    weight: RequestedWeight
+    block_weights: tuple[float, ...] = ()
+    merge: str = ""
+    """Name of the merge that it comes from; empty if the request named the adapter itself."""
+
+
 @dataclass(slots=True)
 class NamedMerges:
     """The named merges of a server. An adapter of the same name takes precedence.
@@ -37,12 +50,18 @@ class NamedMerges:
     """Replaced, never mutated: other threads read it."""
     is_adapter: Callable[[str], bool] = lambda _: False
     """Whether an adapter has this name."""
+    is_registered: Callable[[str], bool] = lambda _: True
+    """Whether there is an adapter of this reference `name@version`, sound or damaged."""
     _hidden: set[str] = field(default_factory=set, init=False)
     """Merges of which the log has said that an adapter has their name."""
 
     def usable(self, may_use: MayUse) -> Mapping[str, NamedMerge]:
         """Return the merges that a caller may use, sorted by name."""
         return {name: merge for name in sorted(self.by_name) if (merge := self.find(name, may_use))}
+
+    def complete(self, may_use: MayUse) -> Mapping[str, NamedMerge]:
+        """Return the merges that a caller may use and whose adapters are all there, sorted by name."""
+        return {name: merge for name, merge in self.usable(may_use).items() if not self.missing(merge)}
 
     def find(self, name: str, may_use: MayUse) -> NamedMerge | None:
         """Return the merge that a name means for a caller, or None."""
@@ -56,70 +75,111 @@ class NamedMerges:
             self._hidden.add(name)
         return None
 
+    def missing(self, merge: NamedMerge) -> list[str]:
+        """Return the references of a merge's adapters that are not there."""
+        return [adapter.reference for adapter in merge.adapters if not self.is_registered(adapter.reference)]
+
+    def check_complete(self, name: str, merge: NamedMerge) -> None:
+        """Raise `IncompleteMergeError` if an adapter of the merge `name` is not there."""
+        if missing := self.missing(merge):
+            raise IncompleteMergeError(name, missing)
+
     def references(self, names: Sequence[str], may_use: MayUse) -> list[str]:
-        """Return the references of the adapters that `names` mean, each merge replaced by its adapters."""
-        return [reference for name in names for reference, *_ in self._terms(name, may_use)]
+        """Return the references of the adapters that `names` mean, each merge replaced by its adapters.
+
+        Raises `IncompleteMergeError`.
+        """
+        found = self._found(names, may_use)
+        return [part.reference for name in names for part in _parts(name, 1.0, found.get(name))]
 
     def resolve_all(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
         """Return the requests as `resolve` does. One body's prompts, of which there may be hundreds, have the same adapters."""
         first = self.resolve(requests[0])
         same = (requests[0].adapters, requests[0].weights, requests[0].merge)
+        changes: dict[str, Any] = {
+            "adapters": first.adapters,
+            "weights": first.weights,
+            "block_weights": first.block_weights,
+            "merge_names": first.merge_names,
+        }
         return [
-            replace(request, adapters=first.adapters, weights=first.weights, block_weights=first.block_weights)
-            if (request.adapters, request.weights, request.merge) == same
-            else self.resolve(request)
+            replace(request, **changes) if (request.adapters, request.weights, request.merge) == same else self.resolve(request)
             for request in requests
         ]
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         """Return the request with each merge replaced by its adapters.
 
-        Their weights are the merge's times the request's weight for the merge. Raises `RefusedError` if the request names a merge
-        and has another method than `linear`, an automatic weight for a merge, no weights beside other adapters, too many adapters
-        in all, or too large a weight.
+        Their weights are the merge's times the request's weight for the merge. Raises `IncompleteMergeError`; `RefusedError` if
+        the request names a merge and has another method than `linear`, an automatic weight for a merge, no weights beside other
+        adapters, too many adapters in all, or too large a weight.
         """
-        may_use, names = request.may_use, request.adapters
-        name = next((name for name in names if self.find(name, may_use)), None)
-        if name is None:
+        found = self._found(request.adapters, request.may_use)
+        if not found:
             return request
-        if request.merge.method != "linear":
-            raise RefusedError("merge", f"is {request.merge.method!r} with {name!r}, which is a sum; expected 'linear'")
-        expected = "none, or a number" if len(names) == 1 else f"a number for {name!r}, and a number or 'auto' for each other"
-        if request.weights == "auto":
-            raise RefusedError(
-                request.weights_field, f"asks for 'auto' with {name!r}, which has weights of its own; expected {expected}"
-            )
-        if request.weights is None and len(names) > 1:
-            raise RefusedError("weights", f"{name!r} is a merge beside other adapters, and needs a weight: expected {expected}")
-        if duplicates := repeated(names):
-            raise RefusedError("adapter", f"names {duplicates[0]!r} twice, expected each adapter once")
-        factors = (1.0,) if request.weights is None else request.weights
-        if len(factors) != len(names):
-            raise RefusedError(request.weights_field, f"has {len(factors)} weights, expected {len(names)}, one for each name")
-        terms: list[tuple[str, RequestedWeight, tuple[float, ...]]] = []
-        for name, factor in zip(names, factors, strict=True):
-            if factor != "auto":
-                for reference, weight, blocks in self._terms(name, may_use):
-                    terms.append((reference, factor * weight, blocks if factor * weight else ()))
-            elif self.find(name, may_use):
-                raise RefusedError(
-                    request.weights_field, f"asks for 'auto' for {name!r}, which has weights of its own; expected a number"
-                )
-            else:
-                terms.append((name, factor, ()))
-        if len(terms) > MAX_ADAPTERS:
-            raise RefusedError("adapter", f"names {len(terms)} adapters with those of merges, expected at most {MAX_ADAPTERS}")
-        for reference, requested, blocks in terms:
-            largest = 0.0 if requested == "auto" else max((requested * block for block in blocks or (1.0,)), key=abs)
-            if abs(largest) > MAX_WEIGHT:
-                limits = f"expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
-                scope = " in a block of layers" if blocks else ""
-                raise RefusedError(request.weights_field, f"gives {reference} the weight {largest:g}{scope}, {limits}")
-        adapters, weights, block_weights = zip(*terms, strict=True)
-        return replace(request, adapters=adapters, weights=weights, block_weights=block_weights if any(block_weights) else ())
+        factors = _checked_factors(request, found)
+        named = zip(request.adapters, factors, strict=True)
+        parts = [part for name, factor in named for part in _parts(name, factor, found.get(name))]
+        _check_parts(request, parts)
+        block_weights = tuple(part.block_weights for part in parts)
+        return replace(
+            request,
+            adapters=tuple(part.reference for part in parts),
+            weights=tuple(part.weight for part in parts),
+            block_weights=block_weights if any(block_weights) else (),
+            merge_names=tuple(part.merge for part in parts),
+        )
 
-    def _terms(self, name: str, may_use: MayUse) -> Sequence[tuple[str, float, tuple[float, ...]]]:
-        """Return the adapters that `name` means, with their weights and block weights: itself at 1 if it is no merge."""
-        if merge := self.find(name, may_use):
-            return [(adapter.reference, adapter.weight, tuple(adapter.block_weights)) for adapter in merge.adapters]
-        return [(name, 1.0, ())]
+    def _found(self, names: Sequence[str], may_use: MayUse) -> dict[str, NamedMerge]:
+        """Return the merges among `names`. Raises `IncompleteMergeError`."""
+        found = {name: merge for name in names if (merge := self.find(name, may_use))}
+        for name, merge in found.items():
+            self.check_complete(name, merge)
+        return found
+
+
+def _checked_factors(request: GenerateRequest, merges: Mapping[str, NamedMerge]) -> Sequence[RequestedWeight]:
+    """Return the weight of each name of a request that names `merges`. Raises `RefusedError`."""
+    names, weights, name = request.adapters, request.weights, next(iter(merges))
+    if request.merge.method != "linear":
+        raise RefusedError("merge", f"is {request.merge.method!r} with {name!r}, which is a sum; expected 'linear'")
+    expected = "none, or a number" if len(names) == 1 else f"a number for {name!r}, and a number or 'auto' for each other"
+    if weights == "auto":
+        raise RefusedError(
+            request.weights_field, f"asks for 'auto' with {name!r}, which has weights of its own; expected {expected}"
+        )
+    if weights is None and len(names) > 1:
+        message = f"{name!r} is a merge beside other adapters, and needs a weight: expected {expected}"
+        raise RefusedError(request.weights_field, message)
+    if duplicates := repeated(names):
+        raise RefusedError("adapter", f"names {duplicates[0]!r} twice, expected each adapter once")
+    factors: Sequence[RequestedWeight] = (1.0,) if weights is None else weights
+    if len(factors) != len(names):
+        raise RefusedError(request.weights_field, f"has {len(factors)} weights, expected {len(names)}, one for each name")
+    for name, factor in zip(names, factors, strict=True):
+        if factor == "auto" and name in merges:
+            message = f"asks for 'auto' for {name!r}, which has weights of its own; expected a number"
+            raise RefusedError(request.weights_field, message)
+    return factors
+
+
+def _parts(name: str, factor: RequestedWeight, merge: NamedMerge | None) -> Sequence[_Part]:
+    """Return the adapters that `name` means, with `factor` times their weights: itself if it is no merge."""
+    if merge is None or factor == "auto":
+        return [_Part(name, factor)]
+    return [
+        _Part(adapter.reference, weight, tuple(adapter.block_weights) if weight else (), name)
+        for adapter in merge.adapters
+        for weight in (factor * adapter.weight,)
+    ]
+
+
+def _check_parts(request: GenerateRequest, parts: Sequence[_Part]) -> None:
+    if len(parts) > MAX_ADAPTERS:
+        raise RefusedError("adapter", f"names {len(parts)} adapters with those of merges, expected at most {MAX_ADAPTERS}")
+    for part in parts:
+        largest = 0.0 if part.weight == "auto" else max((part.weight * block for block in part.block_weights or (1.0,)), key=abs)
+        if abs(largest) > MAX_WEIGHT:
+            limits = f"expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+            scope = " in a block of layers" if part.block_weights else ""
+            raise RefusedError(request.weights_field, f"gives {part.reference} the weight {largest:g}{scope}, {limits}")

@@ -19,7 +19,7 @@ from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
 from server.engine.adapter_selection import AdapterSelector, is_auto
-from server.engine.adapters.registry import Registry, check_registered
+from server.engine.adapters.registry import FaultyAdapterError, Registry, check_registered
 from server.engine.admission import Admission, check_num_logprobs
 from server.engine.generate_request import Caps, GenerateRequest, RefusedError, prompt_size
 from server.engine.prompt_weights import ProbeError
@@ -152,34 +152,46 @@ class Service:
             caps = self.caps.lowered(caller.max_request_s, caller.max_request_tokens)
             requests = [_with_caller(caller, request, caps) for request in requests]
             requests = self.merges.resolve_all(requests)
-            admitted = await self._admit(requests, submission)
-            check_num_logprobs(admitted, is_whole=is_whole)
-            # Last, because it may take long.
-            grammars = (request.sampling.grammar for request in admitted)
-            for grammar in dict.fromkeys(grammar for grammar in grammars if grammar):
-                await self.grammar_checks.check(grammar, caller.tenant, submission.has_left)
-            admitted = await self._with_weights(admitted, submission)
-            self.check_alive()
-            admitted = [replace(request, elapsed_s=submission.elapsed_s) for request in admitted]
-            for request in admitted:
-                check_registered(self.registry, request, caller.may_use)
+            admitted = await self._admit(requests, caller, submission, is_whole=is_whole)
             for request in admitted:
                 terms = (*request.terms, *request.policy)
                 stack.enter_context(self.uses.counted(terms))
-                self.metrics.count_admitted([term.name for term in terms])
+                self.metrics.count_admitted([term.name for term in terms], request.merge_names)
+                if request.base_share is not None:
+                    self.metrics.base_share.observe(request.base_share)
             yield admitted
 
-    async def _admit(self, requests: Sequence[GenerateRequest], submission: _Submission) -> list[Request]:
-        """Return the admitted requests, those for `auto` with the adapters that fit their prompts. Raises as `_with_weights`."""
+    async def _admit(
+        self, requests: Sequence[GenerateRequest], caller: Caller, submission: _Submission, *, is_whole: bool
+    ) -> list[Request]:
+        """Return the admitted requests, those for `auto` with the adapters that fit their prompts. All adapters are registered.
+
+        Raises as `_evaluate`, and `BusyError` if adapters that were selected are withdrawn again and again.
+        """
         for attempt in range(NUM_SELECTIONS):
             resolved = await self._with_adapters(requests, submission, must_be_current=attempt > 0)
             try:
-                return await self.texts.run(partial(_admit_all, self.admission, resolved), submission.tenant, _size(resolved))
-            except UnknownAdapterError:
-                # An adapter that was selected may have been withdrawn meanwhile: the client named none.
-                if attempt == NUM_SELECTIONS - 1 or not any(map(is_auto, requests)):
+                return await self._admit_resolved(resolved, caller, submission, is_whole=is_whole)
+            except (UnknownAdapterError, FaultyAdapterError):
+                if not any(map(is_auto, requests)):
                     raise
-        raise AssertionError("the last attempt returns or raises")
+                # An adapter that was selected was withdrawn meanwhile. The client named none.
+        raise BusyError("the adapters that fit are changed too quickly; try again")
+
+    async def _admit_resolved(
+        self, requests: Sequence[GenerateRequest], caller: Caller, submission: _Submission, *, is_whole: bool
+    ) -> list[Request]:
+        admitted = await self.texts.run(partial(_admit_all, self.admission, requests), submission.tenant, _size(requests))
+        check_num_logprobs(admitted, is_whole=is_whole)
+        # Late, because it may take long.
+        grammars = (request.sampling.grammar for request in admitted)
+        for grammar in dict.fromkeys(grammar for grammar in grammars if grammar):
+            await self.grammar_checks.check(grammar, caller.tenant, submission.has_left)
+        admitted = await self._with_weights(admitted, submission)
+        self.check_alive()
+        for request in admitted:
+            check_registered(self.registry, request, caller.may_use)
+        return [replace(request, elapsed_s=submission.elapsed_s) for request in admitted]
 
     async def _with_adapters(
         self, requests: Sequence[GenerateRequest], submission: _Submission, *, must_be_current: bool
@@ -202,9 +214,6 @@ class Service:
         if queries:
             shares = iter(await self._evaluate(queries, submission, requests[0].timeout_s, requests[0].priority))
             requests = [request.with_shares(next(shares)) if request.auto else request for request in requests]
-        for request in requests:
-            if request.base_share is not None:
-                self.metrics.base_share.observe(request.base_share)
         return requests
 
     async def _evaluate(

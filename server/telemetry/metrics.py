@@ -137,14 +137,18 @@ class Metrics:
         self.base_share = self._histogram(
             "lori:auto_base_share", "The base's share of a request's automatic weights, and of selections (auto).", SHARES
         )
+        merges_text = "Admitted requests by named merge; one that names several counts for each."
+        self._merges = Counter("lori:merge_requests", merges_text, ("merge",), registry=self.registry)
         ended = Counter("vllm:request_success", "Ended requests by reason.", (*LABELS, "finished_reason"), registry=self.registry)
         self._ended = {ours: ended.labels(base_model, ENGINE, theirs) for ours, theirs in REASONS.items()}
         self._http = Counter("lori:http_requests", "Answers by route and status.", ("route", "status"), registry=self.registry)
 
-    def count_admitted(self, names: Sequence[str]) -> None:
-        """Count an admitted request for the adapters of these names, which are registered."""
+    def count_admitted(self, names: Sequence[str], merges: Iterable[str] = ()) -> None:
+        """Count an admitted request for the adapters of these names, which are registered, and for the named merges."""
         self.merge_terms.observe(len(names))
         self.adapters.admit(names)
+        for merge in merges:
+            self._merges.labels(merge).inc()
 
     def count_ended(self, reason: str, seconds: float) -> None:
         """Count an admitted request that has ended."""

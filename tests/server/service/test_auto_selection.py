@@ -9,8 +9,10 @@ import pytest
 
 from lori.auto_weights import Selection
 from server.engine.adapter_selection import AdapterSelector, PendingSelection
+from server.engine.adapters.registry import Registered
 from server.engine.generate_request import GenerateRequest
-from server.service.service import NUM_SELECTIONS
+from server.engine.request import Request
+from server.service.service import NUM_SELECTIONS, Service
 from tests.server.keyed import OTHER, bearer
 from tests.server.live import events
 from tests.server.replies import refusal
@@ -70,7 +72,7 @@ def test_the_operator_s_adapter_is_not_selected_but_added(weighing: httpx.Client
     ]
 
 
-@pytest.mark.parametrize(("num_gone", "status"), [(1, 200), (NUM_SELECTIONS - 1, 200), (NUM_SELECTIONS, 404)])
+@pytest.mark.parametrize(("num_gone", "status"), [(1, 200), (NUM_SELECTIONS - 1, 200), (NUM_SELECTIONS, 429)])
 def test_if_an_adapter_was_withdrawn_meanwhile_another_is_selected(
     weighing: httpx.Client, monkeypatch: pytest.MonkeyPatch, num_gone: int, status: int
 ) -> None:
@@ -89,6 +91,28 @@ def test_if_an_adapter_was_withdrawn_meanwhile_another_is_selected(
     assert resolved == min(num_gone + 1, NUM_SELECTIONS)
     if status == 200:
         assert names(reply.json()) == ["math"]
+    else:
+        assert "the adapters that fit are changed too quickly; try again" in refusal(reply, status)["message"]
+
+
+def test_if_an_adapter_is_withdrawn_after_its_admission_another_is_selected(
+    weighing: httpx.Client, weighing_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the client got a 404 for an adapter that it had not named."""
+    registry, weigh, withdrawn = weighing_service.registry, Service._with_weights, list[Registered]()
+
+    async def withdraw(self: Service, requests: list[Request], submission: Any) -> list[Request]:
+        weighed = await weigh(self, requests, submission)
+        if not withdrawn:
+            withdrawn.append(registry.by_name["math"])
+            registry.withdraw("math")
+        return weighed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Service, "_with_weights", withdraw)
+        reply = ask(weighing, prompts("math", 1, seed=15)[0], adapter="auto", weights=None)
+    registry.put(withdrawn[0])
+    assert (names(reply), reply["merge"]["base_share"]) == ([], 1.0)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lori.prompt_statistics import NUM_FEATURES, ProbedPrompt
 from server.engine.generate_request import GenerateRequest
 from server.engine.model.prompt_probe import PromptProbe
 from server.engine.prompt_weights import OVERFLOW
-from server.loading import _warn_of_statistics
+from server.loading import _log_statistics
 from server.service.service import Service
 from tests.server.keyed import MONITOR, OTHER, bearer
 from tests.server.live import LIMIT_S, events, wait_until
@@ -268,11 +268,13 @@ def test_a_comparison_has_the_weights_on_each_other_s_prompts(weighing: httpx.Cl
     assert reply["auto_weight"] == [[None, None], [None, None]]
 
 
-def test_a_warning_names_adapters_with_statistics_of_another_background(
+def test_the_log_names_the_adapters_whose_weights_cannot_be_automatic(
     weighing_service: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _warn_of_statistics(weighing_service.admission, weighing_service.registry)
-    assert "1 adapters have statistics of another background than the server's (--background): other" in caplog.text
+    caplog.set_level(logging.INFO, "server.loading")
+    _log_statistics(weighing_service.admission, weighing_service.registry)
+    assert "1 of 4 adapters have statistics of another background than the server's (--background): other" in caplog.text
+    assert "1 of 4 adapters have no statistics of their prompts (python -m training.calibrate): intent" in caplog.text
 
 
 def test_the_log_has_the_weights_and_the_base_s_share(weighing: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

@@ -128,7 +128,16 @@ def test_models_lists_the_merge(client: httpx.Client) -> None:
         ({"adapter": "both", "merge": "ties"}, "merge", "is 'ties' with 'both', which is a sum; expected 'linear'"),
         ({"adapter": ["both", "intent"]}, "weights", "'both' is a merge beside other adapters"),
         ({"adapter": ["both", "intent"], "weights": [1]}, "weights", "has 1 weights, expected 2, one for each name"),
-        ({"adapter": ["both", "math"], "weights": [1, 1]}, "adapter", "names 'math' twice, expected each adapter once"),
+        (
+            {"adapter": ["both", "math"], "weights": [1, 1]},
+            "adapter",
+            "names 'math' and the merge 'both', which has it, too, expected each adapter once",
+        ),
+        (
+            {"adapter": ["math", "both"], "weights": [1, 0]},
+            "adapter",
+            "names 'math' and the merge 'both', which has it, too, expected each adapter once",
+        ),
         ({"adapter": ["both", "both"], "weights": [1, 1]}, "adapter", "names 'both' twice, expected each adapter once"),
     ],
 )
@@ -150,6 +159,15 @@ def test_the_limits_of_a_request_hold_for_what_its_merges_mean() -> None:
             merges.resolve(GenerateRequest(prompt="1", adapters=names, weights=weights))
 
 
+def test_of_two_merges_with_one_adapter_both_are_named(tmp_path: Path, writer_model: Path) -> None:
+    service = make_service(writer_model, tmp_path)
+    [merge] = service.merges.by_name.values()
+    service.merges.by_name = {"both": merge, "also": merge}
+    with served(service, ACME) as client:
+        error = refusal(client.post("/generate", json={"prompt": "1", "adapter": ["both", "also"], "weights": [1, 1]}), 400)
+    assert f"names the merges 'both' and 'also', which both have '{merge.adapters[0].reference}'" in error["message"]
+
+
 def test_adapters_beside_a_merge_may_have_automatic_weights() -> None:
     adapters = [
         MergedAdapter(reference="math@0123456789ab", weight=1.0, block_weights=[0.5, 1.5]),
@@ -167,6 +185,12 @@ def test_models_says_what_a_sum_with_a_merge_means(client: httpx.Client) -> None
     root = client.get("/v1/models/both:2+intent:1").raise_for_status().json()["root"]
     assert root.startswith(f"{cards['math']}:1.5+{cards['safety']}:-0.5+intent")
     assert root.endswith(":1")
+    for reply in (
+        client.get("/v1/models/both+math"),
+        client.post("/v1/completions", json={"model": "both+math", "prompt": "1"}),
+    ):
+        error = refusal(reply, 400)
+        assert (error["param"], "model: 'both' is a merge beside other adapters" in error["message"]) == ("model", True)
     assert refusal(client.get("/v1/models/both+both"), 400)["param"] == "model"
     error = refusal(client.get("/v1/models/both:2+intent:auto"), 400)
     assert error["param"] == "model"
@@ -197,8 +221,20 @@ def test_a_merge_of_an_adapter_that_is_not_there_fails_by_its_name(
     service = make_service(writer_model, tmp_path, references=("math", "absent@0123456789ab"))
     assert "requests for the merge 'both' will fail, since there is no absent@0123456789ab" in caplog.text
     with served(service, ACME) as client:
-        error = refusal(client.post("/generate", json={"prompt": "1", "adapter": "both"}), 404)
-        assert "absent@0123456789ab" in error["message"]
+        message = "the merge 'both' needs absent@0123456789ab, which the server does not have"
+        for path, field, value in (
+            ("/generate", "adapter", "both"),
+            ("/v1/completions", "model", "both"),
+            ("/v1/completions", "adapters", ["both"]),
+            ("/tokenize", "model", "both"),
+        ):
+            error = refusal(client.post(path, json={"prompt": "1", field: value}), 404)
+            assert (error["param"], error["message"]) == (field, message)
+        assert refusal(client.get("/v1/models/both"), 404)["message"] == message
+        assert "both" not in [card["id"] for card in client.get("/v1/models").json()["data"]]
+        [row] = client.get("/adapters").json()["merges"]
+        assert (row["name"], row["missing"]) == ("both", ["absent@0123456789ab"])
+        assert "did you mean" not in refusal(client.post("/generate", json={"prompt": "1", "adapter": "bothe"}), 404)["message"]
         assert client.post("/generate", json={"prompt": "1", "adapter": "math", "max_tokens": 1}).status_code == 200
 
 
@@ -303,7 +339,7 @@ def test_the_merges_are_listed_with_their_weights(client: httpx.Client, blocks: 
     [listed] = client.get("/adapters", params={"prefix": "b", "limit": 1}).raise_for_status().json()["merges"]
     versions = {adapter["name"]: adapter["version"] for adapter in ask(client, adapter="both")["adapter"]}
     parts = [{"name": name, "version": versions[name], "weight": weight} for name, weight in zip(versions, WEIGHTS, strict=True)]
-    assert listed == {"name": "both", "adapters": parts, "about": "by hand"}
+    assert listed == {"name": "both", "adapters": parts, "about": "by hand", "missing": []}
     [deep] = blocks.get("/adapters").raise_for_status().json()["merges"]
     assert [adapter["block_weights"] for adapter in deep["adapters"]] == [*BLOCKS]
     other = client.get("/adapters", headers=bearer(OTHER)).raise_for_status().json()
@@ -321,15 +357,27 @@ def test_pages_of_adapters_have_the_merges_among_them(client: httpx.Client) -> N
     assert names == ["both", "intent", "math", "safety"]
 
 
-def test_the_log_has_the_block_weights(blocks: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_has_the_block_weights_and_the_merges(blocks: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "server.request")
-    ask(blocks, adapter="deep")
+    ask(blocks, adapter=["law", "deep"], weights=[0, 1])
 
     def rows() -> list[dict[str, Any]]:
         return [vars(record) for record in caplog.records if record.name == "server.request"]
 
     wait_until(lambda: bool(rows()), "the log line")  # it comes after the answer
-    assert rows()[0]["block_weights"] == [tuple(own) for own in BLOCKS]
+    assert rows()[0]["block_weights"] == [(), *(tuple(own) for own in BLOCKS)]
+    assert rows()[0]["merges"] == ["deep"]
+
+
+def test_requests_for_a_merge_are_counted(client: httpx.Client) -> None:
+    def count() -> float:
+        lines = client.get("/metrics", headers=bearer(ADMIN)).raise_for_status().text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith('lori:merge_requests_total{merge="both"}'))
+
+    before = count()
+    ask(client, adapter="both")
+    ask(client, adapter="math")
+    assert count() == before + 1
 
 
 def test_prompts_of_one_body_have_the_block_weights(blocks: httpx.Client) -> None:
