@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lori.format import name_of, read_config
+from lori.names import AUTO
 from lori.template import Template, common_template
 from training.base import load_base
 from training.command_line import run_program
@@ -40,22 +41,29 @@ class Subject:
 
 def server_subject(config: EvaluateConfig) -> Subject:
     """Return the server's model with the adapters that `config` names."""
+    server = Server(str(config.url), config.concurrency, os.environ.get(config.api_key_variable))
+    base = f"the server at {config.url}"
+    if config.is_selected:
+        template: Template = "chat" if config.form == "messages" else "plain"
+        return Subject(ServerAnswerer(server, {"adapter": AUTO}, None, template, is_automatic=True), base, ())
     selection: dict[str, Any] = {}
     if config.adapter:
         selection = {"adapter": config.adapter, "weights": config.all_weights}
         names = {"method": "merge", "density": "density", "seed": "merge_seed"}
         selection |= {names[option]: value for option, value in config.merge_options.used.items() if option in names}
-    server = Server(str(config.url), config.concurrency, os.environ.get(config.api_key_variable))
     adapters_by_name = {name: server.adapters(name) for name in config.adapter}
     templates_by_name = {
         adapter.reference if adapter.merge_weights else name: adapter.templates
         for name, adapters in adapters_by_name.items()
         for adapter in adapters
     }
+    if config.is_automatic and (merges := [name for name, (first, *_) in adapters_by_name.items() if first.merge_weights]):
+        raise AnswerError(f"--weights has {AUTO}, and {merges[0]} is a named merge: expected adapters")
     versions = [adapter.version for adapters in adapters_by_name.values() for adapter in adapters]
-    answerer = ServerAnswerer(server, selection, versions, _template(config, templates_by_name))
+    template = _template(config, templates_by_name)
+    answerer = ServerAnswerer(server, selection, versions, template, is_automatic=config.is_automatic)
     measured_adapters = [_measured_adapter(name.partition("@")[0], adapters) for name, adapters in adapters_by_name.items()]
-    return Subject(answerer, f"the server at {config.url}", measured_adapters)
+    return Subject(answerer, base, measured_adapters)
 
 
 def _measured_adapter(name: str, adapters: Sequence[ServedAdapter]) -> MeasuredAdapter:
@@ -75,7 +83,8 @@ def local_subject(config: EvaluateConfig) -> Iterator[Subject]:
         reference: adapter.config.lori.templates for reference, adapter in zip(config.adapter, adapters, strict=True)
     }
     template = _template(config, templates_by_name)
-    with apply_adapter(base.model, AdapterSelection(adapters, config.weights, config.merge_options).merged()):
+    weights = [weight for weight in config.weights if weight != "auto"]  # none is, see the config
+    with apply_adapter(base.model, AdapterSelection(adapters, weights, config.merge_options).merged()):
         answerer = LocalAnswerer(base.model, base.tokenizer, template, config.batch_tokens)
         measured_adapters = [MeasuredAdapter(adapter.name, adapter.version) for adapter in adapters]
         yield Subject(answerer, base.name, measured_adapters, base.identity.digest)

@@ -46,7 +46,21 @@ def test_a_row_of_the_wrong_shape_is_answered_with_one_of_the_right_one(tmp_path
         ("--metric pass", "--metric pass runs programs that the model writes: allow it with --execute-code"),
         ("--metric pass --execute-code --num-answers 2", "--num-answers above 1 needs a --temperature above 0"),
         ("--metric pass --execute-code --form messages", "--form messages is not for pass"),
-        ("--metric loss --adapter a --weights 1 --weights 2", "--weights has 2 numbers for 1 adapters"),
+        ("--metric loss --adapter a --weights 1 --weights 2", "--weights has 2 weights for 1 adapters"),
+        (
+            "--metric loss --adapter auto --adapter a",
+            "--adapter auto lets the server select adapters and weights, expected no other",
+        ),
+        (
+            "--metric loss --adapter auto --weights auto",
+            "--adapter auto lets the server select adapters and weights, expected no",
+        ),
+        (
+            "--metric loss --adapter a --weights auto --local",
+            "--local is for adapters and weights that are the same for all prompts",
+        ),
+        ("--metric loss --adapter a --weights auto --record a", "--record is for adapters and weights that are the same for all"),
+        ("--metric loss --adapter a --adapter b --weights auto --merge ties", "--merge ties is for given weights, found auto"),
         ("--metric loss --adapter ref --record adapters/my", "--record adapters/my takes figures of my, and --adapter names ref"),
         ("--metric loss --local --adapters nowhere --adapter a", "--adapters nowhere is no folder"),
         ("--metric loss --merge ties", "--merge ties needs --adapter"),

@@ -1,6 +1,6 @@
 """The options of `python -m training.evaluate`. Each default is written once, here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -8,6 +8,7 @@ from pydantic import Field, HttpUrl, ValidationError, model_validator
 
 from lori.format import name_of
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions
+from lori.names import AUTO
 from training.command_line import CommandLine
 from training.data import Source
 from training.data.row import fault_of
@@ -33,10 +34,11 @@ class EvaluateConfig(CommandLine):
     is `answer`. refusal: fraction refused of the rows with `harmful` true and false. pass: pass@k of programs, by a row's `test`
     and `entry_point`."""
     adapter: list[str] = Field(default=[])
-    """Names of adapters, through a server also of named merges; with --local and no --adapters, folders of adapters. If absent,
-    the base is evaluated."""
-    weights: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(default=[])
-    """Weights in a merge, one for each adapter; 1/n each if absent."""
+    """Names of adapters, through a server also of named merges, or auto alone: those that the server selects for each prompt.
+    With --local and no --adapters, folders of adapters. If absent, the base is evaluated."""
+    weights: list[Literal["auto"] | Annotated[float, Field(allow_inf_nan=False)]] = Field(default=[])
+    """Weights in a merge, one for each adapter: a number, or through a server auto: from each prompt. A single auto is for all.
+    1/n each if absent."""
     merge: MergeMethod = DEFAULTS.method
     """Method that merges several adapters; `linear` is the exact sum."""
     density: float = Field(default=DEFAULTS.density, gt=0, le=1)
@@ -99,9 +101,21 @@ class EvaluateConfig(CommandLine):
         return MergeOptions(self.merge, self.density, DEFAULTS.sign, self.merge_seed)
 
     @property
-    def all_weights(self) -> list[float]:
-        """The weight of each adapter; 1/n each if no weights are given."""
+    def all_weights(self) -> Sequence[Literal["auto"] | float]:
+        """The weight of each adapter; 1/n each if no weights are given. Not for adapters that the server selects."""
+        if self.weights == [AUTO]:
+            return ["auto"] * len(self.adapter)
         return self.weights or [1 / len(self.adapter) for _ in self.adapter]
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether the server selects the adapters of each prompt."""
+        return AUTO in self.adapter
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the server computes weights from each prompt."""
+        return self.is_selected or AUTO in self.weights
 
     @property
     def options(self) -> MetricOptions:
@@ -133,8 +147,14 @@ class EvaluateConfig(CommandLine):
 
     def _adapter_faults(self) -> Iterator[str]:
         given = self.model_fields_set
-        if self.weights and len(self.weights) != len(self.adapter):
-            yield f"--weights has {len(self.weights)} numbers for {len(self.adapter)} adapters, expected one for each"
+        if self.weights and len(self.all_weights) != len(self.adapter):
+            yield f"--weights has {len(self.weights)} weights for {len(self.adapter)} adapters, expected one for each"
+        if self.is_selected and (len(self.adapter) > 1 or self.weights):
+            yield f"--adapter {AUTO} lets the server select adapters and weights, expected no other --adapter and no --weights"
+        if self.is_automatic and (unused := [flag for flag in ("local", "record") if getattr(self, flag)]):
+            yield f"--{unused[0]} is for adapters and weights that are the same for all prompts, found {AUTO}"
+        if self.is_automatic and self.merge != "linear":
+            yield f"--merge {self.merge} is for given weights, found {AUTO}"
         if len(set(self.adapter)) != len(self.adapter):
             yield "--adapter names one twice"
         if not self.local and (folders := [name for name in self.adapter if "/" in name]):

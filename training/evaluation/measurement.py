@@ -7,6 +7,7 @@ from typing import Any
 
 from lori.config import Measured
 from lori.format import name_of, read_config, write_record
+from lori.names import AUTO
 from lori.template import Template
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.figures import ROWS, STDERR, Figures, names, num_rows
@@ -50,7 +51,10 @@ class Measurement:
         return self._subject([adapter.name for adapter in self.adapters])
 
     def _subject(self, adapters: Sequence[str]) -> str:
-        terms = [f"{weight:g} {name}" for weight, name in zip(self.config.all_weights, adapters, strict=True)]
+        weights = [weight if weight == AUTO else f"{weight:g}" for weight in self.config.all_weights]
+        terms = (
+            [AUTO] if self.config.is_selected else [f"{weight} {name}" for weight, name in zip(weights, adapters, strict=True)]
+        )
         used_options = dict(self.config.merge_options.used)
         method = used_options.pop("method")
         options = ", ".join(f"{name} {value}" for name, value in used_options.items())
@@ -91,7 +95,8 @@ def record_measurement(folder: Path, measurement: Measurement) -> None:
     }
     partners = [partner.name for partner in measurement.adapters]
     if len(partners) == 2 and partners[0] == name_of(folder) and measurement.config.merge == "linear":
-        changes["merge_weights"] = adapter.lori.merge_weights | {partners[1]: tuple(measurement.config.all_weights)}
+        own, other = (weight for weight in measurement.config.all_weights if weight != "auto")  # none is, see the config
+        changes["merge_weights"] = adapter.lori.merge_weights | {partners[1]: (own, other)}
     adapter = adapter.model_copy(update={"lori": adapter.lori.model_copy(update=changes)})
     write_record(folder, adapter, render_card(name_of(folder), adapter))
 

@@ -121,16 +121,19 @@ class ServerAnswerer:
     """A server as an answerer.
 
     `selection`: the fields of each request that select the adapters. `versions`: the versions of these adapters in their order;
-    in place of a named merge those of its adapters. Raises `AnswerError` if other adapters answered, because a new version was
-    published or the key's policy adds adapters.
+    in place of a named merge those of its adapters; None if the server selects the adapters. Raises `AnswerError` if other
+    adapters answered, because a new version was published or the key's policy adds adapters.
+
+    `is_automatic`: whether weights come from the prompt. Texts are then scored with the weights that the prompt alone gives.
 
     `template`: prompts are sent as they are (plain), or as a conversation, which the server formats by the base's chat template.
     """
 
     server: Server
     selection: Mapping[str, Any] = field(default_factory=dict)
-    versions: Sequence[str] = ()
+    versions: Sequence[str] | None = ()
     template: Template = "plain"
+    is_automatic: bool = False
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[str]]:
         """See `Answerer`. The seed of each prompt is `seed` plus the prompt's index."""
@@ -175,18 +178,27 @@ class ServerAnswerer:
             prompt = await self._render_prompt(ask, text[0])
             completion = render_completion(prompt, text[1], self.template)
             fields = {"prompt": prompt + completion, "echo": True, "logprobs": 0, "max_tokens": 0}
-            return _completion_likelihood((await self._generate(ask, fields))["logprobs"], prompt, completion)
+            selection = await self._resolve(ask, text[0]) if self.is_automatic else self.selection
+            return _completion_likelihood((await self._generate(ask, fields, selection))["logprobs"], prompt, completion)
 
         return self.server.ask_all(score, texts)
 
-    async def _generate(self, ask: Ask, fields: Mapping[str, Any]) -> dict[str, Any]:
-        reply = await ask("/generate", {**fields, **self.selection})
-        if [adapter["version"] for adapter in reply["adapter"]] != list(self.versions):
+    async def _generate(self, ask: Ask, fields: Mapping[str, Any], selection: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        reply = await ask("/generate", {**fields, **(self.selection if selection is None else selection)})
+        used = reply["adapter"]
+        is_other = self.versions is not None and [adapter["version"] for adapter in used] != list(self.versions)
+        if is_other or any(adapter["policy"] for adapter in used):
             notes = {True: " (the key's policy)", False: ""}
-            used = [f"{adapter['name']}@{adapter['version']}{notes[adapter['policy']]}" for adapter in reply["adapter"]]
-            expected = ", ".join(self.versions) or "the base"
-            raise AnswerError(f"{', '.join(used) or 'the base'} answered, and {expected} is measured")
+            names = [f"{adapter['name']}@{adapter['version']}{notes[adapter['policy']]}" for adapter in used]
+            expected = "what the server selects" if self.versions is None else ", ".join(self.versions) or "the base"
+            raise AnswerError(f"{', '.join(names) or 'the base'} answered, and {expected} is measured")
         return reply
+
+    async def _resolve(self, ask: Ask, prompt: Prompt) -> dict[str, Any]:
+        """Return the fields that select the adapters which `prompt` gets, with their weights."""
+        adapters = (await self._generate(ask, {**self._prompt_fields(prompt), "max_tokens": 1}))["adapter"]
+        names = [f"{adapter['name']}@{adapter['version']}" for adapter in adapters]
+        return {"adapter": names, "weights": [adapter["weight"] for adapter in adapters]} if names else {}
 
     def _prompt_fields(self, prompt: Prompt) -> dict[str, Any]:
         if self.template == "plain":
