@@ -6,7 +6,7 @@ a name always means the same sum.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +26,8 @@ MAX_BYTES = 1 << 20
 SUFFIX = ".json"
 MAX_BLOCKS = 128
 """Maximum number of blocks of layers: as many as the layers of the largest models."""
+MAX_SHOWN = 4
+"""Maximum number of blocks whose weights are shown one by one."""
 MAX_DECIMALS = 17
 """Decimal places of a weight in a `model`'s name."""
 MAX_ABOUT_CHARACTERS, MAX_SOURCE_CHARACTERS, MAX_SOURCES = 4096, 1024, 64
@@ -75,6 +77,11 @@ class MergedAdapter(BaseModel):
         if largest > MAX_WEIGHT:
             raise ValueError(f"weight times the largest block weight is {largest:g}, expected {MAX_WEIGHT:g} at most")
         return self
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight in each block of layers, or the one of all layers."""
+        return [self.weight * factor for factor in self.block_weights or [1.0]]
 
     @property
     def name(self) -> str:
@@ -156,6 +163,13 @@ def _repeated_keys(content: bytes) -> list[str]:
 
     json.loads(content, object_pairs_hook=note)
     return sorted(keys)
+
+
+def weights_text(weights: Sequence[float]) -> str:
+    """Return an adapter's weights in blocks of layers, or its only one, for people: all, or the range of many."""
+    if len(weights) <= MAX_SHOWN:
+        return " ".join(f"{weight:.4g}" for weight in weights)
+    return f"{min(weights):.3g}…{max(weights):.3g} (in {len(weights)} blocks)"
 
 
 def repeated(values: Iterable[str]) -> list[str]:

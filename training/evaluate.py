@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lori.format import name_of, read_config
+from lori.named_merge import weights_text
 from lori.names import AUTO
 from lori.template import Template, common_template
 from training.base import load_base
@@ -70,7 +71,7 @@ def _measured_adapter(name: str, adapters: Sequence[ServedAdapter]) -> MeasuredA
     """Return the adapter `name`, or the merge of this name if `adapters` are parts of one."""
     if not adapters[0].merge_weights:
         return MeasuredAdapter(name, adapters[0].version)
-    terms = [f"{' '.join(f'{weight:g}' for weight in adapter.merge_weights)} {adapter.reference}" for adapter in adapters]
+    terms = [f"{weights_text(adapter.merge_weights)} {adapter.reference}" for adapter in adapters]
     return MeasuredAdapter(name, "", terms)
 
 

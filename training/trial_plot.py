@@ -3,38 +3,73 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lori.compare.plots import FONT_SIZE, new_figure, save_figure
-from training.weight_trials import Trial, best_of, split_blocks
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-WIDTH, HEIGHT = 8.0, 3.4
+from lori.compare.plots import FONT_SIZE, NUMBER_SIZE, new_figure, save_figure
+from training.weight_trials import Trial, Weights, best_of, split_blocks
+
+WIDTH, HEIGHT = 9.0, 4.0
 """In inches."""
+MARKERS = "sD^vP<>X*p"
+"""Of the weights that were tried first. If there are more, they share one marker and one label."""
+BEST = "C3"
+MAX_LEVEL = 6
+"""Maximum number of adapters whose names are written side by side."""
 
 
-def plot_trials(names: Sequence[str], num_blocks: int, trials: Sequence[Trial], path: Path) -> None:
+def plot_trials(title: str, names: Sequence[str], num_blocks: int, trials: Sequence[Trial], path: Path) -> None:
     """Draw the score of each trial, and the best weights of the adapters `names`, to the file at `path`."""
     figure = new_figure(WIDTH, HEIGHT)
+    figure.suptitle(title, fontsize=FONT_SIZE + 1, parse_math=False)
     scores, weights = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    starts, later = [trial for trial in trials if not trial.step], [trial for trial in trials if trial.step]
-    scores.plot([0] * len(starts), [trial.score for trial in starts], "o", markersize=4, color="grey", label="tried first")
-    scores.plot(
-        [trial.step for trial in later], [trial.score for trial in later], "o-", markersize=4, color="C0", label="descent"
-    )
-    scores.set_xlabel("step")
-    scores.set_ylabel("mean share of the gains")
-    scores.set_title("on held-out rows", fontsize=FONT_SIZE)
-    blocks = split_blocks(best_of(trials).weights, num_blocks)
-    if num_blocks == 1:
-        weights.bar(range(len(names)), [weight for [weight] in blocks])
-        weights.set_xticks(range(len(names)), names, parse_math=False)
-    else:
-        edges = [i + 0.5 for i in range(num_blocks + 1)]
-        for i, block_weights in enumerate(blocks):
-            weights.stairs(block_weights, edges, baseline=None, linewidth=2, color=f"C{i}")
-        weights.legend(names, fontsize=FONT_SIZE)
-        weights.set_xlabel("block of layers")
-    weights.set_ylabel("weight")
-    weights.set_title("the best weights", fontsize=FONT_SIZE)
-    scores.legend(fontsize=FONT_SIZE)
+    _plot_scores(scores, names, num_blocks, trials)
+    _plot_weights(weights, names, split_blocks(best_of(trials).weights, num_blocks))
     for axes in (scores, weights):
         axes.tick_params(labelsize=FONT_SIZE)
     save_figure(figure, path)
+
+
+def _plot_scores(axes: Axes, names: Sequence[str], num_blocks: int, trials: Sequence[Trial]) -> None:
+    starts, later = [trial for trial in trials if not trial.step], [trial for trial in trials if trial.step]
+    if len(starts) <= len(MARKERS):
+        for trial, marker in zip(starts, MARKERS, strict=False):
+            axes.plot(0, trial.score, marker, markersize=5, color="grey", label=_label(names, trial.weights[::num_blocks]))
+    else:
+        axes.plot([0] * len(starts), [trial.score for trial in starts], "s", markersize=5, color="grey", label="tried first")
+    axes.plot([trial.step for trial in later], [trial.score for trial in later], "o-", markersize=4, color="C0", label="descent")
+    best = best_of(trials)
+    axes.plot(best.step, best.score, "o", markersize=11, fillstyle="none", color=BEST, label=f"chosen: {best.score:.3f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean share of the gains")
+    axes.set_title("on held-out rows", fontsize=FONT_SIZE)
+    for text in axes.legend(fontsize=NUMBER_SIZE, labelspacing=0.6).get_texts():
+        text.set_parse_math(False)
+
+
+def _label(names: Sequence[str], weights: Weights) -> str:
+    """Return what people call the weights: those of one adapter alone, or equal ones."""
+    if len({*weights}) == 1:
+        return f"{weights[0]:g} each"
+    return " + ".join(f"{name} alone" for name, weight in zip(names, weights, strict=True) if weight)
+
+
+def _plot_weights(axes: Axes, names: Sequence[str], blocks: Sequence[Weights]) -> None:
+    num_blocks = len(blocks[0])
+    if num_blocks == 1:
+        bars = axes.bar(range(len(names)), [weight for [weight] in blocks], color=[f"C{i}" for i in range(len(names))])
+        axes.bar_label(bars, fmt="%.2f", fontsize=FONT_SIZE)
+        axes.margins(y=0.12)
+        axes.set_xticks(range(len(names)), names, parse_math=False, rotation=90 if len(names) > MAX_LEVEL else 0)
+    else:
+        edges = [i + 0.5 for i in range(num_blocks + 1)]
+        for i, block_weights in enumerate(blocks):
+            axes.stairs(block_weights, edges, baseline=None, linewidth=2, color=f"C{i}", label=names[i])
+        for text in axes.legend(fontsize=FONT_SIZE).get_texts():
+            text.set_parse_math(False)
+        axes.set_xlabel("block of layers")
+        axes.set_xlim(edges[0], edges[-1])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set_ylabel("weight")
+    axes.set_title("the chosen weights", fontsize=FONT_SIZE)

@@ -7,6 +7,7 @@ import csv
 import io
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,17 @@ from lori.base_model import BaseModel
 from lori.errors import AdapterError, LoriError
 from lori.merge import blocks_of_layers
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
-from lori.named_merge import MAX_BLOCKS, MAX_SOURCE_CHARACTERS, MAX_SOURCES, SUFFIX, MergedAdapter, NamedMerge, repeated
-from lori.names import NAME, check_name, is_name, weight_text
+from lori.named_merge import (
+    MAX_BLOCKS,
+    MAX_SOURCE_CHARACTERS,
+    MAX_SOURCES,
+    SUFFIX,
+    MergedAdapter,
+    NamedMerge,
+    repeated,
+    weights_text,
+)
+from lori.names import AUTO, NAME, RESERVED, check_name, is_name
 from lori.store.files import check_replaceable, replace_file
 from lori.store.store import AdapterStore
 from lori.template import common_templates
@@ -37,9 +47,11 @@ from training.weight_trials import Trial, Weights, best_of, equal_weights, repea
 
 logger = logging.getLogger(__name__)
 
-Plot = Callable[[Sequence[str], int, Sequence[Trial], Path], None]
+Plot = Callable[[str, Sequence[str], int, Sequence[Trial], Path], None]
 NUM_SCORED = 8
 """How many times the weights are scored during the descent."""
+MAX_NAMED = 3
+"""Maximum number of sources that the plot's title names."""
 MIN_ROWS = 8
 """Minimum number of rows of a source that are held out, and of those that are not."""
 
@@ -75,7 +87,9 @@ class TuneConfig(RowsConfig):
     @model_validator(mode="after")
     def _check_flags(self) -> "TuneConfig":
         faults, paths = list[str](), [source.path for source in self.data]
-        if self.output.suffix != SUFFIX or not is_name(self.output.stem):
+        if self.output.stem == AUTO:
+            faults.append(f"--output is {str(self.output)!r}, and {AUTO!r} {RESERVED}")
+        elif self.output.suffix != SUFFIX or not is_name(self.output.stem):
             faults.append(f"--output is {str(self.output)!r}, expected NAME{SUFFIX} with a NAME that matches {NAME.pattern}")
         if len({*paths}) < len(paths):
             faults.append("--data has one path twice, expected each once")
@@ -95,7 +109,7 @@ def tune(config: TuneConfig) -> str:
     """Fit the weights, write the named merge with its plot and table, and return a report. Raises `LoriError` and `OSError`."""
     plot = trial_plotter()
     if existing := [str(file) for file in config.files if os.path.lexists(file)]:
-        raise LoriError(f"--output: {', '.join(existing)} is there already: remove it, or give another name")
+        raise LoriError(f"--output: remove {', '.join(existing)} first, or give another name")
     config.output.parent.mkdir(parents=True, exist_ok=True)
     check_replaceable(config.output)  # before the descent, not after
     faults = Faults(config.on_bad)
@@ -114,18 +128,21 @@ def tune(config: TuneConfig) -> str:
     scorer = MergeScorer(base, adapters, held_out, config.num_blocks)
     trials = _descend(config, scorer, examples)
     best = best_of(trials)
+    num_scored = sum(map(len, held_out.values()))
     merge = NamedMerge(
         base_digest=base.identity.digest,
         adapters=[*map(_merged_adapter, references, split_blocks(best.weights, config.num_blocks))],
-        about=f"python -m training.tune, {config.steps} steps, scored on {sum(map(len, held_out.values()))} rows",
+        about=f"python -m training.tune, {config.steps} steps, scored on {num_scored} rows",
         scores={source: round(share, 4) for source, share in scorer.shares(best.weights).items()},
     )
     output, plot_file, table_file = config.files
     columns = names if config.num_blocks == 1 else [f"{name} {i}" for name in names for i in range(1, config.num_blocks + 1)]
     replace_file(table_file, _table(columns, scorer, trials).encode())
-    plot(names, config.num_blocks, trials, plot_file)
+    sources = ", ".join(Path(source).name for source in held_out) if len(held_out) <= MAX_NAMED else f"{len(held_out)} sources"
+    title = f"{output.stem}: scored on {num_scored} held-out rows of {sources}"
+    plot(title, names, config.num_blocks, trials, plot_file)
     replace_file(output, merge.to_bytes())
-    return "\n".join(_report(merge, scorer, trials, output))
+    return "\n".join([*_report(merge, scorer, trials), f"wrote {output}; {_serving(config)}"])
 
 
 def _check_blocks(num_blocks: int, adapters: Sequence[Adapter]) -> None:
@@ -230,7 +247,17 @@ def _own_name(store: Path | None, reference: str, adapter: Adapter) -> str:
     return name
 
 
-def _report(merge: NamedMerge, scorer: MergeScorer, trials: Sequence[Trial], output: Path) -> list[str]:
+def _serving(config: TuneConfig) -> str:
+    """Return how to serve the merge."""
+    model = ["--model", config.model] if config.model else []
+    stores = {str(config.adapters)} if config.adapters else {str(Path(folder).parent) for folder in config.adapter}
+    [store] = stores if len(stores) == 1 else ["FOLDER"]
+    command = ["python", "-m", "server", *model, "--adapters", store, "--merges", str(config.output.parent)]
+    note = "" if len(stores) == 1 else ", once the adapters are in one FOLDER"
+    return f"to serve it as {config.output.stem!r}{note}: {shlex.join(command)}"
+
+
+def _report(merge: NamedMerge, scorer: MergeScorer, trials: Sequence[Trial]) -> list[str]:
     equal = repeat_in_blocks(equal_weights(len(scorer.adapters))[0], scorer.num_blocks)
     equal_shares = scorer.shares(equal)
     lines = [f"best of {len(trials)} trials: {' + '.join(map(_weights_text, merge.adapters))}"]
@@ -238,12 +265,11 @@ def _report(merge: NamedMerge, scorer: MergeScorer, trials: Sequence[Trial], out
         f"{source}: {share:.2f} of the best single adapter's gain, {equal_shares[source]:.2f} at {equal[0]:g} each"
         for source, share in scorer.shares(best_of(trials).weights).items()
     ]
-    return [*lines, f"wrote {output}: to serve it, python -m server --merges {output.parent}; its name is {output.stem!r}"]
+    return lines
 
 
 def _weights_text(adapter: MergedAdapter) -> str:
-    weights = adapter.block_weights or [adapter.weight]
-    return f"{adapter.reference}:{','.join(map(weight_text, weights))}"
+    return f"{weights_text(adapter.weights)} {adapter.reference}"
 
 
 def _table(names: Sequence[str], scorer: MergeScorer, trials: Sequence[Trial]) -> str:

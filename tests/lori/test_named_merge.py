@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from lori.errors import AdapterError
-from lori.named_merge import MAX_BYTES, MergedAdapter, NamedMerge, read_named_merges
+from lori.named_merge import MAX_BYTES, MergedAdapter, NamedMerge, read_named_merges, weights_text
 
 BASE, OTHER = "b" * 64, "c" * 64
 MERGE = NamedMerge(
@@ -153,3 +153,9 @@ def test_all_files_of_a_folder_are_checked(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_named_merges(tmp_path / "none", BASE)
+
+
+def test_many_weights_are_shown_by_their_range() -> None:
+    assert weights_text([0.9]) == "0.9"
+    assert weights_text([0.9, -0.45, 1, 2]) == "0.9 -0.45 1 2"
+    assert weights_text([0.9, -0.45, 1, 2, 0.1]) == "-0.45…2 (in 5 blocks)"

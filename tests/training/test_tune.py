@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lori.base_model import BaseModel, load_base_model
 from lori.errors import AdapterError, LoriError, TemplateError
-from lori.named_merge import NamedMerge
+from lori.named_merge import NamedMerge, weights_text
 from lori.store.entry import Entry
 from lori.store.store import AdapterStore
 from lori.template import Message
@@ -88,8 +88,11 @@ def output(place: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
     """Return the file of a merge that was fitted."""
     output = tmp_path_factory.mktemp("merges") / "both.json"
     message = tune(settings(place, output, model=str(tiny_model), steps=40))
-    assert message.startswith("best of 12 trials: math@")
-    assert message.endswith(f"wrote {output}: to serve it, python -m server --merges {output.parent}; its name is 'both'")
+    merge = NamedMerge.from_bytes(output.read_bytes())
+    sums = " + ".join(f"{adapter.weight:.4g} {adapter.reference}" for adapter in merge.adapters)
+    assert message.startswith(f"best of 12 trials: {sums}\n")
+    command = f"python -m server --model {tiny_model} --adapters {place} --merges {output.parent}"
+    assert message.endswith(f"wrote {output}; to serve it as 'both': {command}")
     return output
 
 
@@ -136,7 +139,7 @@ def test_blocks_of_layers_have_weights_of_their_own(place: Path, tiny_model: Pat
     written = [one.weight * block for one in merge.adapters for block in one.block_weights or [1.0, 1.0]]
     assert [float(best[column]) for column in columns] == pytest.approx(written)
     assert float(best["score"]) == pytest.approx(sum(merge.scores.values()) / 2, abs=1e-3)
-    assert message.startswith(f"best of 12 trials: {merge.adapters[0].reference}:")
+    assert message.startswith(f"best of 12 trials: {weights_text(merge.adapters[0].weights)} {merge.adapters[0].reference} + ")
 
 
 def test_blocks_of_adapters_on_two_bases(place: Path, base: BaseModel, tiny_model: Path, tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_rows_are_descended_on_or_held_out(
 def test_nothing_is_replaced(place: Path, tiny_model: Path, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"both{suffix}"
     file.write_text("mine")
-    with pytest.raises(LoriError, match=rf"both\{suffix} is there already: remove it, or give another name"):
+    with pytest.raises(LoriError, match=rf"remove .*both\{suffix} first, or give another name"):
         tune(settings(place, tmp_path / "both.json", model=str(tiny_model)))
     assert file.read_text() == "mine"
     assert [*tmp_path.iterdir()] == [file]
@@ -249,10 +252,21 @@ def test_a_folder_that_cannot_be_written_is_found_first(place: Path) -> None:
 def test_folders_are_adapters_too(place: Path, tiny_model: Path, tmp_path: Path) -> None:
     folders = [str(place / name) for name in NAMES]
     output = tmp_path / "both.json"
-    tune(settings(place, output, model=str(tiny_model), adapters=None, adapter=folders))
+    message = tune(settings(place, output, model=str(tiny_model), adapters=None, adapter=folders))
+    assert message.endswith(f"--adapters {place} --merges {tmp_path}")
     merge = NamedMerge.from_bytes(output.read_bytes())
     assert [adapter.name for adapter in merge.adapters] == [*NAMES]
     assert merge.about == "python -m training.tune, 8 steps, scored on 16 rows"
+
+
+def test_adapters_in_several_folders_must_be_in_one_to_be_served(place: Path, tiny_model: Path, tmp_path: Path) -> None:
+    copytree(place / "safety", tmp_path / "elsewhere" / "safety")
+    folders = [str(place / "math"), str(tmp_path / "elsewhere" / "safety")]
+    message = tune(settings(place, tmp_path / "both.json", model=str(tiny_model), adapters=None, adapter=folders))
+    assert (
+        f"to serve it as 'both', once the adapters are in one FOLDER: python -m server --model {tiny_model} --adapters FOLDER"
+        in message
+    )
 
 
 def test_adapters_without_a_common_template_are_refused(place: Path, base: BaseModel, tiny_model: Path, tmp_path: Path) -> None:
@@ -274,7 +288,7 @@ def test_a_missing_extra_is_said_first(place: Path, tmp_path: Path, monkeypatch:
     [
         ({"output": Path("both.txt")}, "expected NAME.json with a NAME that matches"),
         ({"output": Path("Both.json")}, "expected NAME.json with a NAME that matches"),
-        ({"output": Path("auto.json")}, "expected NAME.json with a NAME that matches"),
+        ({"output": Path("auto.json")}, "and 'auto' is reserved: requests for it let the server choose the adapters"),
         ({"data": ["math.jsonl", "math.jsonl"]}, "--data has one path twice, expected each once"),
         ({"data": ["m" * 1025]}, "--data has a path of 1025 characters, expected 1024 at most"),
         ({"data": [f"{number}.jsonl" for number in range(65)]}, "at most 64 items"),
