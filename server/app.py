@@ -87,6 +87,7 @@ def create_app(service: Service) -> FastAPI:
         (tokens, "tokens", (400, 404, 408, 413)),
         (comparison, "adapters", (400, 404, 429)),
         (adapters, "adapters", (400,)),
+        (merges, "adapters", ()),
         (vllm_adapters, "openai", ADMINISTERING),
         (operations, "operations", ()),
         (playground, "operations", ()),

@@ -105,6 +105,11 @@ def alias(name: str, target: str) -> Call[AdapterInfo]:
     return Call("PUT", f"{path(name)}/alias", AdapterInfo, {"adapter": target})
 
 
+def merge(name: str) -> Call[NamedMergeInfo]:
+    """Show a named merge."""
+    return Call("GET", merge_path(name), NamedMergeInfo)
+
+
 def publish_merge(name: str, merge: Mapping[str, object]) -> Call[NamedMergeInfo]:
     """Publish a named merge."""
     return Call("PUT", merge_path(name), NamedMergeInfo, merge)

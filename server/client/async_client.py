@@ -125,6 +125,10 @@ class AsyncClient:
         """Let an adapter be evicted again."""
         return await self._ask(adapter_calls.unpin(name))
 
+    async def merge(self, name: str) -> NamedMergeInfo:
+        """Show a named merge."""
+        return await self._ask(adapter_calls.merge(name))
+
     async def publish_merge(self, name: str, merge: Mapping[str, object]) -> NamedMergeInfo:
         """Publish a named merge: the content of a file that `training.tune` wrote, as `json.loads` returns it."""
         return await self._ask(adapter_calls.publish_merge(name, merge))

@@ -132,6 +132,10 @@ class Client:
         """Let an adapter be evicted again."""
         return self._ask(adapter_calls.unpin(name))
 
+    def merge(self, name: str) -> NamedMergeInfo:
+        """Show a named merge."""
+        return self._ask(adapter_calls.merge(name))
+
     def publish_merge(self, name: str, merge: Mapping[str, object]) -> NamedMergeInfo:
         """Publish a named merge: the content of a file that `training.tune` wrote, as `json.loads` returns it."""
         return self._ask(adapter_calls.publish_merge(name, merge))

@@ -17,6 +17,11 @@ from lori.summary import Summary
 from server.engine.adapters.registry import MAX_CALLERS, MayUse, Registered, Registry, candidates
 from server.engine.admission import Admission
 from server.engine.generate_request import GenerateRequest, RefusedError, TokenPrompt, checked_timeout_s
+from server.engine.weight_resolver import NO_BACKGROUND
+
+NONE_SELECTABLE = (
+    f"is {AUTO!r}, and none of your adapters that could be selected has statistics of its prompts on this server's background"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +108,24 @@ class AdapterSelector:
         self._lock = Lock()
         self._snapshot = _snapshot({}, background, admission.weights.statistics_of)
 
+    def can_select(self, may_use: MayUse, policy: Sequence[tuple[str, float]]) -> bool:
+        """Return whether there is an adapter that could be selected for a caller, beside the operator's `policy`."""
+        added = [adapter for reference, _ in policy for adapter in candidates(self._registry, reference)]
+        names = {name for adapter in added for name in adapter.names}
+        digests = {adapter.summary.digest for adapter in added}
+        return any(
+            may_use(name) and self._admission.weights.can_weigh(adapter.summary)
+            for name, adapter in self._registry.by_name.items()
+            if adapter.summary.digest not in digests and not adapter.names & names
+        )
+
     def prepare(self, request: GenerateRequest, *, must_be_current: bool = False) -> PendingSelection:
         """Return the query of a request for `auto`. After a change of the adapters their index is built again first.
 
         While another thread builds it, the old one is used, unless it `must_be_current`. Raises `RefusedError` if the request
         cannot be for `auto`, or no adapter could be selected for the caller.
         """
-        _check(request)
+        _check_fields(request)
         timeout_s = checked_timeout_s(request)
         self._admission.check_text(request)
         snapshot = self._current(must_be_current)
@@ -117,8 +133,7 @@ class AdapterSelector:
         policy = [(one, weight) for reference, weight in request.policy for one in candidates(self._registry, reference)]
         allowed = snapshot.allowed(view, [adapter for adapter, _ in policy])
         if not allowed.any():
-            condition = "statistics of its prompts on this server's background"
-            raise RefusedError("adapter", f"is {AUTO!r}, and none of your adapters that could be selected has {condition}")
+            raise RefusedError("adapter", NONE_SELECTABLE)
         prompt = self._admission.weights.probed_prompt(request.prompt, "adapter")
         query = SelectionQuery(prompt, snapshot.index, self._max_adapters, allowed)
         return PendingSelection(request, query, view.adapters, [(one.summary, weight) for one, weight in policy], timeout_s)
@@ -170,7 +185,16 @@ def is_auto(request: GenerateRequest) -> bool:
     return AUTO in request.adapters
 
 
-def _check(request: GenerateRequest) -> None:
+def check_auto(selector: AdapterSelector | None, request: GenerateRequest) -> None:
+    """Raise `RefusedError` if every request for `auto` with these adapters, weights and merge would be refused."""
+    if selector is None:
+        raise RefusedError("adapter", f"is {AUTO!r}, and {NO_BACKGROUND}")
+    _check_fields(request)
+    if not selector.can_select(request.may_use, request.policy):
+        raise RefusedError("adapter", NONE_SELECTABLE)
+
+
+def _check_fields(request: GenerateRequest) -> None:
     if len(request.adapters) > 1:
         raise RefusedError("adapter", f"names {AUTO!r} and other adapters, expected {AUTO!r} alone")
     if request.weights not in (None, "auto", ("auto",)):

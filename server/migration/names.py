@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from lori.errors import UnknownAdapterError
-from lori.names import MISSPELT, near_names
+from lori.names import AUTO, MISSPELT, near_names
 from server.schemas.model_names import UnknownModelError, find_parts
 
 SEPARATORS = re.compile(r"[\s+,;|&]+")
@@ -12,8 +12,13 @@ IsKnown = Callable[[str], bool]
 """Function that returns whether there is an adapter of this name that the caller may use."""
 
 
-def unknown_model(model: str, error: UnknownAdapterError, base_model: str, is_known: IsKnown) -> UnknownModelError:
-    """Return the error for a `model` of which one part, `error.name`, is no adapter."""
+def unknown_model(
+    model: str, error: UnknownAdapterError, base_model: str, is_known: IsKnown, *, kinds: str = "adapters", has_auto: bool = False
+) -> UnknownModelError:
+    """Return the error for a `model` of which one part, `error.name`, is no adapter.
+
+    `kinds` says what `error` lists, and `has_auto` whether the server selects adapters for the model `auto`.
+    """
     is_whole, names = error.name.strip() == model.strip(), _names_in(model, is_known)
     if _looks_like(model, base_model):
         hint = f"Did you mean {base_model!r}, the base model?"
@@ -22,7 +27,9 @@ def unknown_model(model: str, error: UnknownAdapterError, base_model: str, is_kn
     elif is_whole and error.near:
         hint = f"Did you mean {' or '.join(map(repr, error.near))}?"
     elif is_whole:
-        hint = f"There are the base model {base_model!r}" + (f" and the adapters {error.listed}." if error.listed else " alone.")
+        models = [f"the base model {base_model!r}", *([repr(AUTO)] if has_auto else [])]
+        models += [f"the {kinds} {error.listed}"] if error.listed else []
+        hint = f"There are {', '.join(models[:-1])} and {models[-1]}." if len(models) > 1 else f"There are {models[0]} alone."
     else:
         text = str(error)
         hint = text[:1].upper() + text[1:]

@@ -16,7 +16,7 @@ from server.description.responses import refusals
 from server.engine.adapters.registry import Registered
 from server.engine.generate_request import RefusedError
 from server.routes.adapter_rows import describe_details, describe_one, encode_list
-from server.routes.dependencies import CallerOf, ServiceOf, require_admin
+from server.routes.dependencies import CallerOf, ServiceOf, check_query, require_admin
 from server.routes.json_route import JsonRoute
 from server.routes.references import find
 from server.routes.uploads import REQUEST_BODY, checked_name, checked_reference, hub_body, read_upload
@@ -40,7 +40,7 @@ WITHDRAWN: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/adapters", response_model=AdapterList)
+@router.get("/adapters", response_model=AdapterList, dependencies=[Depends(check_query)])
 async def list_adapters(
     service: ServiceOf,
     caller: CallerOf,

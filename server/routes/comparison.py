@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import anyio
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
@@ -15,7 +15,7 @@ from server.engine.adapters.registry import Registered
 from server.engine.generate_request import RefusedError
 from server.engine.weight_resolver import WeightResolver
 from server.errors import AdapterFailedError, BusyError
-from server.routes.dependencies import CallerOf, ServiceOf
+from server.routes.dependencies import CallerOf, ServiceOf, check_query
 from server.routes.references import find
 from server.schemas.adapters import AdapterComparison
 
@@ -33,7 +33,7 @@ Names = Annotated[
 ]
 
 
-@router.get("/adapters/compare", response_model=AdapterComparison)
+@router.get("/adapters/compare", response_model=AdapterComparison, dependencies=[Depends(check_query)])
 async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Names) -> AdapterComparison | Response:
     """Compare up to 16 adapters, `names=math,safety`, each with each: their deltas, and their weights on each other's prompts.
 

@@ -1,10 +1,13 @@
-"""Dependencies of routes: the app's service, the caller, and checks of its role."""
+"""Dependencies of routes: the app's service, the caller, and checks of its role and of the query."""
 
+from collections import Counter
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.routing import APIRoute
 
 from server.access.caller import NO_KEYS, Caller, ForbiddenError
+from server.engine.generate_request import RefusedError
 from server.service.service import Service
 
 
@@ -41,3 +44,15 @@ def require_monitor(caller: CallerOf, service: ServiceOf) -> Caller:
         return caller
     message = f"this route needs a key of the role 'monitor' or 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}"
     raise ForbiddenError(message)
+
+
+def check_query(request: Request) -> None:
+    """Raise `RefusedError` for a query field that the route does not have, or that is given more than once."""
+    route = request.scope["route"]
+    assert isinstance(route, APIRoute)
+    known = sorted(param.alias for param in route.dependant.query_params)
+    for field, count in Counter(field for field, _ in request.query_params.multi_items()).items():
+        if field not in known:
+            raise RefusedError(field, f"unknown field: expected {', '.join(known)}")
+        if count > 1:
+            raise RefusedError(field, f"is given {count} times, expected once")

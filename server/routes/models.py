@@ -5,11 +5,14 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from lori.named_merge import NamedMerge
 from lori.names import AUTO
+from server.access.caller import Caller
 from server.description.responses import refusals
-from server.engine.adapters.registry import MayUse, Registered
+from server.engine.adapter_selection import check_auto, is_auto
+from server.engine.adapters.registry import Registered
 from server.engine.generate_request import GenerateRequest, RefusedError
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find_model
@@ -24,7 +27,7 @@ STARTED = int(time.time())
 @router.get("/v1/models", response_model=ModelList)
 async def models(service: ServiceOf, caller: CallerOf) -> Response:
     """List the models that `model` can name; sums of adapters, such as `math+safety`, are listed if they have a name."""
-    content = await service.admin.write_list(lambda: _encode(service, caller.may_use))
+    content = await service.admin.write_list(lambda: _encode(service, caller))
     return Response(content, media_type="application/json")
 
 
@@ -33,14 +36,17 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     """Return one of these models, or the one for a `model` that names several adapters, or a version."""
     if is_base(model, service.base_names):
         return _base(service)
-    if model == AUTO and service.selector:
-        return _auto(service)
     if merge := service.merges.find(model, caller.may_use):
         service.merges.check_complete(model, merge)
         return _merge(service, model, merge)
     named = parse_model(model, service.base_names)
-    request = GenerateRequest(prompt="", adapters=named.adapters, weights=named.weights, may_use=caller.may_use)
+    request = GenerateRequest(
+        prompt="", adapters=named.adapters, weights=named.weights, may_use=caller.may_use, policy=caller.policy
+    )
     try:
+        if is_auto(request):
+            await run_in_threadpool(check_auto, service.selector, request)
+            return _auto(service).model_copy(update={"id": model})
         resolved = service.merges.resolve(request)
         adapters = await find_model(service, caller, model, resolved.adapters)
         # Both raise if every request with this name would be refused.
@@ -58,13 +64,14 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     return card.model_copy(update={"root": root})
 
 
-def _encode(service: Service, may_use: MayUse) -> bytes:
-    adapters = (adapter for name, adapter in service.registry.by_name.items() if may_use(name))
+def _encode(service: Service, caller: Caller) -> bytes:
+    adapters = (adapter for name, adapter in service.registry.by_name.items() if caller.may_use(name))
+    can_select = service.selector and service.selector.can_select(caller.may_use, caller.policy)
     cards = [
         _base(service),
-        *([_auto(service)] if service.selector else []),
+        *([_auto(service)] if can_select else []),
         *(_card(service, [adapter]) for adapter in adapters),
-        *(_merge(service, name, merge) for name, merge in service.merges.complete(may_use).items()),
+        *(_merge(service, name, merge) for name, merge in service.merges.complete(caller.may_use).items()),
     ]
     return ModelList(data=cards).model_dump_json().encode()
 

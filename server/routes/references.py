@@ -19,10 +19,12 @@ from server.service.service import Service
 async def find(service: Service, caller: Caller, references: Sequence[str], field: str) -> list[Registered]:
     """Return the adapters of references, each a name or `name@version`.
 
-    Raises `FieldError` if one is unknown, faulty or ambiguous, and `RefusedError` for `auto`.
+    Raises `FieldError` if one is unknown, faulty or ambiguous, or a named merge, and `RefusedError` for `auto`.
     """
     if AUTO in references:
         raise RefusedError(field, f"is {AUTO!r}, which only requests for an answer may name: name an adapter")
+    if merge := next((name for name in references if service.merges.find(name, caller.may_use)), None):
+        raise FieldError(field, UnknownAdapterError(merge, (), (), f"it is a named merge, see GET /merges/{merge}"))
     try:
         return await run_in_threadpool(lambda: [resolve(service.registry, reference, caller.may_use) for reference in references])
     except (UnknownAdapterError, FaultyAdapterError, AmbiguousVersionError) as error:
@@ -46,7 +48,14 @@ async def find_model(service: Service, caller: Caller, model: str, references: S
 
 def explained_model(service: Service, caller: Caller, model: str, error: UnknownAdapterError) -> UnknownModelError:
     """Return the error for a `model` that names an unknown adapter, with a suggestion."""
-    return unknown_model(model, _with_merges(service, caller, error), service.base_model, _known_to(service, caller))
+    return unknown_model(
+        model,
+        _with_merges(service, caller, error),
+        service.base_model,
+        _known_to(service, caller),
+        kinds="adapters and merges" if service.merges.complete(caller.may_use) else "adapters",
+        has_auto=service.selector is not None,
+    )
 
 
 def explained_adapter(service: Service, caller: Caller, error: UnknownAdapterError, field: str) -> UnknownAdapterError:

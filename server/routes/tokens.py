@@ -6,10 +6,11 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from lori.names import AUTO
 from lori.summary import Summary
 from lori.template import Message
 from server.access.caller import Caller
-from server.engine.generate_request import prompt_size
+from server.engine.generate_request import RefusedError, prompt_size
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.json_route import JsonRoute
 from server.routes.references import find_model
@@ -25,6 +26,9 @@ router = APIRouter(route_class=JsonRoute)
 async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> Response:
     """Return the tokens of a text or of a conversation."""
     prompt = _prompt(body)
+
+    if body.model == AUTO and body.messages is not None and body.template is None:
+        raise RefusedError("template", f"is absent, and the adapters of the model {AUTO!r} decide it, expected one here")
 
     def reply(adapters: Sequence[Summary]) -> TokenizeReply:
         admission = service.admission
@@ -67,7 +71,7 @@ def _prompt(body: TokenizeBody) -> str | Sequence[Message]:
 
 
 async def _adapters_of(model: str | None, service: Service, caller: Caller) -> list[Summary]:
-    if model is None:
+    if model is None or model == AUTO:  # all adapters have one tokenizer
         return []
     adapters = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
     return [registered.summary for registered in adapters]

@@ -52,21 +52,16 @@ class Server:
 
     async def _adapters(self, name: str) -> list[ServedAdapter]:
         async with self._client() as http:
-            reply = await self._send(http.get(f"/adapters/{quote(name)}"))
-            if reply.status_code != HTTPStatus.NOT_FOUND or not (merge := await self._merge(http, name)):
-                content = self._content(reply)
+            merge = await self._send(http.get(f"/merges/{quote(name)}"))
+            if merge.status_code == HTTPStatus.NOT_FOUND:
+                content = self._content(await self._send(http.get(f"/adapters/{quote(name)}")))
                 return [ServedAdapter(content["name"], content["version"], content["templates"])]
             adapters = []
-            for term in merge["adapters"]:
+            for term in self._content(merge)["adapters"]:
                 content = self._content(await self._send(http.get(f"/adapters/{term['name']}@{term['version']}")))
                 weights = [term["weight"] * block for block in term.get("block_weights", [1.0])]
                 adapters.append(ServedAdapter(content["name"], content["version"], content["templates"], weights))
         return adapters
-
-    async def _merge(self, http: httpx.AsyncClient, name: str) -> dict[str, Any] | None:
-        # A name is the first of those that begin with it.
-        page = self._content(await self._send(http.get("/adapters", params={"prefix": name, "limit": 1})))
-        return next((merge for merge in page.get("merges", ()) if merge["name"] == name), None)
 
     def ask_all(self, measure: Callable[[Ask, InputT], Awaitable[OutputT]], items: Sequence[InputT]) -> list[OutputT]:
         """Return the result of `measure` for each of `items`. The first failure cancels the others and raises `AnswerError`."""

@@ -119,7 +119,7 @@ def test_a_merge_is_published_listed_and_deleted(office: Office, client: Client)
     adapters = [{"reference": f"{name}@{version}", "weight": 0.5} for name, version in versions.items()]
     merge = client.publish_merge("both", {"base_digest": office.base.identity.digest, "adapters": adapters, "about": "even"})
     assert (merge.name, [one.name for one in merge.adapters], merge.about) == ("both", ["math", "law"], "even")
-    assert client.adapters().merges == [merge]
+    assert client.adapters().merges == [merge] == [client.merge("both")]
     assert [term.name for term in client.generate(prompt="x", adapter="both", max_tokens=1).adapter] == ["math", "law"]
     assert client.delete_merge("both") == merge
     with pytest.raises(NotFoundError, match="there is no merge 'both'"):

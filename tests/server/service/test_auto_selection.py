@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,10 +14,10 @@ from server.engine.adapters.registry import Registered
 from server.engine.generate_request import GenerateRequest
 from server.engine.request import Request
 from server.service.service import NUM_SELECTIONS, Service
-from tests.server.keyed import OTHER, bearer
+from tests.server.keyed import ACME, OTHER, bearer, served
 from tests.server.live import events
 from tests.server.replies import refusal
-from tests.server.service.weighed import ALPHABETS, ask, prompts, weights
+from tests.server.service.weighed import ALPHABETS, ask, make_service, prompts, weights
 
 pytestmark = pytest.mark.slow
 
@@ -142,8 +143,47 @@ def test_auto_in_a_sum_is_refused(weighing: httpx.Client) -> None:
     assert error["message"] == "model: names 'auto' and other adapters, expected 'auto' alone"
 
 
-@pytest.mark.parametrize("path", ["/tokenize", "/adapters/compare?names=auto,math"])
-def test_what_asks_for_no_answer_cannot_name_it(weighing: httpx.Client, path: str) -> None:
-    body = {"model": "auto", "messages": [{"role": "user", "content": "12"}]}
-    reply = weighing.post(path, json=body) if path == "/tokenize" else weighing.get(path)
-    assert "is 'auto', which only requests for an answer may name: name an adapter" in refusal(reply, 400)["message"]
+@pytest.mark.parametrize("path", ["/adapters/auto", "/adapters/compare?names=auto,math"])
+def test_it_is_no_adapter(weighing: httpx.Client, path: str) -> None:
+    expected = "is 'auto', which only requests for an answer may name: name an adapter"
+    assert expected in refusal(weighing.get(path), 400)["message"]
+
+
+def test_tokens_are_counted_for_it_as_for_any_model(weighing: httpx.Client) -> None:
+    def tokenize(**body: Any) -> httpx.Response:
+        return weighing.post("/tokenize", json=body)
+
+    ids = tokenize(model="auto", prompt="12 + 3").raise_for_status().json()["tokens"]
+    assert ids == tokenize(prompt="12 + 3").raise_for_status().json()["tokens"]
+    body = {"model": "auto", "tokens": ids}
+    assert weighing.post("/detokenize", json=body).raise_for_status().json()["prompt"] == "12 + 3"
+    messages = [{"role": "user", "content": "12"}]
+    error = refusal(tokenize(model="auto", messages=messages), 400)
+    assert error["message"] == "template: is absent, and the adapters of the model 'auto' decide it, expected one here"
+    for template in ("chat", "plain"):
+        reply = tokenize(model="auto", messages=messages, template=template).raise_for_status().json()
+        assert reply == tokenize(messages=messages, template=template).raise_for_status().json()
+
+
+def test_models_has_it_for_those_who_may_use_an_adapter_that_can_be_selected(weighing: httpx.Client) -> None:
+    for name, is_sound in (("auto", True), ("auto:auto", True), ("auto:1", False), ("auto+math", False)):
+        model, request = weighing.get(f"/v1/models/{name}"), {"model": name, "prompt": "12", "max_tokens": 1}
+        statuses = {model.status_code, weighing.post("/v1/completions", json=request).status_code}
+        assert statuses == {200 if is_sound else 400}, name
+        if is_sound:
+            assert model.json()["id"] == name
+
+
+def test_who_may_use_no_adapter_that_can_be_selected_has_no_auto(tiny_model: Path, tmp_path: Path) -> None:
+    service = make_service(tiny_model, tmp_path, acme='adapters = ["intent", "other"]')
+    with served(service, ACME) as client:
+        message = "is 'auto', and none of your adapters that could be selected has statistics of its prompts"
+        for reply in (client.get("/v1/models/auto"), client.post("/v1/completions", json={"model": "auto", "prompt": "1"})):
+            error = refusal(reply, 400)
+            assert (error["param"], message in error["message"]) == ("model", True)
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]][1:] == ["intent", "other"]
+
+
+def test_an_unknown_model_is_answered_with_it(weighing: httpx.Client) -> None:
+    error = refusal(weighing.post("/v1/completions", json={"model": "gpt-4o", "prompt": "12"}), 404)
+    assert "'auto' and the adapters 'intent', 'math', 'other', 'safety'." in error["message"]

@@ -346,6 +346,24 @@ def test_the_merges_are_listed_with_their_weights(client: httpx.Client, blocks: 
     assert other["merges"] == [], "it may not use `safety`"
 
 
+def test_a_merge_is_shown_by_itself(client: httpx.Client) -> None:
+    assert client.get("/merges/both").raise_for_status().json() == client.get("/adapters").json()["merges"][0]
+    for name, key in (("bothe", ACME), ("math", ACME), ("both", OTHER)):
+        assert refusal(client.get(f"/merges/{name}", headers=bearer(key)), 404)["message"] == f"there is no merge '{name}'"
+
+
+def test_what_reads_adapters_says_that_it_is_a_merge(client: httpx.Client) -> None:
+    for path in ("/adapters/both", "/adapters/compare?names=math,both"):
+        message = refusal(client.get(path), 404)["message"]
+        assert message == "there is no adapter 'both': it is a named merge, see GET /merges/both"
+        assert "merge" not in refusal(client.get(path, headers=bearer(OTHER)), 404)["message"]
+
+
+def test_an_unknown_model_is_answered_with_the_merges_too(client: httpx.Client) -> None:
+    message = refusal(client.post("/v1/completions", json={"model": "gpt-4o", "prompt": "1"}), 404)["message"]
+    assert "and the adapters and merges 'both', 'intent', 'math', 'safety'." in message
+
+
 def test_pages_of_adapters_have_the_merges_among_them(client: httpx.Client) -> None:
     names: list[str] = []
     after: str | None = ""

@@ -37,8 +37,11 @@ def make_background(base: BaseModel) -> Background:
     return fit_background(base.identity.digest, [prompt_features(base, prompts(None, 300))])
 
 
-def make_service(model: Path, place: Path, *, has_keys: bool = True, **settings: Any) -> Service:
-    """Return a service. `math` and `safety` have statistics, `intent` has none, and `other` has some of another background."""
+def make_service(model: Path, place: Path, *, has_keys: bool = True, acme: str = "", **settings: Any) -> Service:
+    """Return a service. `math` and `safety` have statistics, `intent` has none, and `other` has some of another background.
+
+    `acme` is the content of the tenant's table in the file of keys.
+    """
     base = load_base_model(str(model), torch.float32, "eager")
     adapters = write_adapters(place / "adapters", base)
     background = make_background(base)
@@ -53,7 +56,7 @@ def make_service(model: Path, place: Path, *, has_keys: bool = True, **settings:
             model=str(model),
             adapters=str(adapters),
             background=place / "background.safetensors",
-            keys=write_keys(place, other="policy = { intent = 0.6 }") if has_keys else None,
+            keys=write_keys(place, acme, other="policy = { intent = 0.6 }") if has_keys else None,
             demo_adapters=False,
             dtype="float32",
             kv_cache_gib=0.05,
