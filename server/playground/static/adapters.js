@@ -2,10 +2,14 @@
 
 import { getJson } from "./api.js";
 import { byId, el, setText } from "./elements.js";
+import { AUTO } from "./mix.js";
 import { bytes, count, percent } from "./numbers.js";
 
 const STEP = 50;
 const TIERS = { disk: "read when a request names it", loaded: "in memory, packed", resident: "in the kernels’ operands" };
+
+/** What stands for the adapters that the server selects. */
+const SELECTION = { name: AUTO, detail: "the server selects adapters for each prompt" };
 
 /** The rows of GET /adapters; says "change" when they were asked for again. */
 export class Catalogue extends EventTarget {
@@ -14,6 +18,11 @@ export class Catalogue extends EventTarget {
   faulty = [];
   baseModel = "";
   fault = "";
+
+  /** Whether the server can select adapters by the prompt. */
+  get canSelect() {
+    return [...this.rows.values()].some((row) => row.has_prompt_statistics);
+  }
 
   /** Asks for them; what goes wrong is told in `fault`. */
   async refresh() {
@@ -54,7 +63,8 @@ export class AdapterList {
     const { merges, rows } = this.catalogue;
     const found = inOrder([...rows.values()], merges).filter((row) => hasAll(words, row));
     const shown = found.slice(0, this.#limit);
-    const items = shown.map((row) => this.#item(row));
+    const choice = this.catalogue.canSelect && hasAll(words, SELECTION) ? [SELECTION] : [];
+    const items = [...choice, ...shown].map((row) => this.#item(row));
     const list = byId("adapters");
     if (items.length !== list.children.length || items.some((item, place) => item !== list.children[place])) {
       keepFocus(list, () => list.replaceChildren(...items));
@@ -82,8 +92,9 @@ export class AdapterList {
     setText(tier, row.tier ?? "");
     tier.dataset.tier = row.tier ?? "";
     tier.title = TIERS[row.tier] ?? "";
-    item.querySelector("label").title = row.adapters ? mergeTitle(row) : `${row.name}@${row.version}`;
-    setText(item.querySelector(".detail"), row.adapters ? mergeDetails(row) : details(row));
+    item.querySelector("label").title = row.adapters ? mergeTitle(row) : row.version ? `${row.name}@${row.version}` : "";
+    setText(item.querySelector(".detail"), row.detail ?? (row.adapters ? mergeDetails(row) : details(row)));
+    item.querySelector("input").disabled = Boolean(row.missing?.length) && !this.mix.has(row.name);
     item.querySelector("input").checked = this.mix.has(row.name);
     return item;
   }
@@ -111,7 +122,7 @@ export class AdapterList {
   }
 
   #more() {
-    const first = this.#limit;
+    const first = byId("adapters").children.length;
     this.#limit += STEP;
     this.#draw();
     // The button may be gone now; reading goes on where it was.
@@ -153,13 +164,14 @@ function inOrder(rows, merges) {
 }
 
 /** The sum, such as "named merge: 0.75 math − 0.5 safety"; weights that depend on the layer are counted. */
-function mergeDetails({ adapters }) {
+function mergeDetails({ adapters, missing }) {
   const numBlocks = Math.max(...adapters.map(({ block_weights: blocks }) => blocks?.length ?? 0));
   const terms = adapters.map(({ name, weight }, i) => {
     const sign = i ? ` ${weight < 0 ? "−" : "+"} ` : weight < 0 ? "−" : "";
     return `${sign}${Number(Math.abs(weight).toPrecision(3))} ${name}`;
   });
-  return `named merge: ${terms.join("")}${numBlocks ? ` · times weights in ${count(numBlocks)} blocks` : ""}`;
+  const absent = missing?.length ? ` · needs ${missing.join(", ")}, which the server does not have` : "";
+  return `named merge: ${terms.join("")}${numBlocks ? ` · times weights in ${count(numBlocks)} blocks` : ""}${absent}`;
 }
 
 function mergeTitle({ adapters, about }) {

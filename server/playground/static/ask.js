@@ -52,8 +52,9 @@ export class Asking {
   }
 
   #mixedBody(method) {
-    const { names, weights, isAuto } = this.mix;
+    const { names, weights, isAuto, isSelecting } = this.mix;
     const body = { ...this.#baseBody("mix"), adapter: names.length === 1 ? names[0] : names };
+    if (isSelecting) return body;
     if (isAuto) body.weights = "auto";
     else if (names.length > 1 || weights[0] !== 1) body.weights = weights;
     if (method !== "linear") {

@@ -1,14 +1,15 @@
 // Weights from the prompt: the server is asked for them while somebody writes.
 
-import { postJson } from "./api.js";
+import { PASSING, postJson } from "./api.js";
 import { byId, setText } from "./elements.js";
 import { FieldError } from "./ask.js";
 import { short } from "./numbers.js";
 
 /** Milliseconds after the last letter. */
 const PAUSE = 400;
+const HINT = "Write a prompt: it gives the weights.";
 
-/** Lets `mix` take its weights from what `asking` asks for, if all that is picked has statistics of its prompts. */
+/** Lets `mix` take its weights from what `asking` asks for, if all that is picked has statistics of its prompts or is `auto`. */
 export class AutoWeights {
   #timer = 0;
   #abort = null;
@@ -24,14 +25,26 @@ export class AutoWeights {
   }
 
   #draw() {
-    const { names, isAuto } = this.mix;
-    const isLinear = names.length < 2 || byId("merge").value === "linear";
-    const isPossible = isLinear && names.length > 0 && names.every((name) => this.catalogue.rows.get(name)?.has_prompt_statistics);
-    byId("auto-row").hidden = !isPossible;
-    byId("auto").checked = isAuto && isPossible;
+    const { names, isAuto, isSelecting } = this.mix;
+    const obstacle = this.#obstacle();
+    byId("auto-row").hidden = !this.catalogue.canSelect || !names.length || isSelecting;
+    byId("auto").disabled = Boolean(obstacle);
+    byId("auto").checked = isAuto && !obstacle;
+    setText(byId("auto-obstacle"), obstacle);
     byId("base-share").hidden = !isAuto;
-    if (isAuto && !isPossible) this.mix.auto(false);
+    if (isAuto && obstacle) this.mix.auto(false);
     else this.#soon();
+  }
+
+  /** Returns why the prompt cannot give the weights of what is picked; nothing if it can. */
+  #obstacle() {
+    const { names, isSelecting } = this.mix;
+    if (isSelecting) return "";
+    const merge = names.find((name) => this.catalogue.merges.some((one) => one.name === name));
+    if (merge) return `${merge} has weights of its own`;
+    const other = names.find((name) => !this.catalogue.rows.get(name)?.has_prompt_statistics);
+    if (other) return `${other} has no statistics of its prompts`;
+    return names.length > 1 && byId("merge").value !== "linear" ? `not for ${byId("merge").value}` : "";
   }
 
   #soon() {
@@ -40,7 +53,7 @@ export class AutoWeights {
       this.#timer = setTimeout(() => this.#ask(), PAUSE);
     } else {
       this.#asked = "";
-      setText(byId("base-share"), "Write a prompt: it gives the weights.");
+      setText(byId("base-share"), HINT);
     }
   }
 
@@ -60,9 +73,11 @@ export class AutoWeights {
       const { adapter, merge } = await postJson("generate", asked, this.#abort.signal);
       const own = adapter.filter(({ policy }) => !policy);
       this.mix.share(Object.fromEntries(own.map(({ name, weight }) => [name, weight])));
-      setText(byId("base-share"), `Base model: ${short(merge.base_share)}`);
+      const selected = this.mix.isSelecting ? own.map(({ name, weight }) => `${name}: ${short(weight)}`) : [];
+      setText(byId("base-share"), [...selected, `Base model: ${short(merge.base_share)}`].join(" · "));
     } catch (error) {
       if (error.name === "AbortError") return;
+      if (PASSING.includes(error.status)) this.#asked = ""; // asked again, at the next change
       setText(byId("base-share"), error.message);
     }
   }

@@ -1,6 +1,6 @@
 // How alike adapters are, and what they get on each other's prompts: a table whose colours say what its figures say.
 
-import { getJson } from "./api.js";
+import { PASSING, getJson } from "./api.js";
 import { byId, el } from "./elements.js";
 import { percent, signed } from "./numbers.js";
 
@@ -23,8 +23,6 @@ const FIGURES = {
     about: "on each other's prompts: an estimate of the column's mean weight on prompts of the row, if all are named.",
   },
 };
-/** Statuses that may be others in a while: no answer, no key yet, others are being compared, not ready. */
-const PASSING = [0, 401, 429, 503];
 const MOVES = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
 /** The table of what `mix` holds, or of the first adapters; asked for once it can be seen. */
@@ -65,6 +63,7 @@ export class Matrix {
   async refresh() {
     const names = this.#names;
     const asked = names.map((name) => `${name}@${this.catalogue.rows.get(name).version}`).join();
+    if (names.length < 2 && !this.#reply) this.#hint("Two adapters or more are compared here.");
     if (!this.#isSeen || this.#isAsking || names.length < 2 || asked === this.#asked) return;
     [this.#isAsking, this.#asked] = [true, asked];
     this.#hint(`Comparing ${names.length} adapters…`);

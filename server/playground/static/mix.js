@@ -1,5 +1,8 @@
 // What is picked, with which weight. Knows no element of the page.
 
+/** The name by which a request lets the server select the adapters. */
+export const AUTO = "auto";
+
 /** The picked adapters in their order; says "change" whenever they or their weights are others. */
 export class Mix extends EventTarget {
   #weights = new Map();
@@ -22,7 +25,12 @@ export class Mix extends EventTarget {
 
   /** Whether the prompt gives the weights. */
   get isAuto() {
-    return this.#shares !== null;
+    return this.#shares !== null || this.isSelecting;
+  }
+
+  /** Whether the server selects the adapters; nothing else is picked then. */
+  get isSelecting() {
+    return this.has(AUTO);
   }
 
   has(name) {
@@ -35,6 +43,8 @@ export class Mix extends EventTarget {
   }
 
   pick(name) {
+    if (name === AUTO) [this.#weights, this.#shares] = [new Map(), null];
+    else this.#weights.delete(AUTO);
     this.#weights.set(name, null);
     this.#changed();
   }

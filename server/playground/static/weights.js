@@ -1,7 +1,7 @@
 // The weights of what is picked: by slider, or exactly.
 
 import { byId, el } from "./elements.js";
-import { cardWeights } from "./mix.js";
+import { AUTO, cardWeights } from "./mix.js";
 
 const REACH = 2;
 
@@ -28,7 +28,7 @@ export class Weights {
     }
     for (const name of names) {
       if (!this.#rows.has(name)) this.#rows.set(name, list.appendChild(this.#make(name)));
-      show(this.#rows.get(name), this.mix.weightOf(name), this.mix.isAuto);
+      if (name !== AUTO) show(this.#rows.get(name), this.mix.weightOf(name), this.mix.isAuto);
     }
     byId("mix-empty").hidden = names.length > 0;
     for (const id of ["even", "merge-row"]) byId(id).hidden = names.length < 2;
@@ -36,11 +36,19 @@ export class Weights {
   }
 
   #make(name) {
-    const weigh = (event) => this.mix.weigh({ [name]: event.target.value === "" ? null : Number(event.target.value) });
+    const weights = name === AUTO ? [el("span", { class: "hint selected" }, "selected by the server")] : this.#inputs(name);
     return el(
       "li",
       { class: "field weight" },
       el("span", { class: "name", title: name }, name),
+      ...weights,
+      el("button", { type: "button", class: "bare", "aria-label": `Remove ${name}`, onclick: () => this.#remove(name) }, "×"),
+    );
+  }
+
+  #inputs(name) {
+    const weigh = (event) => this.mix.weigh({ [name]: event.target.value === "" ? null : Number(event.target.value) });
+    return [
       el("input", {
         type: "range", min: -REACH, max: REACH, step: 0.05, "aria-label": `Weight of ${name}`, oninput: weigh,
       }),
@@ -48,8 +56,7 @@ export class Weights {
         type: "number", step: 0.05, inputmode: "decimal", "aria-label": `Exact weight of ${name}`, oninput: weigh,
         onblur: (event) => show(event.target.parentElement, this.mix.weightOf(name), this.mix.isAuto),
       }),
-      el("button", { type: "button", class: "bare", "aria-label": `Remove ${name}`, onclick: () => this.#remove(name) }, "×"),
-    );
+    ];
   }
 
   #remove(name) {

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from tests.server.live import serve_here
 from tests.server.playground.conftest import Visit, Visiting
@@ -52,18 +52,61 @@ def test_the_weights_follow_the_prompt(visiting: Visiting, url: str) -> None:
 
 def test_adapters_without_statistics_and_other_merges_have_none(visiting: Visiting, url: str) -> None:
     visit = visiting(url)
-    row = visit.page.locator("#auto-row")
-    visit.pick("math")
-    expect(row).to_be_visible()
-    visit.page.locator("#auto").check()
-    visit.pick("intent")
+    row, box = visit.page.locator("#auto-row"), visit.page.locator("#auto")
     expect(row).to_be_hidden()
+    visit.pick("math")
+    box.check()
+    visit.pick("intent")
+    expect(row).to_have_text("Weights from the prompt intent has no statistics of its prompts")
+    expect(box).to_be_disabled()
     visit.page.get_by_role("checkbox", name="intent", exact=True).uncheck()
-    expect(row).to_be_visible()
-    expect(visit.page.locator("#auto")).not_to_be_checked()
+    expect(row).to_have_text("Weights from the prompt ")
+    expect(box).not_to_be_checked()
+    expect(box).to_be_enabled()
     visit.pick("safety")
     visit.page.locator("#merge").select_option("ties")
-    expect(row).to_be_hidden()
+    expect(row).to_have_text("Weights from the prompt not for ties")
+    expect(box).to_be_disabled()
+
+
+def test_the_server_may_select_the_adapters(visiting: Visiting, url: str) -> None:
+    visit = visiting(url)
+    visit.pick("intent", "auto")
+    expect(visit.page.get_by_role("checkbox", name="intent", exact=True)).not_to_be_checked()
+    expect(visit.page.locator("#mix")).to_contain_text("selected by the server")
+    expect(visit.page.locator("#auto-row")).to_be_hidden()
+    [sums], [nobody] = prompts("math", 1), prompts(None, 1)
+    for prompt, selected in ((sums, "math: 1 · Base model: 0"), (nobody, "Base model: 1")):
+        visit.page.locator("#prompt").fill(prompt)
+        expect(visit.page.locator("#base-share")).to_have_text(selected)
+    visit.ask(prompt=sums, max_tokens="4")
+    expect(visit.answer("mix", "h3")).to_have_text("Answer: 1.00 math")
+    asked = [body for body in visit.bodies() if "adapter" in body]
+    assert [(body["adapter"], "weights" in body) for body in asked] == [("auto", False)] * 3
+    visit.pick("safety")
+    expect(visit.page.get_by_role("checkbox", name="auto", exact=True)).not_to_be_checked()
+    expect(visit.page.get_by_role("spinbutton", name="Exact weight of safety")).to_have_value("1")
+
+
+def test_after_a_passing_failure_the_weights_are_asked_for_again(visiting: Visiting, url: str) -> None:
+    visit = visiting(url, allowed=(503,))
+    visit.pick("math")
+    visit.page.locator("#auto").check()
+    answers = [503]
+
+    def answer(route: Route) -> None:
+        if not answers:
+            route.fallback()
+            return
+        error = {"message": "not ready", "type": "ServiceUnavailableError", "param": None, "code": 503}
+        route.fulfill(status=answers.pop(), json={"error": error})
+
+    visit.page.route("**/generate", answer)
+    visit.page.locator("#prompt").fill(prompts("math", 1)[0])
+    base = visit.page.locator("#base-share")
+    expect(base).to_have_text("not ready")
+    visit.look_again()  # the list of adapters is read again, which the page does every few seconds
+    expect(base).to_have_text("Base model: 0")
 
 
 def test_a_refusal_is_shown_in_place_of_the_weights(visiting: Visiting, url: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from lori.base_model import load_base_model
 from lori.named_merge import MergedAdapter
@@ -78,3 +78,19 @@ def test_the_comparison_leaves_out_merges(visiting: Visiting, client: httpx.Clie
     visit.pick("safety")
     visit.page.locator("#compare").scroll_into_view_if_needed()
     expect(names).to_have_text(["math", "safety"])
+
+
+def test_a_merge_whose_adapters_are_not_there_says_so(visiting: Visiting, client: httpx.Client) -> None:
+    visit = visiting(f"{str(client.base_url).rstrip('/')}/")
+
+    def without(route: Route) -> None:
+        reply = client.get("/adapters").json()
+        reply["merges"][0]["missing"] = ["safety@0123456789ab"]
+        route.fulfill(json=reply)
+
+    visit.page.route("**/adapters", without)
+    visit.look_again()
+    details = visit.page.locator("#adapters .detail")
+    expect(details.nth(0)).to_contain_text("needs safety@0123456789ab, which the server does not have")
+    expect(visit.page.get_by_role("checkbox", name="both", exact=True)).to_be_disabled()
+    expect(visit.page.get_by_role("checkbox", name="deep", exact=True)).to_be_enabled()
