@@ -8,10 +8,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 from pydantic.config import JsonDict
+from pydantic_core import ErrorDetails
 
 from lori.config import Digest
 from lori.errors import AdapterError
@@ -24,6 +26,7 @@ from lori.template import Text
 MAX_BYTES = 1 << 20
 """Maximum size of a file."""
 SUFFIX = ".json"
+SHORT = Repr()
 MAX_BLOCKS = 128
 """Maximum number of blocks of layers: as many as the layers of the largest models."""
 MAX_SHOWN = 4
@@ -142,7 +145,7 @@ class NamedMerge(BaseModel):
         try:
             merge = cls.model_validate_json(content)
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, one['loc'])) or 'JSON'}: {one['msg']}" for one in error.errors()]
+            faults = [_fault(one) for one in error.errors()]
             raise AdapterError(f"it is no sound named merge: {printable('; '.join(faults))}") from error
         if duplicates := _repeated_keys(content):
             raise AdapterError(f"it is no sound named merge: JSON: has {', '.join(duplicates)} twice in one object")
@@ -152,6 +155,12 @@ class NamedMerge(BaseModel):
         """Raise `AdapterError` if the adapters belong to another base than that of `base_digest`."""
         if self.base_digest != base_digest:
             raise AdapterError(f"base_digest is {self.base_digest}, expected {base_digest}: it is of another base")
+
+
+def _fault(error: ErrorDetails) -> str:
+    field = ".".join(map(str, error["loc"])) or "JSON"
+    found = "" if error["type"] in ("missing", "json_invalid", "value_error") else f", found {SHORT.repr(error['input'])}"
+    return f"{field}: {error['msg']}{found}"
 
 
 def _repeated_keys(content: bytes) -> list[str]:

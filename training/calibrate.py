@@ -49,7 +49,8 @@ def calibrate(config: CalibrateConfig) -> str:
     adapter = load_adapter(config.adapter, base.identity)
     statistics = measure(base, adapter, load_background(base.identity, config.background), forms)
     written = write_statistics(config.adapter, statistics)
-    return f"wrote {written}: {sum(len(form.rows) for form in forms)} prompts in {len(forms)} forms"
+    num_prompts, forms_text = sum(len(form.rows) for form in forms), "form" if len(forms) == 1 else "forms"
+    return f"wrote {written}: {num_prompts} prompts in {len(forms)} {forms_text}"
 
 
 def main() -> int:

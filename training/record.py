@@ -30,8 +30,7 @@ def render_card(name: str, config: AdapterConfig) -> str:
         "---",
         f"# {name}",
         "",
-        training.get("about", ""),
-        "",
+        *([about, ""] if (about := training.get("about")) else []),
         f"{method_name(training)} on {config.base_model_name_or_path}: rank {config.r}, alpha {config.lora_alpha:g}, "
         f"{1 - lori.sparsity:.0%} of B kept, basis {lori.basis}. "
         f"Version `{lori.content_digest[:NUM_VERSION_DIGITS]}`. Trained on the template {' and '.join(lori.templates)}.",

@@ -154,7 +154,7 @@ class AdapterSelector:
             terms = []
         names = tuple(f"{adapter.name}@{adapter.version}" for adapter, _ in terms)
         weights = tuple(weight for _, weight in terms)
-        return replace(pending.request, adapters=names, weights=weights or None, base_share=1 - sum(weights))
+        return replace(pending.request, adapters=names, weights=weights or None, base_share=1.0 - sum(weights))
 
     def _fit_together(self, pending: PendingSelection, adapters: Sequence[Summary]) -> bool:
         request = pending.request

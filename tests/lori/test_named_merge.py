@@ -63,7 +63,7 @@ def test_every_fault_of_a_file_is_reported() -> None:
         ({"adapters": [{"reference": "auto@0123456789ab", "weight": 1.0}]}, "'auto' is no adapter's name"),
         ({"adapters": [{"reference": "Math@0123456789ab", "weight": 1.0}]}, "'Math' is no adapter's name"),
         ({"adapters": [{"reference": "math@0123456789ab", "weight": 1.0}] * 2}, "twice, expected each adapter once"),
-        ({"adapters": [{"reference": "math@0123456789ab", "weight": 16.5}]}, "less than or equal to 16"),
+        ({"adapters": [{"reference": "math@0123456789ab", "weight": 16.5}]}, "less than or equal to 16, found 16.5"),
         ({"adapters": [{"reference": "math@0123456789ab", "weight": float("nan")}]}, "finite"),
         ({"adapters": [{"reference": "math@0123456789ab", "weight": 0.012345678901234568}]}, "more than 17 decimal places"),
         ({"adapters": [{"reference": "math@0123456789ab", "weight": 1.0, "block_weights": [17.0]}]}, "less than or equal to 16"),

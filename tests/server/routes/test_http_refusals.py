@@ -20,6 +20,18 @@ def test_an_unknown_adapter_is_404_with_near_names(live: Live) -> None:
     assert (error["type"], error["param"], error["code"]) == ("NotFoundError", "adapter", 404)
 
 
+@pytest.mark.parametrize(
+    ("query", "param", "message"),
+    [
+        ("names=math&names=safety", "names", "is given 2 times, expected once"),
+        ("names=math,safety&name=x", "name", "unknown field: expected names"),
+    ],
+)
+def test_a_query_that_is_not_as_described_is_refused(live: Live, query: str, param: str, message: str) -> None:
+    error = refusal(live.client.get(f"/adapters/compare?{query}"), 400)
+    assert (error["param"], error["message"]) == (param, f"{param}: {message}")
+
+
 def bad(name: str, body: object, field: str | None, *parts: str) -> Any:
     """Return a bad body, the `param` of its refusal, and the parts that the refusal's message must have."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
