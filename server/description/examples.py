@@ -65,6 +65,7 @@ MERGE = {
         {"name": "safety", "version": "77041cc00657", "weight": 0.7},
     ],
     "about": "by hand",
+    "missing": [],
 }
 WITHDRAWN = {"name": "intent", "versions": [VERSION], "num_using": 0}
 REPLIES: dict[str, Any] = {
@@ -121,7 +122,7 @@ REPLIES: dict[str, Any] = {
         "auto_weight": [[1.0, 0.0], [0.0, 1.0]],
     },
     "publish": ADAPTER,
-    **dict.fromkeys(("publish_merge", "delete_merge"), MERGE),
+    **dict.fromkeys(("show_merge", "publish_merge", "delete_merge"), MERGE),
     "delete": WITHDRAWN,
     "unload": WITHDRAWN,
     **dict.fromkeys(("set_alias", "load", "pin", "unpin"), ADAPTER),

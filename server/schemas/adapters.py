@@ -108,7 +108,7 @@ class NamedMergeInfo(BaseModel):
     adapters: list[MergedAdapterInfo]
     about: str
     """How the weights were chosen."""
-    missing: list[str]
+    missing: list[str] = []
     """The adapters that the server does not have, as `name@version`. Requests for the merge are refused while there are any."""
 
 
