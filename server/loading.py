@@ -113,18 +113,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     _log(model, settings, len(registry.by_name))
     _freeze()
     engine = _make_engine(settings, model, Loader(registry, reader, NUM_FETCHED), grammars, can_weigh=background is not None)
-    admission = Admission(
-        base.tokenizer,
-        registry,
-        model.max_context,
-        settings.max_resident,
-        _max_nnz(base, settings),
-        base.model.config.get_text_config().vocab_size,
-        grammars,
-        max_merge_nnz=settings.resident_gib * GIB / BYTES_PER_PART,
-        background=background,
-        weighs_by_default=settings.default_merge == "auto",
-    )
+    admission = _make_admission(settings, model, registry, grammars, background)
     _log_statistics(admission, registry)
     max_selected, threshold = settings.auto_max_adapters, settings.auto_threshold
     return Service(
@@ -148,6 +137,23 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         ),
         outline=f"{_outline(base)}, {describe_capacity(base, registry, model.pool, settings)}",
         selector=AdapterSelector(registry, admission, background, max_selected, threshold) if background else None,
+    )
+
+
+def _make_admission(
+    settings: Settings, model: ServedModel, registry: Registry, grammars: Grammars | None, background: Background | None
+) -> Admission:
+    return Admission(
+        model.base.tokenizer,
+        registry,
+        model.max_context,
+        settings.max_resident,
+        _max_nnz(model.base, settings),
+        model.base.model.config.get_text_config().vocab_size,
+        grammars,
+        max_merge_nnz=settings.resident_gib * GIB / BYTES_PER_PART,
+        background=background,
+        weighs_by_default=settings.default_merge == "auto",
     )
 
 
