@@ -30,7 +30,8 @@ NUM_NEAREST = 16
 MAX_ORIGIN = 64.0
 """Largest magnitude of an entry of the flat index's origin. With copies of the demo adapters' statistics it is at most 13.3."""
 MAX_DISTANCE = 4.0
-"""Largest distance of a mean from the background's that counts where directions are chosen, in multiples of the median."""
+"""Means that lie further than this from the background's, in multiples of the median distance, are moved to this distance before
+the directions are computed."""
 NUM_AVERAGED = 1000
 """Maximum number of adapters whose covariances are averaged."""
 NUM_DRAWS = 64
@@ -164,17 +165,17 @@ class SelectionIndex:
 
 
 def _linear_discriminants(means: Array, counts: Sequence[int], adapters: Sequence[PromptStatistics]) -> Array:
-    """Return the directions (F, NUM_DIMENSIONS) in which `means` (G, F) differ most, measured by the mean covariance.
+    """Return the directions (F, NUM_DIMENSIONS) in which `means` (G, F) differ most, relative to the mean covariance.
 
-    Each adapter counts once: `counts` has its number of Gaussians. Means that are far away count as if they were less far, and of
-    a covariance only the shape counts, so that no single adapter decides the directions for all others.
+    `counts` has each adapter's number of Gaussians. No single adapter may dominate: each counts once, its covariance is scaled to
+    the trace 1, and distant means are moved closer (`MAX_DISTANCE`).
     """
-    mean = np.zeros((means.shape[1], means.shape[1]))
+    covariances = np.zeros((means.shape[1], means.shape[1]))
     for i in np.unique(np.linspace(0, len(adapters) - 1, NUM_AVERAGED).astype(int)):
         covariance = mean_covariance(adapters[i].gaussians)
-        mean += covariance / np.trace(covariance)
-    values, vectors = np.linalg.eigh(mean)
-    whitening = vectors / np.sqrt(values)  # to a space in which the mean covariance is the identity
+        covariances += covariance / np.trace(covariance)
+    values, vectors = np.linalg.eigh(covariances)
+    whitening = vectors / np.sqrt(values)  # to a space in which the mean covariance is a multiple of the identity
     whitened = means @ whitening
     distances = np.linalg.norm(whitened, axis=1)
     limit = max(MAX_DISTANCE * float(np.median(distances)), np.finfo(np.float64).tiny)

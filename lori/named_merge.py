@@ -5,10 +5,10 @@ a name always means the same sum.
 """
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from reprlib import Repr
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
@@ -26,7 +26,6 @@ from lori.template import Text
 MAX_BYTES = 1 << 20
 """Maximum size of a file."""
 SUFFIX = ".json"
-SHORT = Repr()
 MAX_BLOCKS = 128
 """Maximum number of blocks of layers: as many as the layers of the largest models."""
 MAX_SHOWN = 4
@@ -158,9 +157,10 @@ class NamedMerge(BaseModel):
 
 
 def _fault(error: ErrorDetails) -> str:
+    """Return the field, the fault, and what was found, unless the message has it."""
     field = ".".join(map(str, error["loc"])) or "JSON"
-    found = "" if error["type"] in ("missing", "json_invalid", "value_error") else f", found {SHORT.repr(error['input'])}"
-    return f"{field}: {error['msg']}{found}"
+    found = "" if error["type"] in ("missing", "json_invalid", "value_error") else f", found {reprlib.repr(error['input'])}"
+    return f"{field}: {error['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _repeated_keys(content: bytes) -> list[str]:

@@ -17,7 +17,7 @@ from server.schemas.model_names import ModelWeightsError, UnknownModelError
 
 
 class BusyError(Exception):
-    """The queue is full."""
+    """The server cannot take the request now. The same request may succeed later."""
 
 
 class DrainingError(Exception):
@@ -49,10 +49,10 @@ class UnknownMergeError(Exception):
 
 
 class IncompleteMergeError(Exception):
-    """A named merge needs adapters that are not there. `references` names them."""
+    """A named merge needs adapters that the server does not have, or that are damaged."""
 
     def __init__(self, name: str, references: Sequence[str]) -> None:
-        super().__init__(f"the merge {name!r} needs {', '.join(references)}, which the server does not have")
+        super().__init__(f"the merge {name!r} needs {', '.join(references)}, which the server cannot serve")
 
 
 class StoreError(Exception):

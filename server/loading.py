@@ -95,7 +95,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     merges = NamedMerges(
         named_merges,
         lambda name: name in registry.by_name or name in registry.faulty,
-        lambda reference: bool(candidates(registry, reference) or registry.find_faulty(reference)),
+        lambda reference: bool(candidates(registry, reference)),
     )
     model = prepare_model(settings, base, registry, load, may_grow=own_store is not None)
     reader = PackedReader(base.identity, model.pool.layouts)

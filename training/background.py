@@ -14,7 +14,7 @@ from pydantic import Field
 
 from lori.gaussians import Array
 from lori.prompt_statistics import MAX_GAUSSIANS, NUM_FEATURES, NUM_PROJECTED, Background, fit_background
-from lori.store.files import check_replaceable, replace_file
+from lori.store.files import check_writable, replace_file
 from training.base import RowsConfig, load_base
 from training.command_line import run_program
 from training.data import DataError, Faults, Source, read_rows
@@ -40,7 +40,7 @@ class BackgroundConfig(RowsConfig):
 
 def measure_background(config: BackgroundConfig) -> str:
     """Measure and write the background. Return a line that says what was written. Raises `LoriError` and `OSError`."""
-    check_replaceable(config.output)  # before the measurement, not after
+    check_writable(config.output)  # before the measurement, not after
     faults = Faults(config.on_bad)
     kinds = [read_rows(source, needs="prompt", faults=faults) for source in config.data]
     faults.raise_or_warn()

@@ -14,7 +14,7 @@ from pydantic_settings import CliPositionalArg
 
 from lori.format import load_adapter
 from lori.prompt_statistics import MAX_GAUSSIANS, STATISTICS_FILE, load_background
-from lori.store.files import check_replaceable
+from lori.store.files import check_writable
 from training.base import RowsConfig, load_base
 from training.command_line import run_program
 from training.data import Faults, Source, read_rows
@@ -39,7 +39,7 @@ class CalibrateConfig(RowsConfig):
 
 def calibrate(config: CalibrateConfig) -> str:
     """Measure and write the statistics. Return a line that says what was written. Raises `LoriError` and `OSError`."""
-    check_replaceable(config.adapter / STATISTICS_FILE)  # before the measurement, not after
+    check_writable(config.adapter / STATISTICS_FILE)  # before the measurement, not after
     faults = Faults(config.on_bad)
     forms = [Form(source.path, config.draw(read_rows(source, faults=faults), config.num_rows)) for source in config.data]
     faults.raise_or_warn()

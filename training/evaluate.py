@@ -84,7 +84,7 @@ def local_subject(config: EvaluateConfig) -> Iterator[Subject]:
         reference: adapter.config.lori.templates for reference, adapter in zip(config.adapter, adapters, strict=True)
     }
     template = _template(config, templates_by_name)
-    weights = [weight for weight in config.weights if weight != "auto"]  # none is, see the config
+    weights = [weight for weight in config.weights if weight != "auto"]  # with --local none is
     with apply_adapter(base.model, AdapterSelection(adapters, weights, config.merge_options).merged()):
         answerer = LocalAnswerer(base.model, base.tokenizer, template, config.batch_tokens)
         measured_adapters = [MeasuredAdapter(adapter.name, adapter.version) for adapter in adapters]

@@ -12,10 +12,11 @@ from training.weight_trials import Trial, Weights, best_of, split_blocks
 WIDTH, HEIGHT = 9.0, 4.0
 """In inches."""
 MARKERS = "sD^vP<>X*p"
-"""Of the weights that were tried first. If there are more, they share one marker and one label."""
-BEST = "C3"
-MAX_LEVEL = 6
-"""Maximum number of adapters whose names are written side by side."""
+"""Markers of the weights tried before the descent. If there are more weights than markers, all share one marker and one label."""
+CHOSEN_COLOUR = "C3"
+"""Of the ring around the weights with the best score."""
+MAX_HORIZONTAL_NAMES = 6
+"""Maximum number of adapters whose names are written horizontally."""
 
 
 def plot_trials(title: str, names: Sequence[str], num_blocks: int, trials: Sequence[Trial], path: Path) -> None:
@@ -39,12 +40,11 @@ def _plot_scores(axes: Axes, names: Sequence[str], num_blocks: int, trials: Sequ
         axes.plot([0] * len(starts), [trial.score for trial in starts], "s", markersize=5, color="grey", label="tried first")
     axes.plot([trial.step for trial in later], [trial.score for trial in later], "o-", markersize=4, color="C0", label="descent")
     best = best_of(trials)
-    axes.plot(best.step, best.score, "o", markersize=11, fillstyle="none", color=BEST, label=f"chosen: {best.score:.3f}")
+    axes.plot(best.step, best.score, "o", markersize=11, fillstyle="none", color=CHOSEN_COLOUR, label=f"chosen: {best.score:.3f}")
     axes.set_xlabel("step")
     axes.set_ylabel("mean share of the gains")
     axes.set_title("on held-out rows", fontsize=FONT_SIZE)
-    for text in axes.legend(fontsize=NUMBER_SIZE, labelspacing=0.6).get_texts():
-        text.set_parse_math(False)
+    _add_legend(axes, NUMBER_SIZE)
 
 
 def _label(names: Sequence[str], weights: Weights) -> str:
@@ -60,16 +60,20 @@ def _plot_weights(axes: Axes, names: Sequence[str], blocks: Sequence[Weights]) -
         bars = axes.bar(range(len(names)), [weight for [weight] in blocks], color=[f"C{i}" for i in range(len(names))])
         axes.bar_label(bars, fmt="%.2f", fontsize=FONT_SIZE)
         axes.margins(y=0.12)
-        axes.set_xticks(range(len(names)), names, parse_math=False, rotation=90 if len(names) > MAX_LEVEL else 0)
+        axes.set_xticks(range(len(names)), names, parse_math=False, rotation=90 if len(names) > MAX_HORIZONTAL_NAMES else 0)
     else:
         edges = [i + 0.5 for i in range(num_blocks + 1)]
         for i, block_weights in enumerate(blocks):
             axes.stairs(block_weights, edges, baseline=None, linewidth=2, color=f"C{i}", label=names[i])
-        for text in axes.legend(fontsize=FONT_SIZE).get_texts():
-            text.set_parse_math(False)
+        _add_legend(axes, FONT_SIZE)
         axes.set_xlabel("block of layers")
         axes.set_xlim(edges[0], edges[-1])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_ylabel("weight")
     axes.set_title("the chosen weights", fontsize=FONT_SIZE)
+
+
+def _add_legend(axes: Axes, font_size: float) -> None:
+    for text in axes.legend(fontsize=font_size, labelspacing=0.6).get_texts():
+        text.set_parse_math(False)  # a dollar sign of a name is one

@@ -32,7 +32,7 @@ from lori.named_merge import (
     weights_text,
 )
 from lori.names import AUTO, NAME, RESERVED, check_name, is_name
-from lori.store.files import check_replaceable, replace_file
+from lori.store.files import check_writable, replace_file
 from lori.store.store import AdapterStore
 from lori.template import common_templates
 from training.base import RowsConfig, load_base
@@ -111,7 +111,7 @@ def tune(config: TuneConfig) -> str:
     if existing := [str(file) for file in config.files if os.path.lexists(file)]:
         raise LoriError(f"--output: remove {', '.join(existing)} first, or give another name")
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    check_replaceable(config.output)  # before the descent, not after
+    check_writable(config.output)  # before the descent, not after
     faults = Faults(config.on_bad)
     rows = _distinct({source.path: read_rows(source, faults=faults) for source in config.data})
     faults.raise_or_warn()
@@ -248,7 +248,7 @@ def _own_name(store: Path | None, reference: str, adapter: Adapter) -> str:
 
 
 def _serving(config: TuneConfig) -> str:
-    """Return how to serve the merge."""
+    """Return the end of the report: the command that serves the merge."""
     model = ["--model", config.model] if config.model else []
     stores = {str(config.adapters)} if config.adapters else {str(Path(folder).parent) for folder in config.adapter}
     [store] = stores if len(stores) == 1 else ["FOLDER"]

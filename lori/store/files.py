@@ -212,12 +212,16 @@ def replace_file(path: Path, content: bytes, mode: int = 0o644, owner: tuple[int
     sync_folder(path.parent)
 
 
-def check_replaceable(path: Path) -> None:
-    """Raise `OSError` if `replace_file` could not write `path`: its folder is not there or not writable, or it is a folder."""
+def check_writable(path: Path) -> None:
+    """Raise `OSError` if `replace_file` could not write `path`: it is a folder, or its folder is missing or not writable."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        error.filename = str(path.parent)  # and not the scratch file
+        raise
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lori.flat_index import BoolArray
 from lori.names import AUTO
 from lori.prompt_statistics import Background, PromptStatistics
 from lori.summary import Summary
-from server.engine.adapters.registry import MAX_CALLERS, MayUse, Registered, Registry, candidates
+from server.engine.adapters.registry import MAX_CALLERS, MayUse, Registered, Registry, candidates, clashes
 from server.engine.admission import Admission
 from server.engine.generate_request import GenerateRequest, RefusedError, TokenPrompt, checked_timeout_s
 from server.engine.weight_resolver import NO_BACKGROUND
@@ -63,9 +63,7 @@ class _Snapshot:
         """Return which adapters may be selected: those of `view` without any version of those of the operator's `policy`."""
         if not policy:
             return view.allowed
-        names = {name for adapter in policy for name in adapter.names}
-        digests = {adapter.summary.digest for adapter in policy}
-        is_free = [same[0].summary.digest not in digests and not any(one.names & names for one in same) for same in self.adapters]
+        is_free = [not any(clashes(one, policy) for one in same) for same in self.adapters]
         allowed: BoolArray = view.allowed & np.array(is_free, dtype=bool)
         return allowed
 
@@ -111,13 +109,16 @@ class AdapterSelector:
     def can_select(self, may_use: MayUse, policy: Sequence[tuple[str, float]]) -> bool:
         """Return whether there is an adapter that could be selected for a caller, beside the operator's `policy`."""
         added = [adapter for reference, _ in policy for adapter in candidates(self._registry, reference)]
-        names = {name for adapter in added for name in adapter.names}
-        digests = {adapter.summary.digest for adapter in added}
         return any(
-            may_use(name) and self._admission.weights.can_weigh(adapter.summary)
+            may_use(name) and self._admission.weights.can_weigh(adapter.summary) and not clashes(adapter, added)
             for name, adapter in self._registry.by_name.items()
-            if adapter.summary.digest not in digests and not adapter.names & names
         )
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raise `RefusedError` if every request for `auto` with these adapters, weights and merge would be refused."""
+        _check_fields(request)
+        if not self.can_select(request.may_use, request.policy):
+            raise RefusedError("adapter", NONE_SELECTABLE)
 
     def prepare(self, request: GenerateRequest, *, must_be_current: bool = False) -> PendingSelection:
         """Return the query of a request for `auto`. After a change of the adapters their index is built again first.
@@ -185,13 +186,11 @@ def is_auto(request: GenerateRequest) -> bool:
     return AUTO in request.adapters
 
 
-def check_auto(selector: AdapterSelector | None, request: GenerateRequest) -> None:
-    """Raise `RefusedError` if every request for `auto` with these adapters, weights and merge would be refused."""
+def checked_selector(selector: AdapterSelector | None) -> AdapterSelector:
+    """Return `selector`. Raises `RefusedError` if there is none, since the base has no background."""
     if selector is None:
         raise RefusedError("adapter", f"is {AUTO!r}, and {NO_BACKGROUND}")
-    _check_fields(request)
-    if not selector.can_select(request.may_use, request.policy):
-        raise RefusedError("adapter", NONE_SELECTABLE)
+    return selector
 
 
 def _check_fields(request: GenerateRequest) -> None:

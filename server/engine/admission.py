@@ -12,7 +12,7 @@ from lori.errors import TemplateError
 from lori.prompt_statistics import Background
 from lori.summary import Summary
 from lori.template import Template, common_template, encode, render_prompt
-from server.engine.adapters.registry import PolicyError, Registered, Registry, candidates, resolve
+from server.engine.adapters.registry import PolicyError, Registered, Registry, candidates, clashes, resolve
 from server.engine.generate_request import (
     GenerateRequest,
     RefusedError,
@@ -128,7 +128,7 @@ class Admission:
             prompt_offsets=offsets,
             template=template,
             terms=tuple(_term(request, *part) for part in zip(adapters, weights, block_weights, strict=True)),
-            merge_names=tuple(dict.fromkeys(filter(None, request.merge_names))),
+            merge_names=tuple(dict.fromkeys(filter(None, request.merge_of_adapter))),
             merge=request.merge,
             auto=auto,
             base_share=request.base_share,
@@ -207,15 +207,12 @@ class Admission:
 
     def _requested_adapters(self, request: GenerateRequest, policy_adapters: Sequence[Registered]) -> list[Registered]:
         # A client's weight could cancel the operator's: through another name, or another version.
-        names, digests = (
-            {name for adapter in policy_adapters for name in adapter.names},
-            {adapter.summary.digest for adapter in policy_adapters},
-        )
+        names = {name for adapter in policy_adapters for name in adapter.names}
         adapters: list[Registered] = []
         for number, reference in enumerate(request.adapters):
             name = reference.partition("@")[0]
             adapter = None if name in names else resolve(self._registry, reference, request.may_use)
-            if adapter is None or adapter.names & names or adapter.summary.digest in digests:
+            if adapter is None or clashes(adapter, policy_adapters):
                 raise RefusedError(
                     "adapter", f"names {reference!r}, which the operator adds to every request of {request.tenant!r}"
                 )
@@ -274,7 +271,7 @@ def _place_of(adapter: Registered, adapters: Sequence[Registered]) -> int | None
 def _twice(request: GenerateRequest, first: int, second: int) -> str:
     """Return what names an adapter twice, at these places among the request's adapters: the client, or merges that it named."""
     reference = request.adapters[second]
-    merge, other = (request.merge_names[place] if request.merge_names else "" for place in (first, second))
+    merge, other = (request.merge_of_adapter[place] if request.merge_of_adapter else "" for place in (first, second))
     if merge and other:
         return f"names the merges {merge!r} and {other!r}, which both have {reference!r}"
     if not merge and not other:

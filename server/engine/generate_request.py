@@ -68,8 +68,8 @@ class GenerateRequest:
     """The field that errors about the weights name. `adapter` if they stand there, which OpenAI's routes rename."""
     block_weights: tuple[tuple[float, ...], ...] = ()
     """Of each adapter, see `lori.merge.merge`; empty if none has any."""
-    merge_names: tuple[str, ...] = ()
-    """Of each adapter, the named merge that it comes from, or an empty text; empty if no merge was named."""
+    merge_of_adapter: tuple[str, ...] = ()
+    """For each adapter the named merge that it comes from, or an empty text. Empty if the request names no merge."""
     merge: MergeOptions = LINEAR
     may_use: MayUse = lambda _: True
     """Whether the caller may use the adapters of a name."""

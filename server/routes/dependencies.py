@@ -8,6 +8,7 @@ from fastapi.routing import APIRoute
 
 from server.access.caller import NO_KEYS, Caller, ForbiddenError
 from server.engine.generate_request import RefusedError
+from server.migration.suggestions import unknown_field
 from server.service.service import Service
 
 
@@ -50,9 +51,9 @@ def check_query(request: Request) -> None:
     """Raise `RefusedError` for a query field that the route does not have, or that is given more than once."""
     route = request.scope["route"]
     assert isinstance(route, APIRoute)
-    known = sorted(param.alias for param in route.dependant.query_params)
+    known = frozenset(param.alias for param in route.dependant.query_params)
     for field, count in Counter(field for field, _ in request.query_params.multi_items()).items():
         if field not in known:
-            raise RefusedError(field, f"unknown field: expected {', '.join(known)}")
+            raise RefusedError(field, unknown_field(field, known))
         if count > 1:
             raise RefusedError(field, f"is given {count} times, expected once")

@@ -11,9 +11,10 @@ from lori.named_merge import NamedMerge
 from lori.names import AUTO
 from server.access.caller import Caller
 from server.description.responses import refusals
-from server.engine.adapter_selection import check_auto, is_auto
+from server.engine.adapter_selection import checked_selector, is_auto
 from server.engine.adapters.registry import Registered
 from server.engine.generate_request import GenerateRequest, RefusedError
+from server.errors import FieldError, IncompleteMergeError
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find_model
 from server.schemas.model_names import is_base, parse_model, weighted_model_of
@@ -36,16 +37,17 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     """Return one of these models, or the one for a `model` that names several adapters, or a version."""
     if is_base(model, service.base_names):
         return _base(service)
-    if merge := service.merges.find(model, caller.may_use):
-        service.merges.check_complete(model, merge)
-        return _merge(service, model, merge)
     named = parse_model(model, service.base_names)
     request = GenerateRequest(
         prompt="", adapters=named.adapters, weights=named.weights, may_use=caller.may_use, policy=caller.policy
     )
     try:
+        if merge := service.merges.find(model, caller.may_use):
+            service.merges.check_complete(model, merge)
+            return _merge(service, model, merge)
         if is_auto(request):
-            await run_in_threadpool(check_auto, service.selector, request)
+            selector = checked_selector(service.selector)
+            await run_in_threadpool(selector.check, request)
             return _auto(service).model_copy(update={"id": model})
         resolved = service.merges.resolve(request)
         adapters = await find_model(service, caller, model, resolved.adapters)
@@ -55,6 +57,8 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
         service.admission.check_merge(resolved, summaries, [1.0 if one == "auto" else one for one in weights], ())
     except RefusedError as error:
         raise RefusedError("model", error.message) from error
+    except IncompleteMergeError as error:
+        raise FieldError("model", error) from error
     card = _card(service, adapters).model_copy(update={"id": model})
     if resolved is request:
         return card

@@ -1,6 +1,6 @@
 """Lookup of the adapters that a path, a query or `model` names, off the event loop, and errors for unknown ones."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.concurrency import run_in_threadpool
 
@@ -22,7 +22,7 @@ async def find(service: Service, caller: Caller, references: Sequence[str], fiel
     Raises `FieldError` if one is unknown, faulty or ambiguous, or a named merge, and `RefusedError` for `auto`.
     """
     if AUTO in references:
-        raise RefusedError(field, f"is {AUTO!r}, which only requests for an answer may name: name an adapter")
+        raise RefusedError(field, f"is {AUTO!r}, which is no adapter: name an adapter")
     if merge := next((name for name in references if service.merges.find(name, caller.may_use)), None):
         raise FieldError(field, UnknownAdapterError(merge, (), (), f"it is a named merge, see GET /merges/{merge}"))
     try:
@@ -48,25 +48,27 @@ async def find_model(service: Service, caller: Caller, model: str, references: S
 
 def explained_model(service: Service, caller: Caller, model: str, error: UnknownAdapterError) -> UnknownModelError:
     """Return the error for a `model` that names an unknown adapter, with a suggestion."""
+    merges, selector = service.merges.complete(caller.may_use), service.selector
     return unknown_model(
         model,
-        _with_merges(service, caller, error),
+        _with_merges(service, caller, merges, error),
         service.base_model,
         _known_to(service, caller),
-        kinds="adapters and merges" if service.merges.complete(caller.may_use) else "adapters",
-        has_auto=service.selector is not None,
+        kinds="adapters and merges" if merges else "adapters",
+        has_auto=selector is not None and selector.can_select(caller.may_use, caller.policy),
     )
 
 
 def explained_adapter(service: Service, caller: Caller, error: UnknownAdapterError, field: str) -> UnknownAdapterError:
     """Return the error for an unknown adapter in `field`, with a suggestion."""
-    is_of_base, error = is_base(error.name, service.base_names), _with_merges(service, caller, error)
+    is_of_base = is_base(error.name, service.base_names)
+    error = _with_merges(service, caller, service.merges.complete(caller.may_use), error)
     return unknown_adapter(error, field, service.base_model, _known_to(service, caller), is_of_base=is_of_base)
 
 
-def _with_merges(service: Service, caller: Caller, error: UnknownAdapterError) -> UnknownAdapterError:
-    """Return the error with the names of the caller's merges among those that it suggests."""
-    if not (merges := service.merges.complete(caller.may_use)):
+def _with_merges(service: Service, caller: Caller, merges: Collection[str], error: UnknownAdapterError) -> UnknownAdapterError:
+    """Return the error with the names of the caller's `merges` among those that it suggests."""
+    if not merges:
         return error
     return unknown_name(error.name, [*service.registry.names_for(caller.may_use), *merges])
 

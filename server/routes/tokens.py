@@ -27,7 +27,7 @@ async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> 
     """Return the tokens of a text or of a conversation."""
     prompt = _prompt(body)
 
-    if body.model == AUTO and body.messages is not None and body.template is None:
+    if _is_auto(body.model, service) and body.messages is not None and body.template is None:
         raise RefusedError("template", f"is absent, and the adapters of the model {AUTO!r} decide it, expected one here")
 
     def reply(adapters: Sequence[Summary]) -> TokenizeReply:
@@ -70,8 +70,12 @@ def _prompt(body: TokenizeBody) -> str | Sequence[Message]:
     return prompt
 
 
+def _is_auto(model: str | None, service: Service) -> bool:
+    return model is not None and parse_model(model, service.base_names).adapters == (AUTO,)
+
+
 async def _adapters_of(model: str | None, service: Service, caller: Caller) -> list[Summary]:
-    if model is None or model == AUTO:  # all adapters have one tokenizer
+    if model is None or _is_auto(model, service):  # all adapters have one tokenizer
         return []
     adapters = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
     return [registered.summary for registered in adapters]

@@ -109,7 +109,8 @@ class NamedMergeInfo(BaseModel):
     about: str
     """How the weights were chosen."""
     missing: list[str] = []
-    """The adapters that the server does not have, as `name@version`. Requests for the merge are refused while there are any."""
+    """The adapters that the server does not have or that are damaged, as `name@version`. While there are any, requests for the
+    merge are refused."""
 
 
 class AdapterList(BaseModel):

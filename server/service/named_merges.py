@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lori.errors import AdapterError
 from lori.merge_options import MAX_ADAPTERS, MAX_WEIGHT
@@ -51,7 +50,7 @@ class NamedMerges:
     is_adapter: Callable[[str], bool] = lambda _: False
     """Whether an adapter has this name."""
     is_registered: Callable[[str], bool] = lambda _: True
-    """Whether there is an adapter of this reference `name@version`, sound or damaged."""
+    """Whether there is an adapter of this reference `name@version` that is not damaged."""
     _hidden: set[str] = field(default_factory=set, init=False)
     """Merges of which the log has said that an adapter has their name."""
 
@@ -76,7 +75,7 @@ class NamedMerges:
         return None
 
     def missing(self, merge: NamedMerge) -> list[str]:
-        """Return the references of a merge's adapters that are not there."""
+        """Return the references of a merge's adapters that are not there, or damaged."""
         return [adapter.reference for adapter in merge.adapters if not self.is_registered(adapter.reference)]
 
     def check_complete(self, name: str, merge: NamedMerge) -> None:
@@ -96,14 +95,16 @@ class NamedMerges:
         """Return the requests as `resolve` does. One body's prompts, of which there may be hundreds, have the same adapters."""
         first = self.resolve(requests[0])
         same = (requests[0].adapters, requests[0].weights, requests[0].merge)
-        changes: dict[str, Any] = {
-            "adapters": first.adapters,
-            "weights": first.weights,
-            "block_weights": first.block_weights,
-            "merge_names": first.merge_names,
-        }
         return [
-            replace(request, **changes) if (request.adapters, request.weights, request.merge) == same else self.resolve(request)
+            replace(
+                request,
+                adapters=first.adapters,
+                weights=first.weights,
+                block_weights=first.block_weights,
+                merge_of_adapter=first.merge_of_adapter,
+            )
+            if (request.adapters, request.weights, request.merge) == same
+            else self.resolve(request)
             for request in requests
         ]
 
@@ -127,7 +128,7 @@ class NamedMerges:
             adapters=tuple(part.reference for part in parts),
             weights=tuple(part.weight for part in parts),
             block_weights=block_weights if any(block_weights) else (),
-            merge_names=tuple(part.merge for part in parts),
+            merge_of_adapter=tuple(part.merge for part in parts),
         )
 
     def _found(self, names: Sequence[str], may_use: MayUse) -> dict[str, NamedMerge]:
@@ -167,11 +168,11 @@ def _parts(name: str, factor: RequestedWeight, merge: NamedMerge | None) -> Sequ
     """Return the adapters that `name` means, with `factor` times their weights: itself if it is no merge."""
     if merge is None or factor == "auto":
         return [_Part(name, factor)]
-    return [
-        _Part(adapter.reference, weight, tuple(adapter.block_weights) if weight else (), name)
-        for adapter in merge.adapters
-        for weight in (factor * adapter.weight,)
-    ]
+    parts = []
+    for adapter in merge.adapters:
+        weight = factor * adapter.weight
+        parts.append(_Part(adapter.reference, weight, tuple(adapter.block_weights) if weight else (), name))
+    return parts
 
 
 def _check_parts(request: GenerateRequest, parts: Sequence[_Part]) -> None:

@@ -11,21 +11,19 @@ from anyio import Lock, fail_after
 
 from lori.auto_weights import PromptQuery
 from lori.errors import UnknownAdapterError
-from lori.names import AUTO
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import Limiter, RateLimiter
 from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
-from server.engine.adapter_selection import AdapterSelector, is_auto
+from server.engine.adapter_selection import AdapterSelector, checked_selector, is_auto
 from server.engine.adapters.registry import FaultyAdapterError, Registry, check_registered
 from server.engine.admission import Admission, check_num_logprobs
 from server.engine.generate_request import Caps, GenerateRequest, RefusedError, prompt_size
 from server.engine.prompt_weights import ProbeError
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
-from server.engine.weight_resolver import NO_BACKGROUND
 from server.errors import BusyError, DrainingError, EngineError, OutOfTimeError
 from server.service.grammar_checks import GrammarChecks, check_present
 from server.service.merge_admin import MergeAdmin
@@ -164,9 +162,10 @@ class Service:
     async def _admit(
         self, requests: Sequence[GenerateRequest], caller: Caller, submission: _Submission, *, is_whole: bool
     ) -> list[Request]:
-        """Return the admitted requests, those for `auto` with the adapters that fit their prompts. All adapters are registered.
+        """Return the admitted requests. Requests for `auto` get the adapters that fit their prompts; all adapters are registered.
 
-        Raises as `_evaluate`, and `BusyError` if adapters that were selected are withdrawn again and again.
+        If a selected adapter is withdrawn meanwhile, adapters are selected again: `NUM_SELECTIONS` times, then `BusyError` is
+        raised. Else raises as `_with_adapters` and `_admit_resolved`.
         """
         for attempt in range(NUM_SELECTIONS):
             resolved = await self._with_adapters(requests, submission, must_be_current=attempt > 0)
@@ -176,11 +175,15 @@ class Service:
                 if not any(map(is_auto, requests)):
                     raise
                 # An adapter that was selected was withdrawn meanwhile. The client named none.
-        raise BusyError("the adapters that fit are changed too quickly; try again")
+        raise BusyError(f"the adapters selected for the prompt were withdrawn {NUM_SELECTIONS} times in a row; try again")
 
     async def _admit_resolved(
         self, requests: Sequence[GenerateRequest], caller: Caller, submission: _Submission, *, is_whole: bool
     ) -> list[Request]:
+        """Return the admitted requests, none of which is for `auto`, with sound grammars and with their automatic weights.
+
+        Raises as `Admission.admit`, `GrammarChecks.check`, `_evaluate` and `check_registered`.
+        """
         admitted = await self.texts.run(partial(_admit_all, self.admission, requests), submission.tenant, _size(requests))
         check_num_logprobs(admitted, is_whole=is_whole)
         # Late, because it may take long.
@@ -199,8 +202,7 @@ class Service:
         undecided = [request for request in requests if is_auto(request)]
         if not undecided:
             return requests
-        if not (selector := self.selector):
-            raise RefusedError("adapter", f"is {AUTO!r}, and {NO_BACKGROUND}")
+        selector = checked_selector(self.selector)
         prepare = partial(selector.prepare, must_be_current=must_be_current)
         pending = await self.texts.run(lambda: [*map(prepare, undecided)], submission.tenant, _size(undecided))
         queries, priority = [one.query for one in pending], undecided[0].priority or 0

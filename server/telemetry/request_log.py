@@ -155,7 +155,7 @@ def _account_fields(accounts: Sequence[Account]) -> dict[str, Any]:
         "adapters": [term.reference for term in first.request.terms],
         "weights": [term.weight for term in first.request.terms],
         "block_weights": block_weights if any(block_weights := [term.block_weights for term in first.request.terms]) else None,
-        "merges": list(first.request.merge_names) or None,
+        "named_merges": list(first.request.merge_names) or None,
         "base_share": first.request.base_share,
         "policy": [term.reference for term in first.request.policy] or None,
         "prompt_tokens": sum(account.num_prompt_tokens for account in accounts),

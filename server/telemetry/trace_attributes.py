@@ -47,7 +47,7 @@ def attributes(exchange: Exchange, base_model: str) -> dict[str, Value]:
         "lori.merge": request.merge.method,
     }
     if request.merge_names:
-        values["lori.merges"] = list(request.merge_names)
+        values["lori.named_merges"] = list(request.merge_names)
     if any(term.block_weights for term in request.terms):
         values["lori.block_weights"] = [" ".join(map(str, term.block_weights)) for term in request.terms]
     if first.total_s:

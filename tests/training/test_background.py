@@ -46,6 +46,13 @@ def test_the_background_has_a_gaussian_for_each_kind(tiny_model: Path, tmp_path:
         assert np.mean([np.argmax(log_likelihoods(background.gaussians.components, z)) == index for z in whitened]) > 0.9
 
 
+def test_a_file_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
+    settings = config(tmp_path, Path("absent"), random_texts(9))
+    for output, fault in ((Path("/proc/background"), "'/proc'"), (tmp_path, "Is a directory"), (tmp_path / "no" / "x", "no'")):
+        with pytest.raises(OSError, match=fault):
+            measure_background(settings.model_copy(update={"output": output}))
+
+
 def test_few_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"there are 400 prompts, at most 400 of a source, expected {MIN_PROMPTS} in all"):
         measure_background(config(tmp_path, tiny_model, random_texts(500)))

@@ -122,3 +122,10 @@ def test_the_help_says_that_an_adapter_is_named(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(SystemExit, match="0"):
         CalibrateConfig.from_arguments()
     assert capsys.readouterr().out.splitlines()[0].endswith(" ADAPTER [--FLAG VALUE ...]")
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
+    settings = config(tmp_path, Path("absent"), rows())
+    for adapter, fault in ((tmp_path / "no", "no'"), (Path("/proc"), "'/proc'")):
+        with pytest.raises(OSError, match=fault):
+            calibrate.calibrate(settings.model_copy(update={"adapter": adapter}))

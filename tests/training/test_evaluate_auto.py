@@ -55,5 +55,5 @@ def test_what_was_measured_is_said(url: str, tmp_path: Path) -> None:
 def test_answers_with_the_operator_s_adapter_are_not_measured(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORI_API_KEY", OTHER)
     data = write(tmp_path / "rows.jsonl", rows("math"))
-    with pytest.raises(AnswerError, match=r"\(the key's policy\) answered, and what the server selects is measured"):
+    with pytest.raises(AnswerError, match=r"the key's policy adds intent@\w{12} to every request: expected a key without"):
         evaluate(config("exact", data, url=url, adapter=["auto"]))

@@ -46,6 +46,7 @@ def test_a_row_of_the_wrong_shape_is_answered_with_one_of_the_right_one(tmp_path
         ("--metric pass", "--metric pass runs programs that the model writes: allow it with --execute-code"),
         ("--metric pass --execute-code --num-answers 2", "--num-answers above 1 needs a --temperature above 0"),
         ("--metric pass --execute-code --form messages", "--form messages is not for pass"),
+        ("--metric loss --weights auto", "--weights has 1 weights for 0 adapters"),
         ("--metric loss --adapter a --weights 1 --weights 2", "--weights has 2 weights for 1 adapters"),
         (
             "--metric loss --adapter auto --adapter a",

@@ -245,7 +245,7 @@ def test_an_alias_is_written_as_its_adapter(place: Path, tiny_model: Path, tmp_p
 
 
 def test_a_folder_that_cannot_be_written_is_found_first(place: Path) -> None:
-    with pytest.raises(OSError, match="/proc/"):
+    with pytest.raises(OSError, match="'/proc'"):
         tune(settings(place, Path("/proc/both.json"), model="absent"))
 
 

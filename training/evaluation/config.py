@@ -147,7 +147,7 @@ class EvaluateConfig(CommandLine):
 
     def _adapter_faults(self) -> Iterator[str]:
         given = self.model_fields_set
-        if self.weights and len(self.all_weights) != len(self.adapter):
+        if self.weights and (not self.adapter or len(self.all_weights) != len(self.adapter)):
             yield f"--weights has {len(self.weights)} weights for {len(self.adapter)} adapters, expected one for each"
         if self.is_selected and (len(self.adapter) > 1 or self.weights):
             yield f"--adapter {AUTO} lets the server select adapters and weights, expected no other --adapter and no --weights"

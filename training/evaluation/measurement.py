@@ -95,7 +95,7 @@ def record_measurement(folder: Path, measurement: Measurement) -> None:
     }
     partners = [partner.name for partner in measurement.adapters]
     if len(partners) == 2 and partners[0] == name_of(folder) and measurement.config.merge == "linear":
-        own, other = (weight for weight in measurement.config.all_weights if weight != "auto")  # none is, see the config
+        own, other = (weight for weight in measurement.config.all_weights if weight != "auto")  # with --record none is
         changes["merge_weights"] = adapter.lori.merge_weights | {partners[1]: (own, other)}
     adapter = adapter.model_copy(update={"lori": adapter.lori.model_copy(update=changes)})
     write_record(folder, adapter, render_card(name_of(folder), adapter))

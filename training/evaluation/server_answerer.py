@@ -181,11 +181,11 @@ class ServerAnswerer:
     async def _generate(self, ask: Ask, fields: Mapping[str, Any], selection: Mapping[str, Any] | None = None) -> dict[str, Any]:
         reply = await ask("/generate", {**fields, **(self.selection if selection is None else selection)})
         used = reply["adapter"]
-        is_other = self.versions is not None and [adapter["version"] for adapter in used] != list(self.versions)
-        if is_other or any(adapter["policy"] for adapter in used):
-            notes = {True: " (the key's policy)", False: ""}
-            names = [f"{adapter['name']}@{adapter['version']}{notes[adapter['policy']]}" for adapter in used]
-            expected = "what the server selects" if self.versions is None else ", ".join(self.versions) or "the base"
+        if added := [f"{adapter['name']}@{adapter['version']}" for adapter in used if adapter["policy"]]:
+            raise AnswerError(f"the key's policy adds {', '.join(added)} to every request: expected a key without a policy")
+        if self.versions is not None and [adapter["version"] for adapter in used] != list(self.versions):
+            names = [f"{adapter['name']}@{adapter['version']}" for adapter in used]
+            expected = ", ".join(self.versions) or "the base"
             raise AnswerError(f"{', '.join(names) or 'the base'} answered, and {expected} is measured")
         return reply
 

@@ -147,19 +147,19 @@ class Registry:
     def put(self, adapter: Registered, others: Sequence[Registered] = ()) -> Sequence[Registered]:
         """Make `adapter` the current version of its name. `others`, of the same name, can be requested by version beside it.
 
-        What was read of their files holds for the other names of these versions, too. Return the versions that can no longer be
-        requested. They are still found by digest until `forget`.
+        Other names of these versions get the same entry and summary. Return the versions that can no longer be requested; they
+        are found by digest until `forget`.
         """
         tables, name = self._tables, adapter.summary.name
         versions = (adapter, *(other for other in others if other.summary.digest != adapter.summary.digest))
-        same = [also for one in versions for also in _under_other_names(tables, one)]
+        renamed = [copy for version in versions for copy in _under_other_names(tables, version)]
         by_name, by_version = {**tables.by_name, name: adapter}, {**tables.versions, name: versions}
-        for also in same:
-            other_name, digest = also.summary.name, also.summary.digest
-            by_version[other_name] = tuple(also if one.summary.digest == digest else one for one in by_version[other_name])
-            if by_name[other_name].summary.digest == digest:
-                by_name[other_name] = also
-        self._tables = _Tables(by_name, by_version, _with_adapters(tables.by_digest, [*same, *versions]))
+        for copy in renamed:
+            alias, digest = copy.summary.name, copy.summary.digest
+            by_version[alias] = tuple(copy if one.summary.digest == digest else one for one in by_version[alias])
+            if by_name[alias].summary.digest == digest:
+                by_name[alias] = copy
+        self._tables = _Tables(by_name, by_version, _with_adapters(tables.by_digest, [*renamed, *versions]))
         references = {name, *(f"{name}@{other.summary.version}" for other in versions)}
         self._faulty = {reference: faulty for reference, faulty in self._faulty.items() if reference not in references}
         digests = {other.summary.digest for other in versions}
@@ -269,6 +269,11 @@ def candidates(registry: Registry, reference: str) -> Sequence[Registered]:
     except AdapterError:
         return []
     return [adapter for adapter in registry.versions(name) if version and adapter.summary.version.startswith(version)]
+
+
+def clashes(adapter: Registered, policy: Sequence[Registered]) -> bool:
+    """Return whether `adapter` is one of the operator's adapters, under any name or in any version."""
+    return any(adapter.summary.digest == one.summary.digest or adapter.names & one.names for one in policy)
 
 
 def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:

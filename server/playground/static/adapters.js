@@ -70,7 +70,9 @@ export class AdapterList {
       keepFocus(list, () => list.replaceChildren(...items));
     }
     byId("adapters-more").hidden = shown.length === found.length;
-    setText(byId("adapters-note"), this.catalogue.fault || told(shown.length, found.length, rows.size, merges.length));
+    const isAlone = choice.length && !found.length;
+    const note = isAlone ? "" : told(shown.length, found.length, rows.size, merges.length);
+    setText(byId("adapters-note"), this.catalogue.fault || note);
     this.#drawFaulty(words);
     byId("adapters-note").classList.toggle("fault", Boolean(this.catalogue.fault));
   }
@@ -170,7 +172,7 @@ function mergeDetails({ adapters, missing }) {
     const sign = i ? ` ${weight < 0 ? "−" : "+"} ` : weight < 0 ? "−" : "";
     return `${sign}${Number(Math.abs(weight).toPrecision(3))} ${name}`;
   });
-  const absent = missing?.length ? ` · needs ${missing.join(", ")}, which the server does not have` : "";
+  const absent = missing?.length ? ` · needs ${missing.join(", ")}, which the server cannot serve` : "";
   return `named merge: ${terms.join("")}${numBlocks ? ` · times weights in ${count(numBlocks)} blocks` : ""}${absent}`;
 }
 

@@ -4,10 +4,10 @@ import { events } from "./events.js";
 
 const KEY = "lori-api-key";
 
-/** A refusal or a failure, in the server's own words. `field` is what it names. */
-/** Statuses that may be others in a while: no answer, no key yet, busy, not ready. */
+/** Statuses of failures that may pass: no answer, no key yet, busy, not ready. */
 export const PASSING = [0, 401, 429, 503];
 
+/** A refusal or a failure, in the server's own words. `field` is what it names. */
 export class ServerError extends Error {
   constructor(status, detail) {
     super(detail?.message ?? `The server answered ${status}.`);

@@ -91,6 +91,6 @@ def test_a_merge_whose_adapters_are_not_there_says_so(visiting: Visiting, client
     visit.page.route("**/adapters", without)
     visit.look_again()
     details = visit.page.locator("#adapters .detail")
-    expect(details.nth(0)).to_contain_text("needs safety@0123456789ab, which the server does not have")
+    expect(details.nth(0)).to_contain_text("needs safety@0123456789ab, which the server cannot serve")
     expect(visit.page.get_by_role("checkbox", name="both", exact=True)).to_be_disabled()
     expect(visit.page.get_by_role("checkbox", name="deep", exact=True)).to_be_enabled()

@@ -23,12 +23,13 @@ def test_an_unknown_adapter_is_404_with_near_names(live: Live) -> None:
 @pytest.mark.parametrize(
     ("query", "param", "message"),
     [
-        ("names=math&names=safety", "names", "is given 2 times, expected once"),
-        ("names=math,safety&name=x", "name", "unknown field: expected names"),
+        ("/compare?names=math&names=safety", "names", "is given 2 times, expected once"),
+        ("/compare?names=math,safety&name=x", "name", "unknown field: did you mean 'names'?"),
+        ("?bogus=1", "bogus", "unknown field: expected after, limit, prefix"),
     ],
 )
 def test_a_query_that_is_not_as_described_is_refused(live: Live, query: str, param: str, message: str) -> None:
-    error = refusal(live.client.get(f"/adapters/compare?{query}"), 400)
+    error = refusal(live.client.get(f"/adapters{query}"), 400)
     assert (error["param"], error["message"]) == (param, f"{param}: {message}")
 
 

@@ -93,7 +93,10 @@ def test_if_an_adapter_was_withdrawn_meanwhile_another_is_selected(
     if status == 200:
         assert names(reply.json()) == ["math"]
     else:
-        assert "the adapters that fit are changed too quickly; try again" in refusal(reply, status)["message"]
+        assert (
+            f"the adapters selected for the prompt were withdrawn {NUM_SELECTIONS} times in a row; try again"
+            in refusal(reply, status)["message"]
+        )
 
 
 def test_if_an_adapter_is_withdrawn_after_its_admission_another_is_selected(
@@ -109,10 +112,11 @@ def test_if_an_adapter_is_withdrawn_after_its_admission_another_is_selected(
             registry.withdraw("math")
         return weighed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Service, "_with_weights", withdraw)
+    monkeypatch.setattr(Service, "_with_weights", withdraw)
+    try:
         reply = ask(weighing, prompts("math", 1, seed=15)[0], adapter="auto", weights=None)
-    registry.put(withdrawn[0])
+    finally:
+        registry.put(withdrawn[0])
     assert (names(reply), reply["merge"]["base_share"]) == ([], 1.0)
 
 
@@ -145,7 +149,7 @@ def test_auto_in_a_sum_is_refused(weighing: httpx.Client) -> None:
 
 @pytest.mark.parametrize("path", ["/adapters/auto", "/adapters/compare?names=auto,math"])
 def test_it_is_no_adapter(weighing: httpx.Client, path: str) -> None:
-    expected = "is 'auto', which only requests for an answer may name: name an adapter"
+    expected = "is 'auto', which is no adapter: name an adapter"
     assert expected in refusal(weighing.get(path), 400)["message"]
 
 
@@ -160,12 +164,12 @@ def test_tokens_are_counted_for_it_as_for_any_model(weighing: httpx.Client) -> N
     messages = [{"role": "user", "content": "12"}]
     error = refusal(tokenize(model="auto", messages=messages), 400)
     assert error["message"] == "template: is absent, and the adapters of the model 'auto' decide it, expected one here"
-    for template in ("chat", "plain"):
-        reply = tokenize(model="auto", messages=messages, template=template).raise_for_status().json()
+    for model, template in (("auto", "chat"), ("auto:auto", "plain")):
+        reply = tokenize(model=model, messages=messages, template=template).raise_for_status().json()
         assert reply == tokenize(messages=messages, template=template).raise_for_status().json()
 
 
-def test_models_has_it_for_those_who_may_use_an_adapter_that_can_be_selected(weighing: httpx.Client) -> None:
+def test_a_model_with_auto_is_shown_if_and_only_if_requests_for_it_are_admitted(weighing: httpx.Client) -> None:
     for name, is_sound in (("auto", True), ("auto:auto", True), ("auto:1", False), ("auto+math", False)):
         model, request = weighing.get(f"/v1/models/{name}"), {"model": name, "prompt": "12", "max_tokens": 1}
         statuses = {model.status_code, weighing.post("/v1/completions", json=request).status_code}
@@ -182,6 +186,8 @@ def test_who_may_use_no_adapter_that_can_be_selected_has_no_auto(tiny_model: Pat
             error = refusal(reply, 400)
             assert (error["param"], message in error["message"]) == ("model", True)
         assert [card["id"] for card in client.get("/v1/models").json()["data"]][1:] == ["intent", "other"]
+        error = refusal(client.post("/v1/completions", json={"model": "gpt-4o", "prompt": "12"}), 404)
+        assert "'auto'" not in error["message"]
 
 
 def test_an_unknown_model_is_answered_with_it(weighing: httpx.Client) -> None:

@@ -221,7 +221,7 @@ def test_a_merge_of_an_adapter_that_is_not_there_fails_by_its_name(
     service = make_service(writer_model, tmp_path, references=("math", "absent@0123456789ab"))
     assert "requests for the merge 'both' will fail, since there is no absent@0123456789ab" in caplog.text
     with served(service, ACME) as client:
-        message = "the merge 'both' needs absent@0123456789ab, which the server does not have"
+        message = "the merge 'both' needs absent@0123456789ab, which the server cannot serve"
         for path, field, value in (
             ("/generate", "adapter", "both"),
             ("/v1/completions", "model", "both"),
@@ -230,7 +230,9 @@ def test_a_merge_of_an_adapter_that_is_not_there_fails_by_its_name(
         ):
             error = refusal(client.post(path, json={"prompt": "1", field: value}), 404)
             assert (error["param"], error["message"]) == (field, message)
-        assert refusal(client.get("/v1/models/both"), 404)["message"] == message
+        for name in ("both", "both:2"):
+            error = refusal(client.get(f"/v1/models/{name}"), 404)
+            assert (error["param"], error["message"]) == ("model", message)
         assert "both" not in [card["id"] for card in client.get("/v1/models").json()["data"]]
         [row] = client.get("/adapters").json()["merges"]
         assert (row["name"], row["missing"]) == ("both", ["absent@0123456789ab"])
@@ -384,7 +386,7 @@ def test_the_log_has_the_block_weights_and_the_merges(blocks: httpx.Client, capl
 
     wait_until(lambda: bool(rows()), "the log line")  # it comes after the answer
     assert rows()[0]["block_weights"] == [(), *(tuple(own) for own in BLOCKS)]
-    assert rows()[0]["merges"] == ["deep"]
+    assert rows()[0]["named_merges"] == ["deep"]
 
 
 def test_requests_for_a_merge_are_counted(client: httpx.Client) -> None:

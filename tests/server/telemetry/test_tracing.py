@@ -10,10 +10,13 @@ import httpx
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from lori.format import read_config
+from lori.named_merge import MergedAdapter
 from server.telemetry.tracing import TracingError, start_tracing
 from tests.server.forked import start_forked
 from tests.server.live import LIMIT_S, Live, run_main, wait_until
 from tests.server.otlp import Collector, attributes, collector
+from tests.server.rig import write_merge
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -31,6 +34,10 @@ def traced(writer_model: Path, adapters: Path, heard: Collector, tmp_path_factor
     patch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
     flags += ["--kv-cache-gib", "0.01", "--otlp-traces-endpoint", heard.url, "--drain-notice-s", "0"]
+    merges, config = tmp_path_factory.mktemp("merges"), read_config(adapters / "math").lori
+    reference = f"math@{config.content_digest[:12]}"
+    write_merge(merges, "half", config.base_digest, [MergedAdapter(reference=reference, weight=0.5, block_weights=[1.0, 2.0])])
+    flags += ["--merges", str(merges)]
     with patch.context(), start_forked(tmp_path_factory.mktemp("traced") / "log", *flags) as live:
         patch.undo()
         yield live
@@ -74,6 +81,13 @@ def test_a_request_is_one_span_of_its_client_s_trace(traced: Live, heard: Collec
     assert values["gen_ai.latency.time_in_queue"] >= 0
     assert (received.end_time_unix_nano - received.start_time_unix_nano) / 1e9 >= values["gen_ai.latency.e2e"]
     assert not [each for each in heard.spans if each.parent_span_id == received.span_id], "ASGI messages have no spans"
+
+
+def test_the_span_has_the_named_merges(traced: Live, heard: Collector) -> None:
+    body = {"prompt": "four", "max_tokens": 1, "adapter": "half"}
+    traced.client.post("/generate", json=body, headers={"x-request-id": "merged"}).raise_for_status()
+    values = attributes(span(heard, "merged"))
+    assert (values["lori.named_merges"], values["lori.weights"], values["lori.block_weights"]) == (["half"], [0.5], ["1.0 2.0"])
 
 
 def test_a_request_without_a_trace_begins_one(traced: Live, heard: Collector) -> None:
