@@ -157,7 +157,7 @@ class Registry:
         for copy in renamed:
             alias, digest = copy.summary.name, copy.summary.digest
             by_version[alias] = tuple(copy if one.summary.digest == digest else one for one in by_version[alias])
-            if by_name[alias].summary.digest == digest:
+            if alias in by_name and by_name[alias].summary.digest == digest:  # none if its current version is damaged
                 by_name[alias] = copy
         self._tables = _Tables(by_name, by_version, _with_adapters(tables.by_digest, [*renamed, *versions]))
         references = {name, *(f"{name}@{other.summary.version}" for other in versions)}
@@ -184,7 +184,7 @@ class Registry:
     def withdraw_version(self, withdrawn: Registered) -> None:
         """Withdraw a version that is not the current one. It is no longer requestable, but found by digest until `forget`."""
         tables, name = self._tables, withdrawn.summary.name
-        assert withdrawn.summary.digest != tables.by_name[name].summary.digest
+        assert name not in tables.by_name or withdrawn.summary.digest != tables.by_name[name].summary.digest
         remaining = tuple(other for other in self.versions(name) if other.summary.digest != withdrawn.summary.digest)
         self._tables = _Tables(tables.by_name, {**tables.versions, name: remaining}, tables.by_digest)
 

@@ -74,6 +74,18 @@ def test_what_was_read_of_a_version_holds_for_its_aliases() -> None:
     assert names(registry) == {"math": ["1"], "prod": ["1"], "copy": ["1"]}
 
 
+def test_a_sound_version_of_a_name_whose_current_version_is_damaged_may_be_aliased_and_withdrawn() -> None:
+    """Regression: a KeyError, after the store was changed."""
+    old = adapter("math", "1", "math@1")
+    registry = Registry([], [old])
+    registry.put(adapter("prod", "1", "math@1"))
+    assert names(registry) == {"prod": ["1"]}
+    assert registry.versions("math") == (old,)
+    registry.withdraw_version(old)
+    assert registry.versions("math") == ()
+    assert registry.has("prod", "1" * 64)
+
+
 def test_a_name_is_withdrawn_with_its_versions() -> None:
     registry = Registry([adapter("math", "1"), adapter("prod", "1")], [adapter("math", "0")])
     assert registry.withdraw("math") == (adapter("math", "1"), adapter("math", "0"))
