@@ -159,8 +159,8 @@ class NamedMerge(BaseModel):
 def _fault(error: ErrorDetails) -> str:
     """Return the field, the fault, and what was found, unless the message has it."""
     field = ".".join(map(str, error["loc"])) or "JSON"
-    found = "" if error["type"] in ("missing", "json_invalid", "value_error") else f", found {reprlib.repr(error['input'])}"
-    return f"{field}: {error['msg'].removeprefix('Value error, ')}{found}"
+    input_text = "" if error["type"] in ("missing", "json_invalid", "value_error") else f", found {reprlib.repr(error['input'])}"
+    return f"{field}: {error['msg'].removeprefix('Value error, ')}{input_text}"
 
 
 def _repeated_keys(content: bytes) -> list[str]:

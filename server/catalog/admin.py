@@ -277,6 +277,9 @@ class AdapterAdmin:
             adapters = [adapter for adapter in self._registry.versions(name) if adapter.summary.version.startswith(version)]
             if not adapters:
                 raise
+            if version and (aliased := next((adapter for adapter in adapters if adapter.owner != name), None)):
+                target = f"{aliased.owner}@{aliased.summary.version}"
+                raise ConflictError(f"{name!r} is an alias of {target}: delete {name!r}, or {target}") from None
             return [adapter.summary.version for adapter in adapters if adapter.owner == name]
 
     def _check_replaceable(self, name: str, may_replace: bool) -> None:

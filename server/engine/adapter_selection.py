@@ -123,8 +123,8 @@ class AdapterSelector:
     def prepare(self, request: GenerateRequest, *, must_be_current: bool = False) -> PendingSelection:
         """Return the query of a request for `auto`. After a change of the adapters their index is built again first.
 
-        While another thread builds it, the old one is used, unless it `must_be_current`. Raises `RefusedError` if the request
-        cannot be for `auto`, or no adapter could be selected for the caller.
+        While another thread builds it, the old one is used, unless it `must_be_current` or has no adapter for the caller. Raises
+        `RefusedError` if the request cannot be for `auto`, or no adapter could be selected for the caller.
         """
         _check_fields(request)
         timeout_s = checked_timeout_s(request)
@@ -134,6 +134,8 @@ class AdapterSelector:
         policy = [(one, weight) for reference, weight in request.policy for one in candidates(self._registry, reference)]
         allowed = snapshot.allowed(view, [adapter for adapter, _ in policy])
         if not allowed.any():
+            if not must_be_current and self.can_select(request.may_use, request.policy):  # one that the old index does not have
+                return self.prepare(request, must_be_current=True)
             raise RefusedError("adapter", NONE_SELECTABLE)
         prompt = self._admission.weights.probed_prompt(request.prompt, "adapter")
         query = SelectionQuery(prompt, snapshot.index, self._max_adapters, allowed)

@@ -88,8 +88,8 @@ class NamedMerges:
 
         Raises `IncompleteMergeError`.
         """
-        found = self._found(names, may_use)
-        return [part.reference for name in names for part in _parts(name, 1.0, found.get(name))]
+        merges = self._merges_among(names, may_use)
+        return [part.reference for name in names for part in _parts(name, 1.0, merges.get(name))]
 
     def resolve_all(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
         """Return the requests as `resolve` does. One body's prompts, of which there may be hundreds, have the same adapters."""
@@ -115,12 +115,12 @@ class NamedMerges:
         the request names a merge and has another method than `linear`, an automatic weight for a merge, no weights beside other
         adapters, too many adapters in all, or too large a weight.
         """
-        found = self._found(request.adapters, request.may_use)
-        if not found:
+        merges = self._merges_among(request.adapters, request.may_use)
+        if not merges:
             return request
-        factors = _checked_factors(request, found)
+        factors = _checked_factors(request, merges)
         named = zip(request.adapters, factors, strict=True)
-        parts = [part for name, factor in named for part in _parts(name, factor, found.get(name))]
+        parts = [part for name, factor in named for part in _parts(name, factor, merges.get(name))]
         _check_parts(request, parts)
         block_weights = tuple(part.block_weights for part in parts)
         return replace(
@@ -131,12 +131,12 @@ class NamedMerges:
             merge_of_adapter=tuple(part.merge for part in parts),
         )
 
-    def _found(self, names: Sequence[str], may_use: MayUse) -> dict[str, NamedMerge]:
+    def _merges_among(self, names: Sequence[str], may_use: MayUse) -> dict[str, NamedMerge]:
         """Return the merges among `names`. Raises `IncompleteMergeError`."""
-        found = {name: merge for name in names if (merge := self.find(name, may_use))}
-        for name, merge in found.items():
+        merges = {name: merge for name in names if (merge := self.find(name, may_use))}
+        for name, merge in merges.items():
             self.check_complete(name, merge)
-        return found
+        return merges
 
 
 def _checked_factors(request: GenerateRequest, merges: Mapping[str, NamedMerge]) -> Sequence[RequestedWeight]:

@@ -18,7 +18,7 @@ from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
 from server.engine.adapter_selection import AdapterSelector, checked_selector, is_auto
-from server.engine.adapters.registry import FaultyAdapterError, Registry, check_registered
+from server.engine.adapters.registry import FaultyAdapterError, PolicyError, Registry, check_registered
 from server.engine.admission import Admission, check_num_logprobs
 from server.engine.generate_request import Caps, GenerateRequest, RefusedError, prompt_size
 from server.engine.prompt_weights import ProbeError
@@ -38,7 +38,7 @@ from server.transport.bodies import Bodies, max_counted_bytes
 HasLeft = Callable[[], Awaitable[bool]]
 T = TypeVar("T")
 NUM_SELECTIONS = 3
-"""Times that adapters are selected for one request, if they are withdrawn meanwhile."""
+"""Times that adapters are selected for one request, if they are changed meanwhile."""
 
 
 async def _never_leaves() -> bool:
@@ -164,18 +164,21 @@ class Service:
     ) -> list[Request]:
         """Return the admitted requests. Requests for `auto` get the adapters that fit their prompts; all adapters are registered.
 
-        If a selected adapter is withdrawn meanwhile, adapters are selected again: `NUM_SELECTIONS` times, then `BusyError` is
-        raised. Else raises as `_with_adapters` and `_admit_resolved`.
+        If a selected adapter is withdrawn meanwhile, or comes into the operator's policy, adapters are selected again:
+        `NUM_SELECTIONS` times, then `BusyError` is raised. Else raises as `_with_adapters` and `_admit_resolved`.
         """
         for attempt in range(NUM_SELECTIONS):
+            by_name = self.registry.by_name
             resolved = await self._with_adapters(requests, submission, must_be_current=attempt > 0)
             try:
                 return await self._admit_resolved(resolved, caller, submission, is_whole=is_whole)
-            except (UnknownAdapterError, FaultyAdapterError):
+            except (UnknownAdapterError, FaultyAdapterError):  # of a selected adapter: the client named none
                 if not any(map(is_auto, requests)):
                     raise
-                # An adapter that was selected was withdrawn meanwhile. The client named none.
-        raise BusyError(f"the adapters selected for the prompt were withdrawn {NUM_SELECTIONS} times in a row; try again")
+            except (RefusedError, PolicyError):
+                if not any(map(is_auto, requests)) or self.registry.by_name is by_name:
+                    raise
+        raise BusyError(f"the adapters selected for the prompt were changed {NUM_SELECTIONS} times in a row; try again")
 
     async def _admit_resolved(
         self, requests: Sequence[GenerateRequest], caller: Caller, submission: _Submission, *, is_whole: bool

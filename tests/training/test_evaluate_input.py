@@ -67,6 +67,7 @@ def test_a_row_of_the_wrong_shape_is_answered_with_one_of_the_right_one(tmp_path
         ("--metric loss --merge ties", "--merge ties needs --adapter"),
         ("--metric loss --adapter a --density 0.5", "--density is for a --merge that is no sum"),
         ("--metric loss --adapter a --merge ties --merge-seed 1", "--merge-seed is for --merge dare_linear and dare_ties"),
+        ("--metric loss --adapter ..", "--adapter .. is no name"),
         ("--metric loss --adapter adapters/my", "--adapter adapters/my is no name: a folder is measured with --local"),
         ("--metric speed", "--metric: "),
         ("--metric loss --url 127.0.0.1:9", "--url: "),

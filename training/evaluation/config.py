@@ -8,7 +8,7 @@ from pydantic import Field, HttpUrl, ValidationError, model_validator
 
 from lori.format import name_of
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions
-from lori.names import AUTO
+from lori.names import AUTO, is_reference
 from training.command_line import CommandLine
 from training.data import Source
 from training.data.row import fault_of
@@ -157,8 +157,8 @@ class EvaluateConfig(CommandLine):
             yield f"--merge {self.merge} is for given weights, found {AUTO}"
         if len(set(self.adapter)) != len(self.adapter):
             yield "--adapter names one twice"
-        if not self.local and (folders := [name for name in self.adapter if "/" in name]):
-            yield f"--adapter {folders[0]} is no name: a folder is measured with --local"
+        if not self.local and (wrong := [name for name in self.adapter if name != AUTO and not is_reference(name)]):
+            yield f"--adapter {wrong[0]} is no name: a folder is measured with --local"
         if self.record and self.adapter and name_of(self.record) not in {name_of(Path(name)) for name in self.adapter}:
             yield f"--record {self.record} takes figures of {name_of(self.record)}, and --adapter names {', '.join(self.adapter)}"
         if self.adapters and not self.adapters.is_dir():

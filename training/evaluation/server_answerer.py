@@ -107,7 +107,10 @@ class Server:
             raise AnswerError(
                 f"the server answered {reply.status_code}: {reply.json()['error']['message'] if is_json else reply.text}"
             )
-        content: dict[str, Any] = reply.json()
+        try:
+            content: dict[str, Any] = reply.json()
+        except ValueError as error:
+            raise AnswerError(f"{self.url} answered {reply.url.path} with no JSON: is it a server of adapters?") from error
         return content
 
 

@@ -1,5 +1,7 @@
 """The selection of adapters: those that it may take for a caller, and the request that follows."""
 
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
@@ -112,6 +114,27 @@ def test_while_another_thread_builds_the_index_the_old_one_is_used() -> None:
     with rig.selector._lock:
         assert rig.select(9.0).adapters == ()
     assert rig.select(9.0, must_be_current=True).adapters == ("math@111111111111",)
+
+
+def test_an_adapter_that_the_old_index_does_not_have_is_waited_for() -> None:
+    """Regression: while another thread built the index, a caller whose only adapter had just come was refused."""
+    rig = Rig(LAW)
+    rig.select(0.0, 9.0)
+    rig.registry.put(MATH)
+    built = threading.Event()
+
+    def build() -> None:
+        with rig.selector._lock:
+            built.set()
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    built.wait()
+    assert rig.select(9.0, may_use=lambda name: name == "math").adapters == ("math@111111111111",)
+    thread.join()
+    with pytest.raises(RefusedError, match="none of your adapters that could be selected"):
+        rig.prepare(may_use=lambda name: name == "code")
 
 
 @pytest.mark.parametrize("prompt", ["2+3" * 100, TokenPrompt((10**6,)), TokenPrompt((1,) * 200)])

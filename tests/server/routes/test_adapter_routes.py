@@ -116,6 +116,10 @@ def test_an_alias_names_an_adapter_or_a_version_and_can_be_moved(office: Office)
     assert office.generate("other")["adapter"][0]["version"] == other.version, "a refused deletion changes nothing"
     for action in ("pin", "load", "unpin"):
         assert office.post(f"/adapters/either/{action}").json()["name"] == "either"
+    error = refusal(office.client.delete(f"/adapters/either@{other.version}"), 409)
+    target = f"other@{other.version}"
+    assert error["message"] == f"'either' is an alias of {target}: delete 'either', or {target}"
+    assert office.generate("either")["adapter"][0]["version"] == other.version
     assert office.client.delete("/adapters/either").json() == {"name": "either", "versions": [], "num_using": 0}
     assert office.ask("either").status_code == 404
     refusal(office.client.get("/adapters/either"), 404)

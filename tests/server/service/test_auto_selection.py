@@ -94,7 +94,7 @@ def test_if_an_adapter_was_withdrawn_meanwhile_another_is_selected(
         assert names(reply.json()) == ["math"]
     else:
         assert (
-            f"the adapters selected for the prompt were withdrawn {NUM_SELECTIONS} times in a row; try again"
+            f"the adapters selected for the prompt were changed {NUM_SELECTIONS} times in a row; try again"
             in refusal(reply, status)["message"]
         )
 
@@ -118,6 +118,28 @@ def test_if_an_adapter_is_withdrawn_after_its_admission_another_is_selected(
     finally:
         registry.put(withdrawn[0])
     assert (names(reply), reply["merge"]["base_share"]) == ([], 1.0)
+
+
+def test_if_a_selected_adapter_comes_into_the_policy_another_is_selected(
+    weighing: httpx.Client, weighing_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the client was refused for an adapter that it had not named."""
+    registry, resolve = weighing_service.registry, AdapterSelector.resolve
+    intent, math = registry.by_name["intent"], registry.by_name["math"]
+
+    def move(self: AdapterSelector, pending: PendingSelection, selection: Selection) -> GenerateRequest:
+        request = resolve(self, pending, selection)
+        registry.put(Registered(replace(math.entry, name="intent"), replace(math.summary, name="intent")))
+        return request
+
+    monkeypatch.setattr(AdapterSelector, "resolve", move)
+    try:
+        body = {"prompt": prompts("math", 1, seed=16)[0], "adapter": "auto", "max_tokens": 1}
+        reply = weighing.post("/generate", json=body, headers=bearer(OTHER))
+    finally:
+        registry.put(intent)
+    assert reply.status_code == 200, reply.text
+    assert [(one["name"], one["policy"]) for one in reply.json()["adapter"]] == [("intent", True)]
 
 
 @pytest.mark.parametrize(
