@@ -9,7 +9,10 @@ import { short } from "./numbers.js";
 const PAUSE = 400;
 const HINT = "Write a prompt: it gives the weights.";
 
-/** Lets `mix` take its weights from what `asking` asks for, if all that is picked has statistics of its prompts or is `auto`. */
+/**
+ * Lets `mix` take its weights from what `asking` asks for, if all that is picked has statistics of its prompts or is `auto`.
+ * As in the API, several adapters do so unless somebody gives them weights.
+ */
 export class AutoWeights {
   #timer = 0;
   #abort = null;
@@ -17,7 +20,7 @@ export class AutoWeights {
 
   constructor(catalogue, mix, asking) {
     [this.catalogue, this.mix, this.asking] = [catalogue, mix, asking];
-    byId("auto").addEventListener("change", (event) => mix.auto(event.target.checked));
+    byId("auto").addEventListener("change", (event) => mix.choose(event.target.checked));
     for (const source of [catalogue, mix, asking.mode]) source.addEventListener("change", () => this.#draw());
     for (const id of ["merge", "template"]) byId(id).addEventListener("change", () => this.#draw());
     byId("prompt").addEventListener("input", () => this.#soon());
@@ -25,15 +28,20 @@ export class AutoWeights {
   }
 
   #draw() {
-    const { names, isAuto, isSelecting } = this.mix;
+    const { names, isAuto, isSelecting, isChosen } = this.mix;
     const obstacle = this.#obstacle();
+    const isPossible = this.catalogue.canSelect && !obstacle;
+    const isNext = isPossible && (isChosen ? isAuto : names.length > 1);
+    if (!isSelecting && isNext !== isAuto) {
+      this.mix.auto(isNext); // and draws again
+      return;
+    }
     byId("auto-row").hidden = !this.catalogue.canSelect || !names.length || isSelecting;
     byId("auto").disabled = Boolean(obstacle);
-    byId("auto").checked = isAuto && !obstacle;
+    byId("auto").checked = isAuto;
     setText(byId("auto-obstacle"), obstacle);
     byId("base-share").hidden = !isAuto;
-    if (isAuto && obstacle) this.mix.auto(false);
-    else this.#soon();
+    this.#soon();
   }
 
   /** Returns why the prompt cannot give the weights of what is picked; nothing if it can. */

@@ -8,6 +8,8 @@ export class Mix extends EventTarget {
   #weights = new Map();
   /** The weights that the prompt gives, as far as they are known; null if it gives none. */
   #shares = null;
+  /** Whether somebody said how the adapters are weighted; until then the default counts. */
+  isChosen = false;
 
   get names() {
     return [...this.#weights.keys()];
@@ -43,7 +45,7 @@ export class Mix extends EventTarget {
   }
 
   pick(name) {
-    if (name === AUTO) [this.#weights, this.#shares] = [new Map(), null];
+    if (name === AUTO) this.#empty();
     else this.#weights.delete(AUTO);
     this.#weights.set(name, null);
     this.#changed();
@@ -51,20 +53,22 @@ export class Mix extends EventTarget {
 
   drop(name) {
     this.#weights.delete(name);
+    if (!this.#weights.size) this.#empty();
     this.#changed();
   }
 
   /** Sets weights by name; null is 1/n again. */
   weigh(weights) {
-    this.#shares = null;
+    [this.#shares, this.isChosen] = [null, true];
     for (const [name, weight] of Object.entries(weights)) this.#weights.set(name, weight);
     this.#changed();
   }
 
   /** Picks these alone, with weights by name; null is 1/n. */
   become(weights) {
-    this.#shares = null;
+    this.#empty();
     this.#weights = new Map(Object.entries(weights));
+    this.isChosen = Object.values(weights).some((weight) => weight !== null);
     this.#changed();
   }
 
@@ -81,8 +85,18 @@ export class Mix extends EventTarget {
     this.dispatchEvent(new Event("shares"));
   }
 
+  /** As `auto`, because somebody says so. */
+  choose(isAuto) {
+    this.isChosen = true;
+    this.auto(isAuto);
+  }
+
   even() {
     this.weigh(Object.fromEntries(this.names.map((name) => [name, null])));
+  }
+
+  #empty() {
+    [this.#weights, this.#shares, this.isChosen] = [new Map(), null, false];
   }
 
   #changed() {

@@ -27,9 +27,11 @@ def test_the_weights_follow_the_prompt(visiting: Visiting, url: str) -> None:
     visit = visiting(url)
     auto, base = visit.page.get_by_role("checkbox", name="Weights from the prompt"), visit.page.locator("#base-share")
     expect(auto).to_be_hidden()
-    visit.pick("math", "safety")
+    visit.pick("math")
+    expect(auto).not_to_be_checked()
     expect(base).to_be_hidden()
-    auto.check()
+    visit.pick("safety")
+    expect(auto).to_be_checked()
     expect(base).to_have_text("Write a prompt: it gives the weights.")
     slider = visit.page.get_by_role("slider", name="Weight of math")
     expect(slider).to_be_disabled()
@@ -48,6 +50,38 @@ def test_the_weights_follow_the_prompt(visiting: Visiting, url: str) -> None:
     expect_weights(visit, "0.5", "0.5")
     visit.ask()
     assert [body["weights"] for body in visit.bodies() if body.get("stream") and "adapter" in body] == ["auto", [0.5, 0.5]]
+
+
+def test_weights_that_somebody_chose_stay(visiting: Visiting, url: str) -> None:
+    visit = visiting(url)
+    box, weight = visit.page.locator("#auto"), visit.page.get_by_role("spinbutton", name="Exact weight of math")
+    visit.pick("math")
+    weight.fill("0.7")
+    visit.pick("safety")
+    expect(box).not_to_be_checked()
+    expect_weights(visit, "0.7", "0.5")
+    visit.page.get_by_role("button", name="Remove math").click()
+    visit.page.get_by_role("button", name="Remove safety").click()
+    visit.pick("math", "safety")
+    expect(box).to_be_checked()
+    visit.page.get_by_role("button", name="1/n each").click()
+    expect(box).not_to_be_checked()
+    expect_weights(visit, "0.5", "0.5")
+
+
+def test_an_adapter_without_statistics_ends_automatic_weights_while_it_is_picked(visiting: Visiting, url: str) -> None:
+    visit = visiting(url)
+    box = visit.page.locator("#auto")
+    visit.pick("math", "safety")
+    expect(box).to_be_checked()
+    visit.pick("intent")
+    expect(box).not_to_be_checked()
+    expect(visit.page.get_by_role("slider", name="Weight of intent")).to_be_enabled()
+    visit.page.get_by_role("button", name="Remove intent").click()
+    expect(box).to_be_checked()
+    visit.page.get_by_role("button", name="Remove safety").click()
+    expect(box).not_to_be_checked()
+    expect(visit.page.get_by_role("spinbutton", name="Exact weight of math")).to_have_value("1")
 
 
 def test_adapters_without_statistics_and_other_merges_have_none(visiting: Visiting, url: str) -> None:
