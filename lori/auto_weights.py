@@ -27,6 +27,8 @@ MAX_EXACT = 128
 """Up to so many Gaussians are all compared exactly."""
 NUM_NEAREST = 16
 """Gaussians that are compared exactly if there are more."""
+MAX_FORMS = 4
+"""Maximum number of Gaussians of one adapter among those, so that one with many alike does not keep out the others."""
 MAX_ORIGIN = 64.0
 """Largest magnitude of an entry of the flat index's origin. With copies of the demo adapters' statistics it is at most 13.3."""
 MAX_DISTANCE = 4.0
@@ -129,8 +131,8 @@ class SelectionIndex:
         points = means @ self._discriminants
         # Each adapter counts once, however many forms it has. If most are far away, the limit keeps the origin near the rest.
         centres = np.add.reduceat(points, np.flatnonzero(self._forms == 0)) / np.array(counts)[:, None]
-        self._points = FlatIndex(points, np.clip(np.median(centres, axis=0), -MAX_ORIGIN, MAX_ORIGIN))
-        arrays = (self._discriminants, self._owners, self._forms, self._all_forms)
+        self._points = FlatIndex(points, np.clip(np.median(centres, axis=0), -MAX_ORIGIN, MAX_ORIGIN), self._owners)
+        arrays = (self._discriminants, self._forms, self._all_forms)
         self.num_bytes = self._points.num_bytes + sum(array.nbytes for array in arrays)
 
     def __len__(self) -> int:
@@ -161,7 +163,7 @@ class SelectionIndex:
         if np.count_nonzero(are_allowed) <= MAX_EXACT:
             return np.flatnonzero(are_allowed)
         point = (whitened @ self._discriminants).astype(np.float32)
-        return np.sort(self._points.nearest(point, NUM_NEAREST, are_allowed))
+        return np.sort(self._points.nearest(point, NUM_NEAREST, are_allowed, MAX_FORMS))
 
 
 def _linear_discriminants(means: Array, counts: Sequence[int], adapters: Sequence[PromptStatistics]) -> Array:

@@ -1,4 +1,4 @@
-"""A flat index: points in int8, and those nearest to a query by a comparison with all of them.
+"""A flat index: points in int8, in groups, and those nearest to a query by a comparison with all of them.
 
 Shapes: G points, D dimensions.
 """
@@ -20,9 +20,12 @@ BoolArray = npt.NDArray[np.bool_]
 class FlatIndex:
     """Points in int8. Each has a scale of its own, so that one far point does not make the others less exact. Never changes."""
 
-    def __init__(self, points: Array, origin: Array) -> None:
-        """Quantize `points` (G, D) relative to `origin` (D,), which changes only the rounding: points near it are more exact."""
-        self._origin = as_float32(origin)
+    def __init__(self, points: Array, origin: Array, groups: npt.NDArray[np.int32]) -> None:
+        """Quantize `points` (G, D) relative to `origin` (D,), which changes only the rounding: points near it are more exact.
+
+        `groups` (G,) has each point's group.
+        """
+        self._origin, self._groups = as_float32(origin), groups
         points = points - self._origin
         self._scales = np.maximum(as_float32(np.abs(points).max(1) / MAX_INTEGER), np.finfo(np.float32).tiny)
         self._integers = np.round(points / self._scales[:, None]).astype(np.int8)
@@ -32,18 +35,30 @@ class FlatIndex:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the points, 104 bytes each, and of the origin."""
-        return self._integers.nbytes + self._scales.nbytes + self._constants.nbytes + self._origin.nbytes
+        """Size of the points, 108 bytes each, and of the origin."""
+        arrays = (self._integers, self._scales, self._constants, self._groups, self._origin)
+        return sum(array.nbytes for array in arrays)
 
-    def nearest(self, query: npt.NDArray[np.float32], count: int, allowed: BoolArray) -> npt.NDArray[np.int64]:
+    def nearest(self, query: npt.NDArray[np.float32], count: int, allowed: BoolArray, max_of_group: int) -> npt.NDArray[np.int64]:
         """Return the indices, in any order, of the points nearest to `query` (D,) among those that `allowed` (G,) has.
 
-        They are `count`, or all allowed points if those are fewer.
+        They are at most `count`, and at most `max_of_group` of each group.
         """
         query = query - self._origin
         if MODULE:
-            return MODULE.nearest(self._integers, self._scales, self._constants, allowed, query, count)
+            arrays = (self._integers, self._scales, self._constants, self._groups)
+            return MODULE.nearest(*arrays, allowed, query, count, max_of_group)
         blocks = np.split(self._integers, range(BLOCK_SIZE, len(self._integers), BLOCK_SIZE))
         products = np.concatenate([block.astype(np.float32) @ query for block in blocks])
         indices = np.flatnonzero(allowed)
-        return indices[np.argsort((self._scales * products + self._constants)[indices])[-count:]]
+        ordered = indices[np.argsort(-(self._scales * products + self._constants)[indices])]
+        return ordered[_ranks(self._groups[ordered]) < max_of_group][:count]
+
+
+def _ranks(groups: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Return how often the group of each entry came before it, (G,)."""
+    order = np.argsort(groups, kind="stable")
+    is_first = np.diff(groups[order], prepend=-1) != 0
+    ranks = np.empty(len(groups), np.int64)
+    ranks[order] = np.arange(len(groups)) - np.maximum.accumulate(np.where(is_first, np.arange(len(groups)), 0))
+    return ranks

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lori import rice
 from lori.errors import LoriError
 
-VERSION = 9
+VERSION = 10
 """Version of the layout and of the module's functions; must equal the one in CMakeLists.txt."""
 MAX_ISA_VARIABLE = "LORI_MAX_CPU_ISA"
 """Environment variable for the highest instruction set that a process may use. If it is not set, all are allowed."""

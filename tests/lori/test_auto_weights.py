@@ -230,6 +230,19 @@ def test_the_forms_of_one_adapter_do_not_blur_the_others(
     assert num_own >= num_expected - 1
 
 
+@pytest.mark.usefixtures("compiled_and_numpy")
+def test_an_adapter_of_many_equal_forms_does_not_keep_out_its_like(
+    background: Background, many: Sequence[PromptStatistics]
+) -> None:
+    """Regression: its forms were all of those that were compared exactly."""
+    crowd = replace(many[0], gaussians=joined([many[0].gaussians] * MAX_GAUSSIANS))
+    index = SelectionIndex(background, [crowd, *many])
+    for z in draw(100, 3.0, count=3):
+        selection = index.select(z, 2, allow(index))
+        assert selection.adapters[0] == 1
+        assert selection.shares.base == 0.0
+
+
 @pytest.mark.parametrize(("num_adapters", "num_forms"), [(2, 64), (5, 7), (9, 14)])
 def test_equal_adapters_of_many_equal_forms_share(
     background: Background, adapters: Sequence[PromptStatistics], num_adapters: int, num_forms: int

@@ -21,11 +21,18 @@ def distances(points: Array, query: Array) -> Array:
 
 
 def nearest(
-    points: Array, query: Array, allowed: Array | None = None, count: int = COUNT, origin: Array | float = 0.0
+    points: Array,
+    query: Array,
+    allowed: Array | None = None,
+    count: int = COUNT,
+    origin: Array | float = 0.0,
+    group_size: int = 1,
+    max_of_group: int = 1,
 ) -> list[int]:
     is_allowed = np.ones(len(points), dtype=bool) if allowed is None else allowed.astype(bool)
-    index = FlatIndex(points, np.broadcast_to(origin, NUM_DIMENSIONS))
-    return index.nearest(as_float32(query), count, is_allowed).tolist()
+    groups = np.arange(len(points), dtype=np.int32) // group_size
+    index = FlatIndex(points, np.broadcast_to(origin, NUM_DIMENSIONS), groups)
+    return index.nearest(as_float32(query), count, is_allowed, max_of_group).tolist()
 
 
 @pytest.mark.usefixtures("compiled_and_numpy")
@@ -73,6 +80,27 @@ def test_only_allowed_points_are_returned() -> None:
 
 
 @pytest.mark.usefixtures("compiled_and_numpy")
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("count", [1, COUNT, 300])
+def test_of_each_group_only_the_nearest_are_returned(count: int, order: int) -> None:
+    group_size, max_of_group = 7, 3
+    for query in make_points(5, seed=1):
+        points = make_points(707)
+        points = points[np.argsort(distances(points, query))[::order]]  # so that the nearest are all of a few groups
+        points = np.round(4 * points)  # which quantization changes little
+        indices = nearest(points, query, count=count, group_size=group_size, max_of_group=max_of_group)
+        by_group = np.array(indices) // group_size
+        assert np.bincount(by_group).max() <= max_of_group
+        ranked = np.argsort(distances(points, query), kind="stable")
+        expected: list[int] = []
+        for point in ranked.tolist():
+            if sum(other // group_size == point // group_size for other in expected) < max_of_group:
+                expected.append(point)
+        assert len(indices) == min(count, len(expected))
+        assert distances(points[indices], query).max() <= 1.01 * distances(points[expected[:count]], query).max()
+
+
+@pytest.mark.usefixtures("compiled_and_numpy")
 def test_of_few_points_all_are_returned() -> None:
     assert sorted(nearest(make_points(3), np.ones(NUM_DIMENSIONS))) == [0, 1, 2]
 
@@ -99,20 +127,24 @@ def test_the_compiled_index_returns_what_numpy_returns(monkeypatch: pytest.Monke
     assert num_same >= 0.99 * COUNT * len(queries)  # the compiled one rounds the query, too
 
 
-def test_a_point_takes_104_bytes() -> None:
-    assert FlatIndex(make_points(1000), np.zeros(NUM_DIMENSIONS)).num_bytes == 1000 * (NUM_DIMENSIONS + 8) + 4 * NUM_DIMENSIONS
+def test_a_point_takes_108_bytes() -> None:
+    index = FlatIndex(make_points(1000), np.zeros(NUM_DIMENSIONS), np.zeros(1000, np.int32))
+    assert index.num_bytes == 1000 * (NUM_DIMENSIONS + 12) + 4 * NUM_DIMENSIONS
 
 
 @pytest.mark.needs("kernels")
 def test_the_compiled_function_checks_its_arrays() -> None:
     points, query, allowed = np.zeros((5, NUM_DIMENSIONS), np.int8), np.ones(NUM_DIMENSIONS, np.float32), np.ones(5, dtype=bool)
     scales = constants = np.ones(5, np.float32)
-    assert len(MODULE.nearest(points, scales, constants, allowed, query, 2)) == 2
+    groups = np.zeros(5, np.int32)
+    assert len(MODULE.nearest(points, scales, constants, groups, allowed, query, 2, 2)) == 2
     for wrong, other in ((np.zeros((5, 95), np.int8), query), (points, query[1:])):
         with pytest.raises(ValueError, match="96 dimensions expected"):
-            MODULE.nearest(wrong, scales, constants, allowed, other, 2)
-    for arrays in ((scales[1:], constants, allowed), (scales, constants[1:], allowed), (scales, constants, allowed[1:])):
+            MODULE.nearest(wrong, scales, constants, groups, allowed, other, 2, 2)
+    arrays = (scales, constants, groups, allowed)
+    for place in range(len(arrays)):
         with pytest.raises(ValueError, match="for each point expected"):
-            MODULE.nearest(points, *arrays, query, 2)
-    with pytest.raises(ValueError, match="a count of at least 1"):
-        MODULE.nearest(points, scales, constants, allowed, query, 0)
+            MODULE.nearest(points, *arrays[:place], arrays[place][1:], *arrays[place + 1 :], query, 2, 2)
+    for counts in ((0, 2), (2, 0)):
+        with pytest.raises(ValueError, match="counts of at least 1"):
+            MODULE.nearest(points, *arrays, query, *counts)

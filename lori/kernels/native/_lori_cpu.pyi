@@ -171,12 +171,15 @@ def nearest(
     points: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order="C", device="cpu", writable=False)],
     scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     constants: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    groups: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     allowed: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order="C", device="cpu", writable=False)],
     query: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     count: int,
+    max_of_group: int,
 ) -> Annotated[NDArray[numpy.int64], dict(shape=(None,))]:
     """
-    The indices, in any order, of the allowed points with the greatest scale * p^T x + constant. None whose score is NaN.
+    The indices, in any order, of the allowed points with the greatest scale * p^T x + constant, at most max_of_group of
+    each group. None whose score is NaN.
     """
 
 def part_size(num_outputs: int, num_inputs: int) -> int: ...
