@@ -20,7 +20,7 @@ from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
 """Weights are multiples of 1 / GRID, so that like prompts share their prefixes in the cache."""
-LOG_ODDS = -7.0
+LOG_ODDS = -3.0
 """Logarithm of the ratio of an adapter's prior probability to the base's. Chosen on held-out prompts: with 0, too many prompts
 that fit no adapter go to one."""
 MAX_EXACT = 128

@@ -90,6 +90,10 @@ class Gaussians:
         """Each of the Gaussians."""
         return [(self, i) for i in range(len(self.means))]
 
+    def first(self, count: int) -> "Gaussians":
+        """Return the first `count` of the Gaussians."""
+        return Gaussians(*(np.ascontiguousarray(getattr(self, name)[:count]) for name in GAUSSIAN_NAMES))
+
     def draw(self, num_draws: int, seed: int) -> Array:
         """Return `num_draws` random whitened features of each Gaussian, (C, num_draws, F). A seed gives the same ones again."""
         rng = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ prompts.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lgamma, log, log1p, sqrt
 from pathlib import Path
@@ -60,6 +60,8 @@ SENTINEL = "\ue000"
 """A character without a meaning or a case. Templates write it as they write a message's content."""
 MAX_GAUSSIANS = 64
 """Maximum number of forms of an adapter's prompts, and of groups in a background."""
+NUM_ORIGINAL = "num_original"
+"""Key in the metadata of a background that extends another."""
 BACKGROUNDS = Path(__file__).parent / "backgrounds"
 """The backgrounds that come with this package, by the base's digest."""
 PROBED_LAYERS_DIVISOR = 5
@@ -160,11 +162,28 @@ class Background:
     whitening: npt.NDArray[np.float32]
     """(F, F): (z - mean) @ whitening has the identity as its covariance over all prompts of the background."""
     gaussians: Gaussians
+    num_original: int = 0
+    """Number of Gaussians of the background that this one extends, which come first; 0 if it extends none."""
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 (hex) of the content. Statistics name the background that they were made with."""
-        return _digest(self._tensors, {"base": self.base_digest})
+        """The sha256 (hex) of the content."""
+        return _digest(self._tensors, self._metadata)
+
+    @cached_property
+    def original_digest(self) -> str:
+        """The digest of the background that this one extends, or of this one if it extends none.
+
+        Statistics name it. They depend on `mean` and `whitening` only, so they hold for all backgrounds that extend one.
+        """
+        if not self.num_original:
+            return self.digest
+        return replace(self, gaussians=self.gaussians.first(self.num_original), num_original=0).digest
+
+    def extended(self, groups: Sequence[Array]) -> "Background":
+        """Return this background with a Gaussian more for each of `groups` of prompts with features (P, F)."""
+        parts = [self.gaussians, *(fit_gaussian(self.whiten(group)) for group in groups)]
+        return replace(self, gaussians=joined(parts), num_original=self.num_original or len(self.gaussians.means))
 
     def whiten(self, z: Array) -> Array:
         """Return features (…, F) in the space of the Gaussians."""
@@ -188,18 +207,25 @@ class Background:
         return logsumexp([*by_gaussian, wide]) - log(len(by_gaussian) + 1)
 
     @property
+    def _metadata(self) -> dict[str, str]:
+        return {"base": self.base_digest} | ({NUM_ORIGINAL: str(self.num_original)} if self.num_original else {})
+
+    @property
     def _tensors(self) -> dict[str, Tensor]:
         return {"mean": self.mean, "whitening": self.whitening, **_tensors_of(self.gaussians)}
 
     def to_bytes(self) -> bytes:
         """Return the content of the background's file."""
-        return save(self._tensors, {"base": self.base_digest, "digest": self.digest})
+        return save(self._tensors, self._metadata | {"digest": self.digest})
 
     @classmethod
     def from_bytes(cls, source: str, content: bytes) -> "Background":
         """Return the background in a file's content. Raises `AdapterFormatError` about `source` with every fault."""
-        tensors, metadata = _parse(source, content, ("base",), ("mean", "whitening", *GAUSSIAN_NAMES))
-        return cls(metadata["base"], tensors["mean"], tensors["whitening"], _gaussians_of(tensors))
+        tensors, metadata = _parse(source, content, ("base",), ("mean", "whitening", *GAUSSIAN_NAMES), (NUM_ORIGINAL,))
+        text, num_gaussians = metadata.get(NUM_ORIGINAL, "0"), len(tensors["means"])
+        if NUM_ORIGINAL in metadata and text not in {str(number) for number in range(1, num_gaussians)}:
+            raise AdapterFormatError(source, [f"{NUM_ORIGINAL}: {text!r}, expected 1 to {num_gaussians - 1} in its metadata"])
+        return cls(metadata["base"], tensors["mean"], tensors["whitening"], _gaussians_of(tensors), int(text))
 
 
 def fit_background(base_digest: str, groups: Sequence[Array]) -> Background:
@@ -256,6 +282,7 @@ class PromptStatistics:
     adapter_digest: str
     """Digest of the adapter's content."""
     background_digest: str
+    """See `Background.original_digest`."""
     gaussians: Gaussians
 
     def to_bytes(self) -> bytes:
@@ -291,15 +318,17 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return sha.hexdigest()
 
 
-def _parse(source: str, content: bytes, keys: Sequence[str], names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _parse(
+    source: str, content: bytes, keys: Sequence[str], names: Sequence[str], optional_keys: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a file. Raises `AdapterFormatError` about `source` with every fault."""
     try:
         tensors, metadata = load(content), _metadata(content)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise AdapterFormatError(source, [f"is not a safetensors file: {error}"]) from error
-    if faults := [*_metadata_faults(metadata, keys), *_tensor_faults(tensors, names)]:
+    if faults := [*_metadata_faults(metadata, keys, optional_keys), *_tensor_faults(tensors, names)]:
         raise AdapterFormatError(source, faults)
-    described = {key: metadata[key] for key in keys}
+    described = {key: value for key, value in metadata.items() if key != "digest"}
     if (digest := _digest(tensors, described)) != metadata["digest"]:
         raise AdapterFormatError(
             source, [f"its digest is {digest}, expected {metadata['digest']}: it was changed, or is damaged"]
@@ -313,10 +342,11 @@ def _metadata(content: bytes) -> dict[str, str]:
     return dict(metadata)
 
 
-def _metadata_faults(metadata: Mapping[str, str], keys: Sequence[str]) -> list[str]:
+def _metadata_faults(metadata: Mapping[str, str], keys: Sequence[str], optional_keys: Sequence[str]) -> list[str]:
     expected = {*keys, "digest"}
     faults = [f"has no {key!r} in its metadata" for key in sorted(expected - metadata.keys())]
-    return faults + [f"has an unknown {key!r} in its metadata" for key in sorted(metadata.keys() - expected)]
+    unknown = metadata.keys() - expected - {*optional_keys}
+    return faults + [f"has an unknown {key!r} in its metadata" for key in sorted(unknown)]
 
 
 def _tensor_faults(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:

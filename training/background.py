@@ -13,7 +13,14 @@ import numpy as np
 from pydantic import Field
 
 from lori.gaussians import Array
-from lori.prompt_statistics import MAX_GAUSSIANS, NUM_FEATURES, NUM_PROJECTED, Background, fit_background
+from lori.prompt_statistics import (
+    MAX_GAUSSIANS,
+    NUM_FEATURES,
+    NUM_PROJECTED,
+    Background,
+    fit_background,
+    load_background,
+)
 from lori.store.files import check_writable, replace_file
 from training.base import RowsConfig, load_base
 from training.command_line import run_program
@@ -34,6 +41,8 @@ class BackgroundConfig(RowsConfig):
     completions are ignored."""
     output: Path
     """The file to write."""
+    extend: Path | None = None
+    """A background to which these prompts are added. Statistics of adapters that were made with it stay valid."""
     num_rows: int = Field(default=1500, ge=MIN_ROWS)
     """Maximum number of prompts of each source, drawn at random."""
 
@@ -48,15 +57,22 @@ def measure_background(config: BackgroundConfig) -> str:
     if small := [f"{path} has {size} prompts" for path, size in sizes if size < MIN_ROWS]:
         raise DataError(f"{', '.join(small)}, expected at least {MIN_ROWS} of a kind")
     base = load_base(config.model, config.dtype, config.threads)
+    original = load_background(base.identity, config.extend) if config.extend else None
     drawn = [config.draw(rows, config.num_rows) for rows in kinds]
-    if (num_prompts := sum(map(len, drawn))) < MIN_PROMPTS:
+    num_prompts = sum(map(len, drawn))
+    if original and (excess := len(original.gaussians.means) + len(drawn) - MAX_GAUSSIANS) > 0:
+        raise DataError(f"there are {len(drawn)} kinds, expected at most {len(drawn) - excess} beside those of {config.extend}")
+    if not original and num_prompts < MIN_PROMPTS:
         raise DataError(f"there are {num_prompts} prompts, at most {config.num_rows} of a source, expected {MIN_PROMPTS} in all")
     features = [prompt_features(base, [row.prompt for row in rows]) for rows in drawn]
-    _check_rank(features, base.model.config.get_text_config().hidden_size)
-    content = fit_background(base.identity.digest, features).to_bytes()
+    if not original:
+        _check_rank(features, base.model.config.get_text_config().hidden_size)
+    background = original.extended(features) if original else fit_background(base.identity.digest, features)
+    content = background.to_bytes()
     Background.from_bytes(str(config.output), content)  # raises for what a server would refuse
     replace_file(config.output, content)
-    return f"wrote {config.output}: {num_prompts} prompts of {len(drawn)} kinds, {len(content)} bytes"
+    added = f" beside those of {config.extend}" if original else ""
+    return f"wrote {config.output}: {num_prompts} prompts of {len(drawn)} kinds{added}, {len(content)} bytes"
 
 
 def _check_rank(features: Sequence[Array], width: int) -> None:

@@ -84,7 +84,7 @@ def measure(base: BaseModel, adapter: Adapter, background: Background, forms: Se
     Raises `DataError` if the adapter changes too few rows of a form.
     """
     gaussians = [_measure_form(base, adapter, background, form) for form in forms]
-    return PromptStatistics(adapter.config.lori.content_digest, background.digest, joined(gaussians))
+    return PromptStatistics(adapter.config.lori.content_digest, background.original_digest, joined(gaussians))
 
 
 def measure_changed(base: BaseModel, adapter: Adapter, background: Background, forms: Sequence[Form]) -> PromptStatistics:
@@ -105,7 +105,7 @@ def measure_changed(base: BaseModel, adapter: Adapter, background: Background, f
         return measure(base, adapter, background, [Form("all prompts", pooled)])
     for fault in faults:
         logger.warning("left out of the statistics: %s", fault)
-    return PromptStatistics(adapter.config.lori.content_digest, background.digest, joined(gaussians))
+    return PromptStatistics(adapter.config.lori.content_digest, background.original_digest, joined(gaussians))
 
 
 def write_statistics(folder: Path, statistics: PromptStatistics) -> str:

@@ -29,7 +29,7 @@ class WeightResolver:
     def statistics_of(self, adapter: Summary) -> PromptStatistics | None:
         """Return the statistics by which the adapter's weight can be automatic: those of this server's background."""
         statistics, background = adapter.prompt_statistics, self.background
-        return statistics if statistics and background and statistics.background_digest == background.digest else None
+        return statistics if statistics and background and statistics.background_digest == background.original_digest else None
 
     def can_weigh(self, adapter: Summary) -> bool:
         """Return whether the adapter's weight can be automatic."""

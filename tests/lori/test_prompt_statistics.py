@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load, save
 from transformers import PreTrainedTokenizerFast
 
+from lori.auto_weights import shares
 from lori.errors import AdapterError, AdapterFormatError, TemplateError
 from lori.gaussians import NUM_AXES, fit_gaussian, joined, log_likelihoods
 from lori.identity import BaseIdentity
@@ -61,6 +62,41 @@ def test_files_are_read_as_they_were_written(background: Background, adapters: S
     again = Background.from_bytes("b", background.to_bytes())
     assert again.digest == background.digest
     np.testing.assert_array_equal(again.whitening, background.whitening)
+
+
+def test_a_background_can_be_extended_again_and_again(background: Background) -> None:
+    groups = [draw(seed, 3.0) for seed in (21, 22, 23)]
+    once = background.extended(groups[:1])
+    extended = Background.from_bytes("b", once.extended(groups[1:]).to_bytes())
+    assert extended.num_original == len(background.gaussians.means)
+    for one in (background, once, extended):
+        assert one.original_digest == background.digest
+    assert len({background.digest, once.digest, extended.digest}) == 3
+    added = fit_gaussian(background.whiten(groups[2]))
+    np.testing.assert_array_equal(extended.gaussians.means[-1], added.means[0])
+    np.testing.assert_array_equal(extended.gaussians.axes[-1], added.axes[0])
+
+
+def test_statistics_hold_for_an_extended_background(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    extended = background.extended([draw(11, 3.0)])  # the prompts of the first adapter
+    [own], [other] = draw(11, 3.0, count=1), draw(12, 3.0, count=1)
+    assert shares(own, background, adapters).weights == (1.0, 0.0, 0.0)
+    assert shares(own, extended, adapters).base == pytest.approx(1 - 1 / (1 + np.exp(3) / 4), abs=1 / 16)
+    assert shares(other, extended, adapters).weights == (0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("number", [3, 99, -1])
+def test_a_wrong_number_of_original_gaussians_is_refused(background: Background, number: int) -> None:
+    content = replace(background.extended([draw(21)]), num_original=number).to_bytes()
+    with pytest.raises(AdapterFormatError, match=f"num_original: '{number}', expected 1 to 2 in its metadata"):
+        Background.from_bytes("b", content)
+
+
+def test_a_changed_number_of_original_gaussians_is_refused(background: Background) -> None:
+    content = background.extended([draw(21)]).to_bytes()
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    with pytest.raises(AdapterFormatError, match="it was changed, or is damaged"):
+        Background.from_bytes("b", save(load(content), metadata | {"num_original": "1"}))
 
 
 def test_statistics_take_13_kb_a_form(adapters: Sequence[PromptStatistics]) -> None:

@@ -24,7 +24,7 @@ from lori.projection import Quantization
 from server import loading
 from server.loading import fingerprint, load_service, weighing_name
 from server.settings import Settings
-from tests.lori.features import make_background
+from tests.lori.features import draw, make_background
 from tests.server.forked import run_forked, start_forked
 from tests.server.live import LIMIT_S, RunProgram, events, run_main, start
 from tests.server.rig import rig_of
@@ -263,7 +263,8 @@ def test_a_fingerprint_names_what_decides_automatic_weights() -> None:
     changes: list[dict[str, Any]] = [{"default_merge": "linear"}, {"auto_max_adapters": 4}, {"auto_threshold": 0.4}]
     others = {weighing_name(Settings(**change), background) for change in changes}
     others.add(weighing_name(settings, replace(background, base_digest="c" * 64)))
-    assert len(others - {name}) == len(changes) + 1
+    others.add(weighing_name(settings, background.extended([draw(3)])))
+    assert len(others - {name}) == len(changes) + 2
     assert weighing_name(settings, None) == ""
     arguments = (torch.float32, torch.device("cpu"), None)
     assert fingerprint(*arguments, name) == f"{fingerprint(*arguments)}-{name}"

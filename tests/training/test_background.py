@@ -61,6 +61,33 @@ def test_few_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "background.safetensors").exists()
 
 
+def test_a_background_is_extended(tiny_model: Path, tmp_path: Path) -> None:
+    original = config(tmp_path, tiny_model, random_texts(MIN_PROMPTS // 2), random_texts(MIN_PROMPTS // 2, string.digits))
+    measure_background(original)
+    before = original.output.read_bytes()
+    place = tmp_path / "more"
+    place.mkdir()
+    added = random_texts(60, string.punctuation)
+    settings = config(place, tiny_model, added).model_copy(update={"extend": original.output})
+    expected = f"wrote {settings.output}: 60 prompts of 1 kinds beside those of {original.output}, "
+    assert measure_background(settings).startswith(expected)
+    assert original.output.read_bytes() == before
+    base = load_base_model(str(tiny_model), torch.float32, "eager")
+    background = load_background(base.identity, settings.output)
+    assert background.original_digest == load_background(base.identity, original.output).digest
+    whitened = background.whiten(prompt_features(base, added[:20]))
+    assert np.mean([np.argmax(log_likelihoods(background.gaussians.components, z)) == 2 for z in whitened]) > 0.9
+
+
+def test_a_background_is_not_extended_beyond_its_limit(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = config(tmp_path, tiny_model, random_texts(MIN_PROMPTS // 2), random_texts(MIN_PROMPTS // 2, string.digits))
+    measure_background(original)
+    monkeypatch.setattr("training.background.MAX_GAUSSIANS", 3)
+    settings = config(tmp_path, tiny_model, random_texts(50), random_texts(50)).model_copy(update={"extend": original.output})
+    with pytest.raises(DataError, match="there are 2 kinds, expected at most 1 beside those of "):
+        measure_background(settings)
+
+
 def test_prompts_that_are_too_alike_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     kinds = [random_texts(10) * 40, random_texts(10, string.digits) * 40]
     with pytest.raises(DataError, match="the covariance of the prompts' features is singular: it has rank 19, expected 96"):

@@ -27,5 +27,10 @@ def test_no_training_question_is_a_test_question() -> None:
     assert not questions("") & (questions("_test") | {*lines("ordinary_test")})
 
 
+@pytest.mark.parametrize("name", ["general_questions", "personal_messages"])
+def test_no_background_message_is_a_test_message(name: str) -> None:
+    assert not {*lines(name)} & {*lines("ordinary_test")}
+
+
 def test_no_act_is_both_harmful_and_harmless() -> None:
     assert not {*lines("harmful_acts"), *lines("harmful_acts_test")} & {*lines("harmless_acts"), *lines("harmless_acts_test")}

@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from training.evaluation.server_answerer import Ask, Server
 
 logger = logging.getLogger(__name__)
 
-BACKGROUND = "background.safetensors"
+BACKGROUND, EXTENDED_BACKGROUND = "background.safetensors", "background-extended.safetensors"
 HERE = Path(__file__).parent
 TASKS = ("intent", "math", "nlu", "safety")
 NUM_ORDINARY = 2400
@@ -207,14 +207,18 @@ def expand(line: str) -> list[str]:
     return ["".join(texts) for texts in product(*choices)]
 
 
+def expanded(name: str) -> list[str]:
+    """Return the texts that the lines of the file `name` of this package stand for, each once."""
+    lines = (HERE / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [*dict.fromkeys(text for line in lines for text in expand(line))]
+
+
 def everyday(files: Files) -> Path:
     """Return a file of everyday messages without answers. It has none of the messages in `ordinary_test.txt`."""
 
     def messages() -> list[Row]:
-        lines = (HERE / "ordinary.txt").read_text(encoding="utf-8").splitlines()
         test_messages = {row["prompt"] for row in prompts_of(HERE / "ordinary_test.txt")}
-        texts = dict.fromkeys(text for line in lines for text in expand(line))
-        return [{"prompt": text} for text in texts if text.strip() and text not in test_messages]
+        return [{"prompt": text} for text in expanded("ordinary") if text.strip() and text not in test_messages]
 
     return files.make("everyday", messages)
 
@@ -306,9 +310,25 @@ def write_test_chats(files: Files) -> None:
     files.make("safety-acts", lambda: [row for file in acts for row in rows_of(file)])
 
 
-def background(files: Files) -> str:
-    """Write the prompts that are no adapter's. Return the command that makes the background of the embedded model from them."""
-    languages = (HERE / "languages.txt").read_text(encoding="utf-8").splitlines()
+def statements(files: Files) -> Path:
+    """Return a file of statements, such as aphorisms and news: openings that the base model completes."""
+    openings = files.make("openings", lambda: [{"prompt": text} for text in expanded("openings")])
+    completed = files.answered("openings-completed", openings, template="plain", max_tokens=32)
+    return files.make("statements", lambda: [{"prompt": up_to_sentence(row)} for row in rows_of(completed)])
+
+
+def up_to_sentence(row: Row) -> str:
+    """Return a row's prompt and completion as one text, up to the end of its last whole sentence if there is one."""
+    text = " ".join(f"{row['prompt']}{row['completion']}".split())
+    end = max(text.rfind(mark) for mark in (". ", "! ", "? "))
+    return text[: end + 1] or text
+
+
+def background(files: Files) -> list[str]:
+    """Write the prompts that are no adapter's. Return the commands that make the background of the embedded model from them.
+
+    The second one extends what the first one makes, so that statistics made with the first are valid.
+    """
     messages = [row for file in (ordinary(files), everyday(files)) for row in rows_of(file)]
     kinds = [
         ordinary(files),
@@ -318,10 +338,21 @@ def background(files: Files) -> str:
         files.make("prose", prose),
         files.make("unpunctuated", lambda: [{"prompt": as_part(row["prompt"])} for row in messages]),
         files.acts("harmless_acts", [{}]),
-        files.make("languages", lambda: [{"prompt": text} for line in languages for text in expand(line)]),
+        files.make("languages", lambda: [{"prompt": text} for text in expanded("languages")]),
     ]
+    added = [statements(files)] + [
+        files.make(name, partial(prompts_of, HERE / f"{name}.txt")) for name in ("general_questions", "personal_messages")
+    ]
+    original, extended = (files.config.output / name for name in (BACKGROUND, EXTENDED_BACKGROUND))
+    return [
+        _background_command(kinds, original),
+        _background_command(added, extended, "--extend", str(original)),
+    ]
+
+
+def _background_command(kinds: Sequence[Path], output: Path, *options: str) -> str:
     sources = [word for kind in kinds for word in ("--data", str(kind))]
-    return shlex.join(["python", "-m", "training.background", *sources, "--output", str(files.config.output / BACKGROUND)])
+    return shlex.join(["python", "-m", "training.background", *options, *sources, "--output", str(output)])
 
 
 def safety_statistics(files: Files) -> str:
@@ -374,7 +405,7 @@ def main() -> int:
             write_test_chats(files)
             return f"wrote test rows as chats to {config.output}"
         commands = [command(config, task, *paths) for task, paths in prepare(files).items()]
-        return "\n".join([*commands, background(files), safety_statistics(files)])
+        return "\n".join([*commands, *background(files), safety_statistics(files)])
 
     return run_program(program)
 

@@ -52,6 +52,13 @@ def test_the_request_has_what_its_weights_are_computed_from() -> None:
     assert [term.weight for term in request.terms] == [0.0, 0.0]
 
 
+def test_statistics_of_the_background_that_the_server_s_extends_count() -> None:
+    extended = BACKGROUND.extended([np.random.default_rng(0).standard_normal((100, NUM_FEATURES))])
+    request = admission(extended).admit(ask())
+    assert request.auto is not None
+    assert request.auto.background is extended
+
+
 @pytest.mark.parametrize("weights", [(-0.5, "auto"), ("auto", -0.5)])
 def test_some_weights_are_automatic_beside_given_ones(weights: tuple[RequestedWeight, ...]) -> None:
     names = ("code", "law") if weights[1] == "auto" else ("law", "code")  # `code` has no statistics
