@@ -138,6 +138,11 @@ class SelectionIndex:
     def __len__(self) -> int:
         return len(self._adapters)
 
+    @property
+    def max_compared(self) -> int:
+        """Number of Gaussians, at most, with which a prompt is compared exactly."""
+        return MAX_EXACT + len(self._background.gaussians.means)
+
     def select(self, z: Array, max_adapters: int, allowed: BoolArray) -> Selection:
         """Return at most `max_adapters` of the adapters for which `allowed` is true, for a prompt with features z (F,).
 
@@ -198,6 +203,10 @@ class PromptQuery(Protocol[Result_co]):
     def prompt(self) -> ProbedPrompt:
         """The tokens from which the features are computed."""
 
+    @property
+    def num_gaussians(self) -> int:
+        """Number of Gaussians, at most, with which the features are compared."""
+
     def evaluate(self, z: Array) -> Result_co:
         """Return the answer for the prompt's features z (F,)."""
 
@@ -210,6 +219,11 @@ class WeightQuery:
     background: Background
     statistics: tuple[PromptStatistics, ...]
     """Of each adapter whose weight is automatic, in the request's order."""
+
+    @property
+    def num_gaussians(self) -> int:
+        """See `PromptQuery`."""
+        return len(self.background.gaussians.means) + sum(len(one.gaussians.means) for one in self.statistics)
 
     def evaluate(self, z: Array) -> Shares:
         """See `shares`."""
@@ -224,6 +238,11 @@ class SelectionQuery:
     index: SelectionIndex
     max_adapters: int
     allowed: BoolArray
+
+    @property
+    def num_gaussians(self) -> int:
+        """See `PromptQuery`."""
+        return self.index.max_compared
 
     def evaluate(self, z: Array) -> Selection:
         """See `SelectionIndex.select`."""

@@ -72,7 +72,8 @@ def measure_background(config: BackgroundConfig) -> str:
     Background.from_bytes(str(config.output), content)  # raises for what a server would refuse
     replace_file(config.output, content)
     added = f" beside those of {config.extend}" if original else ""
-    return f"wrote {config.output}: {num_prompts} prompts of {len(drawn)} kinds{added}, {len(content)} bytes"
+    kinds_text = "1 kind" if len(drawn) == 1 else f"{len(drawn)} kinds"
+    return f"wrote {config.output}: {num_prompts} prompts of {kinds_text}{added}, {len(content)} bytes"
 
 
 def _check_rank(features: Sequence[Array], width: int) -> None:

@@ -69,7 +69,7 @@ def test_a_background_is_extended(tiny_model: Path, tmp_path: Path) -> None:
     place.mkdir()
     added = random_texts(60, string.punctuation)
     settings = config(place, tiny_model, added).model_copy(update={"extend": original.output})
-    expected = f"wrote {settings.output}: 60 prompts of 1 kinds beside those of {original.output}, "
+    expected = f"wrote {settings.output}: 60 prompts of 1 kind beside those of {original.output}, "
     assert measure_background(settings).startswith(expected)
     assert original.output.read_bytes() == before
     base = load_base_model(str(tiny_model), torch.float32, "eager")

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import Any, cast
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from lori.auto_weights import Shares, WeightQuery
-from lori.gaussians import Array, Gaussians
+from lori.gaussians import Array, Gaussians, joined
 from lori.prompt_statistics import NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
 from server.engine.model.prompt_probe import MAX_PROMPTS, MAX_TOKENS, PromptProbe
-from server.engine.prompt_weights import MAX_BUSY_TOKENS, OVERFLOW, ProbeError, PromptWeigher
+from server.engine.prompt_weights import GAUSSIANS_PER_TOKEN, MAX_BUSY_TOKENS, OVERFLOW, ProbeError, PromptWeigher
 from tests.lori.features import spherical
 
 LENGTH = 100
@@ -60,8 +61,10 @@ class Rig:
         length: int = LENGTH,
         is_wanted: Callable[[], bool] = lambda: True,
         priority: int = 0,
+        num_gaussians: int = 1,
     ) -> None:
-        auto = WeightQuery(ProbedPrompt((first,) * length, 0, length), BACKGROUND, (STATISTICS,))
+        statistics = replace(STATISTICS, gaussians=joined([STATISTICS.gaussians] * num_gaussians))
+        auto = WeightQuery(ProbedPrompt((first,) * length, 0, length), BACKGROUND, (statistics,))
         self.weigher.submit(auto, priority, tenant, is_wanted, lambda outcome: self.outcomes.update({first: outcome}))
 
 
@@ -175,6 +178,14 @@ def test_a_pass_is_short_while_sequences_run(rig: Rig, is_busy: bool, num_tokens
         rig.submit(first)
     rig.weigher.step(is_busy)
     assert rig.probe.passes == [[*range(10, 10 + num_tokens // LENGTH)]]
+
+
+def test_comparisons_count_in_a_pass_while_sequences_run(rig: Rig) -> None:
+    """Regression: 64 adapters of 64 forms could make a pass of short prompts take more than a second."""
+    for first in range(10, 30):
+        rig.submit(first, num_gaussians=GAUSSIANS_PER_TOKEN * LENGTH)
+    rig.weigher.step(is_busy=True)
+    assert len(rig.probe.passes[0]) == MAX_BUSY_TOKENS // (2 * LENGTH)
 
 
 def test_a_long_prompt_is_weighed_while_sequences_run(rig: Rig) -> None:
