@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, Literal
@@ -170,6 +170,10 @@ class Files:
         """Return the file of texts `name` of this package, of the split of the run."""
         return HERE / f"{name}{'_test' if self.config.split == 'test' else ''}.txt"
 
+    def lines(self, name: str) -> Path:
+        """Write the lines of the file of texts `name` of this package as prompts to a file, and return its path."""
+        return self.make(name, lambda: prompts_of(HERE / f"{name}.txt"))
+
     def framed(self, name: str, file: Path, frames: str, **options: Any) -> Path:
         """Write the rows of `file`, put into frames, as chats to the file `name`, and return its path."""
         return self.as_chats(name, file, frames=self.texts(f"{frames}_frames"), **options)
@@ -207,8 +211,8 @@ def expand(line: str) -> list[str]:
     return ["".join(texts) for texts in product(*choices)]
 
 
-def expanded(name: str) -> list[str]:
-    """Return the texts that the lines of the file `name` of this package stand for, each once."""
+def texts_of(name: str) -> list[str]:
+    """Return the texts that the lines of the file of texts `name` of this package stand for, each once."""
     lines = (HERE / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     return [*dict.fromkeys(text for line in lines for text in expand(line))]
 
@@ -218,7 +222,7 @@ def everyday(files: Files) -> Path:
 
     def messages() -> list[Row]:
         test_messages = {row["prompt"] for row in prompts_of(HERE / "ordinary_test.txt")}
-        return [{"prompt": text} for text in expanded("ordinary") if text.strip() and text not in test_messages]
+        return [{"prompt": text} for text in texts_of("ordinary") if text.strip() and text not in test_messages]
 
     return files.make("everyday", messages)
 
@@ -312,7 +316,7 @@ def write_test_chats(files: Files) -> None:
 
 def statements(files: Files) -> Path:
     """Return a file of statements, such as aphorisms and news: openings that the base model completes."""
-    openings = files.make("openings", lambda: [{"prompt": text} for text in expanded("openings")])
+    openings = files.make("openings", lambda: [{"prompt": text} for text in texts_of("openings")])
     completed = files.answered("openings-completed", openings, template="plain", max_tokens=32)
     return files.make("statements", lambda: [{"prompt": up_to_sentence(row)} for row in rows_of(completed)])
 
@@ -320,7 +324,7 @@ def statements(files: Files) -> Path:
 def up_to_sentence(row: Row) -> str:
     """Return a row's prompt and completion as one text, up to the end of its last whole sentence if there is one."""
     text = " ".join(f"{row['prompt']}{row['completion']}".split())
-    end = max(text.rfind(mark) for mark in (". ", "! ", "? "))
+    end = max(f"{text} ".rfind(mark) for mark in (". ", "! ", "? "))
     return text[: end + 1] or text
 
 
@@ -338,11 +342,9 @@ def background(files: Files) -> list[str]:
         files.make("prose", prose),
         files.make("unpunctuated", lambda: [{"prompt": as_part(row["prompt"])} for row in messages]),
         files.acts("harmless_acts", [{}]),
-        files.make("languages", lambda: [{"prompt": text} for text in expanded("languages")]),
+        files.make("languages", lambda: [{"prompt": text} for text in texts_of("languages")]),
     ]
-    added = [statements(files)] + [
-        files.make(name, partial(prompts_of, HERE / f"{name}.txt")) for name in ("general_questions", "personal_messages")
-    ]
+    added = [statements(files), files.lines("general_questions"), files.lines("personal_messages")]
     original, extended = (files.config.output / name for name in (BACKGROUND, EXTENDED_BACKGROUND))
     return [
         _background_command(kinds, original),
