@@ -7,6 +7,7 @@ Shapes: G Gaussians of all adapters, F features.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from math import exp, log
 from typing import Protocol, TypeVar
@@ -21,14 +22,15 @@ from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 GRID = 16
 """Weights are multiples of 1 / GRID, so that like prompts share their prefixes in the cache."""
 LOG_ODDS = -3.0
-"""Logarithm of the ratio of an adapter's prior probability to the base's. Chosen on held-out prompts: with 0, too many prompts
-that fit no adapter go to one."""
+"""Logarithm of the ratio of an adapter's prior probability to the base's. Chosen on held-out prompts: with -2, more than 3% of
+those that fit no adapter go to one."""
 MAX_EXACT = 128
 """Up to so many Gaussians are all compared exactly."""
 NUM_NEAREST = 16
 """Gaussians that are compared exactly if there are more."""
-MAX_FORMS = 4
-"""Maximum number of Gaussians of one adapter among those, so that one with many alike does not keep out the others."""
+MAX_FORMS_PER_ADAPTER = 4
+"""Maximum number of an adapter's Gaussians among the nearest, so that one with many alike does not crowd out the others. All
+Gaussians of an adapter with so many are compared."""
 MAX_ORIGIN = 64.0
 """Largest magnitude of an entry of the flat index's origin. With copies of the demo adapters' statistics it is at most 13.3."""
 MAX_DISTANCE = 4.0
@@ -138,10 +140,13 @@ class SelectionIndex:
     def __len__(self) -> int:
         return len(self._adapters)
 
-    @property
+    @cached_property
     def max_compared(self) -> int:
         """Number of Gaussians, at most, with which a prompt is compared exactly."""
-        return MAX_EXACT + len(self._background.gaussians.means)
+        counts = [len(adapter.gaussians.means) for adapter in self._adapters]
+        if (num_gaussians := sum(counts)) > MAX_EXACT:
+            num_gaussians = max(MAX_EXACT, NUM_NEAREST + NUM_NEAREST // MAX_FORMS_PER_ADAPTER * max(counts))
+        return num_gaussians + len(self._background.gaussians.means)
 
     def select(self, z: Array, max_adapters: int, allowed: BoolArray) -> Selection:
         """Return at most `max_adapters` of the adapters for which `allowed` is true, for a prompt with features z (F,).
@@ -156,6 +161,9 @@ class SelectionIndex:
         compared: dict[int, list[Component]] = {}
         for owner, form in zip(self._owners[nearest].tolist(), self._forms[nearest].tolist(), strict=True):
             compared.setdefault(owner, []).append((self._adapters[owner].gaussians, form))
+        for owner, components in compared.items():
+            if len(components) == MAX_FORMS_PER_ADAPTER:
+                compared[owner] = self._adapters[owner].gaussians.components
         result = _shares(whitened, self._background, [*compared.values()], LOG_ODDS - log(num_allowed))
         fitting = [(weight, owner) for owner, weight in zip(compared, result.weights, strict=True) if weight]
         best = sorted(fitting, key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
@@ -168,7 +176,7 @@ class SelectionIndex:
         if np.count_nonzero(are_allowed) <= MAX_EXACT:
             return np.flatnonzero(are_allowed)
         point = (whitened @ self._discriminants).astype(np.float32)
-        return np.sort(self._points.nearest(point, NUM_NEAREST, are_allowed, MAX_FORMS))
+        return np.sort(self._points.nearest(point, NUM_NEAREST, are_allowed, max_per_group=MAX_FORMS_PER_ADAPTER))
 
 
 def _linear_discriminants(means: Array, counts: Sequence[int], adapters: Sequence[PromptStatistics]) -> Array:

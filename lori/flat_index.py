@@ -3,6 +3,8 @@
 Shapes: G points, D dimensions.
 """
 
+from collections import Counter
+
 import numpy as np
 import numpy.typing as npt
 
@@ -39,26 +41,26 @@ class FlatIndex:
         arrays = (self._integers, self._scales, self._constants, self._groups, self._origin)
         return sum(array.nbytes for array in arrays)
 
-    def nearest(self, query: npt.NDArray[np.float32], count: int, allowed: BoolArray, max_of_group: int) -> npt.NDArray[np.int64]:
+    def nearest(
+        self, query: npt.NDArray[np.float32], count: int, allowed: BoolArray, max_per_group: int
+    ) -> npt.NDArray[np.int64]:
         """Return the indices, in any order, of the points nearest to `query` (D,) among those that `allowed` (G,) has.
 
-        They are at most `count`, and at most `max_of_group` of each group.
+        They are at most `count`, and at most `max_per_group` of each group.
         """
         query = query - self._origin
         if MODULE:
             arrays = (self._integers, self._scales, self._constants, self._groups)
-            return MODULE.nearest(*arrays, allowed, query, count, max_of_group)
+            return MODULE.nearest(*arrays, allowed, query, count, max_per_group)
         blocks = np.split(self._integers, range(BLOCK_SIZE, len(self._integers), BLOCK_SIZE))
         products = np.concatenate([block.astype(np.float32) @ query for block in blocks])
         indices = np.flatnonzero(allowed)
-        ordered = indices[np.argsort(-(self._scales * products + self._constants)[indices])]
-        return ordered[_ranks(self._groups[ordered]) < max_of_group][:count]
-
-
-def _ranks(groups: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """Return how often the group of each entry came before it, (G,)."""
-    order = np.argsort(groups, kind="stable")
-    is_first = np.diff(groups[order], prepend=-1) != 0
-    ranks = np.empty(len(groups), np.int64)
-    ranks[order] = np.arange(len(groups)) - np.maximum.accumulate(np.where(is_first, np.arange(len(groups)), 0))
-    return ranks
+        nearest, sizes = list[int](), Counter[int]()
+        for index in indices[np.argsort(-(self._scales * products + self._constants)[indices])]:
+            group = int(self._groups[index])
+            if sizes[group] < max_per_group:
+                sizes[group] += 1
+                nearest.append(int(index))
+            if len(nearest) == count:
+                break
+        return np.array(nearest, np.int64)

@@ -168,7 +168,7 @@ class Background:
     @cached_property
     def digest(self) -> str:
         """The sha256 (hex) of the content."""
-        return _digest(self._tensors, self._metadata)
+        return _digest(self._tensors, self._header)
 
     @cached_property
     def original_digest(self) -> str:
@@ -207,7 +207,7 @@ class Background:
         return logsumexp([*by_gaussian, wide]) - log(len(by_gaussian) + 1)
 
     @property
-    def _metadata(self) -> dict[str, str]:
+    def _header(self) -> dict[str, str]:
         return {"base": self.base_digest} | ({NUM_ORIGINAL: str(self.num_original)} if self.num_original else {})
 
     @property
@@ -216,16 +216,17 @@ class Background:
 
     def to_bytes(self) -> bytes:
         """Return the content of the background's file."""
-        return save(self._tensors, self._metadata | {"digest": self.digest})
+        return save(self._tensors, self._header | {"digest": self.digest})
 
     @classmethod
     def from_bytes(cls, source: str, content: bytes) -> "Background":
         """Return the background in a file's content. Raises `AdapterFormatError` about `source` with every fault."""
         tensors, metadata = _parse(source, content, ("base",), ("mean", "whitening", *GAUSSIAN_NAMES), (NUM_ORIGINAL,))
-        text, num_gaussians = metadata.get(NUM_ORIGINAL, "0"), len(tensors["means"])
-        if NUM_ORIGINAL in metadata and text not in {str(number) for number in range(1, num_gaussians)}:
-            raise AdapterFormatError(source, [f"{NUM_ORIGINAL}: {text!r}, expected 1 to {num_gaussians - 1} in its metadata"])
-        return cls(metadata["base"], tensors["mean"], tensors["whitening"], _gaussians_of(tensors), int(text))
+        number, num_gaussians = metadata.get(NUM_ORIGINAL), len(tensors["means"])
+        if number is not None and number not in map(str, range(1, num_gaussians)):
+            expected = f"expected a number below {num_gaussians}, its number of Gaussians"
+            raise AdapterFormatError(source, [f"has {NUM_ORIGINAL} {number!r} in its metadata, {expected}"])
+        return cls(metadata["base"], tensors["mean"], tensors["whitening"], _gaussians_of(tensors), int(number or 0))
 
 
 def fit_background(base_digest: str, groups: Sequence[Array]) -> Background:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from lori.base_model import BaseModel
 from lori.gaussians import Array
 from lori.prompt_statistics import (
     MAX_GAUSSIANS,
@@ -24,7 +25,7 @@ from lori.prompt_statistics import (
 from lori.store.files import check_writable, replace_file
 from training.base import RowsConfig, load_base
 from training.command_line import run_program
-from training.data import DataError, Faults, Source, read_rows
+from training.data import DataError, Faults, Row, Source, read_rows
 from training.prompt_features import prompt_features
 
 MIN_ROWS = 40
@@ -42,7 +43,8 @@ class BackgroundConfig(RowsConfig):
     output: Path
     """The file to write."""
     extend: Path | None = None
-    """A background to which these prompts are added. Statistics of adapters that were made with it stay valid."""
+    """A background to extend: the output has its Gaussians, and one more for each source. Statistics of adapters that were made
+    with it stay valid."""
     num_rows: int = Field(default=1500, ge=MIN_ROWS)
     """Maximum number of prompts of each source, drawn at random."""
 
@@ -57,23 +59,33 @@ def measure_background(config: BackgroundConfig) -> str:
     if small := [f"{path} has {size} prompts" for path, size in sizes if size < MIN_ROWS]:
         raise DataError(f"{', '.join(small)}, expected at least {MIN_ROWS} of a kind")
     base = load_base(config.model, config.dtype, config.threads)
-    original = load_background(base.identity, config.extend) if config.extend else None
     drawn = [config.draw(rows, config.num_rows) for rows in kinds]
-    num_prompts = sum(map(len, drawn))
-    if original and (excess := len(original.gaussians.means) + len(drawn) - MAX_GAUSSIANS) > 0:
-        raise DataError(f"there are {len(drawn)} kinds, expected at most {len(drawn) - excess} beside those of {config.extend}")
-    if not original and num_prompts < MIN_PROMPTS:
-        raise DataError(f"there are {num_prompts} prompts, at most {config.num_rows} of a source, expected {MIN_PROMPTS} in all")
-    features = [prompt_features(base, [row.prompt for row in rows]) for rows in drawn]
-    if not original:
-        _check_rank(features, base.model.config.get_text_config().hidden_size)
-    background = original.extended(features) if original else fit_background(base.identity.digest, features)
+    background = _extended(base, config.extend, drawn) if config.extend else _fitted(base, drawn, config.num_rows)
     content = background.to_bytes()
     Background.from_bytes(str(config.output), content)  # raises for what a server would refuse
     replace_file(config.output, content)
-    added = f" beside those of {config.extend}" if original else ""
-    kinds_text = "1 kind" if len(drawn) == 1 else f"{len(drawn)} kinds"
+    num_prompts, kinds_text = sum(map(len, drawn)), "1 kind" if len(drawn) == 1 else f"{len(drawn)} kinds"
+    added = f" beside those of {config.extend}" if config.extend else ""
     return f"wrote {config.output}: {num_prompts} prompts of {kinds_text}{added}, {len(content)} bytes"
+
+
+def _fitted(base: BaseModel, kinds: Sequence[Sequence[Row]], max_rows: int) -> Background:
+    if (num_prompts := sum(map(len, kinds))) < MIN_PROMPTS:
+        raise DataError(f"there are {num_prompts} prompts, at most {max_rows} of a source, expected {MIN_PROMPTS} in all")
+    features = _features(base, kinds)
+    _check_rank(features, base.model.config.get_text_config().hidden_size)
+    return fit_background(base.identity.digest, features)
+
+
+def _extended(base: BaseModel, file: Path, kinds: Sequence[Sequence[Row]]) -> Background:
+    original = load_background(base.identity, file)
+    if (excess := len(original.gaussians.means) + len(kinds) - MAX_GAUSSIANS) > 0:
+        raise DataError(f"there are {len(kinds)} kinds, expected at most {len(kinds) - excess} beside those of {file}")
+    return original.extended(_features(base, kinds))
+
+
+def _features(base: BaseModel, kinds: Sequence[Sequence[Row]]) -> list[Array]:
+    return [prompt_features(base, [row.prompt for row in rows]) for rows in kinds]
 
 
 def _check_rank(features: Sequence[Array], width: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load, save
 from transformers import PreTrainedTokenizerFast
 
-from lori.auto_weights import shares
+from lori.auto_weights import LOG_ODDS, shares
 from lori.errors import AdapterError, AdapterFormatError, TemplateError
 from lori.gaussians import NUM_AXES, fit_gaussian, joined, log_likelihoods
 from lori.identity import BaseIdentity
@@ -81,14 +81,15 @@ def test_statistics_hold_for_an_extended_background(background: Background, adap
     extended = background.extended([draw(11, 3.0)])  # the prompts of the first adapter
     [own], [other] = draw(11, 3.0, count=1), draw(12, 3.0, count=1)
     assert shares(own, background, adapters).weights == (1.0, 0.0, 0.0)
-    assert shares(own, extended, adapters).base == pytest.approx(1 - 1 / (1 + np.exp(3) / 4), abs=1 / 16)
+    odds = 4 * np.exp(LOG_ODDS)  # the background has three Gaussians and the t distribution
+    assert shares(own, extended, adapters).base == pytest.approx(1 / (1 + odds), abs=1 / 16)
     assert shares(other, extended, adapters).weights == (0.0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("number", [3, 99, -1])
 def test_a_wrong_number_of_original_gaussians_is_refused(background: Background, number: int) -> None:
     content = replace(background.extended([draw(21)]), num_original=number).to_bytes()
-    with pytest.raises(AdapterFormatError, match=f"num_original: '{number}', expected 1 to 2 in its metadata"):
+    with pytest.raises(AdapterFormatError, match=f"has num_original '{number}' in its metadata, expected a number below 3"):
         Background.from_bytes("b", content)
 
 

@@ -175,10 +175,10 @@ def nearest(
     allowed: Annotated[NDArray[numpy.bool_], dict(shape=(None,), order="C", device="cpu", writable=False)],
     query: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     count: int,
-    max_of_group: int,
+    max_per_group: int,
 ) -> Annotated[NDArray[numpy.int64], dict(shape=(None,))]:
     """
-    The indices, in any order, of the allowed points with the greatest scale * p^T x + constant, at most max_of_group of
+    The indices, in any order, of the allowed points with the greatest scale * p^T x + constant, at most max_per_group of
     each group. None whose score is NaN.
     """
 

@@ -10,8 +10,8 @@ const PAUSE = 400;
 const HINT = "Write a prompt: it gives the weights.";
 
 /**
- * Lets `mix` take its weights from what `asking` asks for, if all that is picked has statistics of its prompts or is `auto`.
- * As in the API, several adapters do so unless somebody gives them weights.
+ * The weights that the prompt in `asking` gives to what is picked in `mix`, if all of it has statistics of its prompts or is `auto`.
+ * Several adapters get them unless somebody gives others.
  */
 export class AutoWeights {
   #timer = 0;
@@ -28,10 +28,10 @@ export class AutoWeights {
   }
 
   #draw() {
-    const { names, isAuto, isSelecting, isChosen } = this.mix;
+    const { names, isAuto, isSelecting, choice } = this.mix;
     const obstacle = this.#obstacle();
     const isPossible = this.catalogue.canSelect && !obstacle;
-    const isNext = isPossible && (isChosen ? isAuto : names.length > 1);
+    const isNext = isPossible && (choice ?? names.length > 1);
     if (!isSelecting && isNext !== isAuto) {
       this.mix.auto(isNext); // and draws again
       return;

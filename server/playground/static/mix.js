@@ -8,8 +8,8 @@ export class Mix extends EventTarget {
   #weights = new Map();
   /** The weights that the prompt gives, as far as they are known; null if it gives none. */
   #shares = null;
-  /** Whether somebody said how the adapters are weighted; until then the default counts. */
-  isChosen = false;
+  /** Whether somebody wants weights from the prompt; null until somebody says so. */
+  choice = null;
 
   get names() {
     return [...this.#weights.keys()];
@@ -59,16 +59,16 @@ export class Mix extends EventTarget {
 
   /** Sets weights by name; null is 1/n again. */
   weigh(weights) {
-    [this.#shares, this.isChosen] = [null, true];
+    [this.#shares, this.choice] = [null, false];
     for (const [name, weight] of Object.entries(weights)) this.#weights.set(name, weight);
     this.#changed();
   }
 
-  /** Picks these alone, with weights by name; null is 1/n. */
+  /** Picks these alone, with weights by name. Those that are null are 1/n, or if all are, perhaps from the prompt. */
   become(weights) {
     this.#empty();
     this.#weights = new Map(Object.entries(weights));
-    this.isChosen = Object.values(weights).some((weight) => weight !== null);
+    if (Object.values(weights).some((weight) => weight !== null)) this.choice = false;
     this.#changed();
   }
 
@@ -85,9 +85,9 @@ export class Mix extends EventTarget {
     this.dispatchEvent(new Event("shares"));
   }
 
-  /** As `auto`, because somebody says so. */
+  /** Takes the weights from the prompt, or no longer, as somebody wants it. */
   choose(isAuto) {
-    this.isChosen = true;
+    this.choice = isAuto;
     this.auto(isAuto);
   }
 
@@ -96,7 +96,7 @@ export class Mix extends EventTarget {
   }
 
   #empty() {
-    [this.#weights, this.#shares, this.isChosen] = [new Map(), null, false];
+    [this.#weights, this.#shares, this.choice] = [new Map(), null, null];
   }
 
   #changed() {

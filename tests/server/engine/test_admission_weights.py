@@ -52,7 +52,7 @@ def test_the_request_has_what_its_weights_are_computed_from() -> None:
     assert [term.weight for term in request.terms] == [0.0, 0.0]
 
 
-def test_statistics_of_the_background_that_the_server_s_extends_count() -> None:
+def test_statistics_of_an_extended_background_s_original_count() -> None:
     extended = BACKGROUND.extended([np.random.default_rng(0).standard_normal((100, NUM_FEATURES))])
     request = admission(extended).admit(ask())
     assert request.auto is not None

@@ -95,7 +95,7 @@ def test_adapters_without_statistics_and_other_merges_have_none(visiting: Visiti
     expect(box).to_be_disabled()
     visit.page.get_by_role("checkbox", name="intent", exact=True).uncheck()
     expect(row).to_have_text("Weights from the prompt ")
-    expect(box).not_to_be_checked()
+    expect(box).to_be_checked()
     expect(box).to_be_enabled()
     visit.pick("safety")
     visit.page.locator("#merge").select_option("ties")
