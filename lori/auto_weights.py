@@ -21,9 +21,6 @@ from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
 """Weights are multiples of 1 / GRID, so that like prompts share their prefixes in the cache."""
-LOG_ODDS = -3.0
-"""Logarithm of the ratio of an adapter's prior probability to the base's. Chosen on held-out prompts: with -2, more than 3% of
-those that fit no adapter go to one."""
 MAX_EXACT = 128
 """Up to so many Gaussians are all compared exactly."""
 NUM_NEAREST = 16
@@ -50,12 +47,10 @@ class Shares:
     base: float
 
 
-def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics], log_odds: float = LOG_ODDS) -> Shares:
-    """Return the share of each adapter for a prompt with features z (F,), by Bayes' rule.
-
-    `log_odds` is the logarithm of an adapter's prior probability divided by the base's.
-    """
-    return _shares(background.whiten(z), background, [adapter.gaussians.components for adapter in adapters], log_odds)
+def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics]) -> Shares:
+    """Return the share of each adapter for a prompt with features z (F,), by Bayes' rule."""
+    mixtures = [adapter.gaussians.components for adapter in adapters]
+    return _shares(background.whiten(z), background, mixtures, background.log_odds)
 
 
 def _shares(whitened: Array, background: Background, adapters: Sequence[Sequence[Component]], log_odds: float) -> Shares:
@@ -78,7 +73,8 @@ def mean_weights(background: Background, adapters: Sequence[PromptStatistics], p
     """
     draws = prompts.gaussians.draw(max(1, NUM_DRAWS // len(prompts.gaussians.means)), seed=0)
     mixtures = [adapter.gaussians.components for adapter in adapters]
-    weights: Array = np.array([_shares(z, background, mixtures, LOG_ODDS).weights for z in draws.reshape(-1, draws.shape[-1])])
+    prompt_shares = [_shares(z, background, mixtures, background.log_odds) for z in draws.reshape(-1, draws.shape[-1])]
+    weights: Array = np.array([each.weights for each in prompt_shares])
     mean: Array = weights.mean(0)
     return mean
 
@@ -151,7 +147,7 @@ class SelectionIndex:
     def select(self, z: Array, max_adapters: int, allowed: BoolArray) -> Selection:
         """Return at most `max_adapters` of the adapters for which `allowed` is true, for a prompt with features z (F,).
 
-        All allowed adapters together have the prior log-odds `LOG_ODDS`. The base gets the shares of those beyond `max_adapters`.
+        All allowed adapters together have the prior of one. The base gets the shares of those beyond `max_adapters`.
         """
         num_allowed = np.count_nonzero(allowed)
         if not num_allowed:
@@ -164,7 +160,7 @@ class SelectionIndex:
         for owner, components in compared.items():
             if len(components) == MAX_FORMS_PER_ADAPTER:
                 compared[owner] = self._adapters[owner].gaussians.components
-        result = _shares(whitened, self._background, [*compared.values()], LOG_ODDS - log(num_allowed))
+        result = _shares(whitened, self._background, [*compared.values()], self._background.log_odds - log(num_allowed))
         fitting = [(weight, owner) for owner, weight in zip(compared, result.weights, strict=True) if weight]
         best = sorted(fitting, key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
         weights = tuple(weight for weight, _ in best)

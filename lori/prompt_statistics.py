@@ -60,8 +60,12 @@ SENTINEL = "\ue000"
 """A character without a meaning or a case. Templates write it as they write a message's content."""
 MAX_GAUSSIANS = 64
 """Maximum number of forms of an adapter's prompts, and of groups in a background."""
-NUM_ORIGINAL = "num_original"
-"""Key in the metadata of a background that extends another."""
+NUM_ORIGINAL, LOG_ODDS_KEY = "num_original", "log_odds"
+"""Optional keys in the metadata of a background."""
+LOG_ODDS = -7.0
+"""A background's `log_odds` if none are given. With 0, many prompts that fit no adapter go to one."""
+MIN_LOG_ODDS = -100.0
+"""Least `log_odds`. The greatest is 0."""
 BACKGROUNDS = Path(__file__).parent / "backgrounds"
 """The backgrounds that come with this package, by the base's digest."""
 PROBED_LAYERS_DIVISOR = 5
@@ -164,6 +168,8 @@ class Background:
     gaussians: Gaussians
     num_original: int = 0
     """Number of Gaussians of the background that this one extends, which come first; 0 if it extends none."""
+    log_odds: float = LOG_ODDS
+    """Logarithm of the ratio of an adapter's prior probability to the base's."""
 
     @cached_property
     def digest(self) -> str:
@@ -172,13 +178,12 @@ class Background:
 
     @cached_property
     def original_digest(self) -> str:
-        """The digest of the background that this one extends, or of this one if it extends none.
+        """The digest of the background that this one extends, or of this one if it extends none, whatever the prior.
 
         Statistics name it. They depend on `mean` and `whitening` only, so they hold for all backgrounds that extend one.
         """
-        if not self.num_original:
-            return self.digest
-        return replace(self, gaussians=self.gaussians.first(self.num_original), num_original=0).digest
+        count = self.num_original or len(self.gaussians.means)
+        return replace(self, gaussians=self.gaussians.first(count), num_original=0, log_odds=LOG_ODDS).digest
 
     def extended(self, groups: Sequence[Array]) -> "Background":
         """Return this background with a Gaussian more for each of `groups` of prompts with features (P, F)."""
@@ -208,7 +213,12 @@ class Background:
 
     @property
     def _header(self) -> dict[str, str]:
-        return {"base": self.base_digest} | ({NUM_ORIGINAL: str(self.num_original)} if self.num_original else {})
+        header = {"base": self.base_digest}
+        if self.num_original:
+            header[NUM_ORIGINAL] = str(self.num_original)
+        if self.log_odds != LOG_ODDS:
+            header[LOG_ODDS_KEY] = repr(self.log_odds)
+        return header
 
     @property
     def _tensors(self) -> dict[str, Tensor]:
@@ -221,12 +231,28 @@ class Background:
     @classmethod
     def from_bytes(cls, source: str, content: bytes) -> "Background":
         """Return the background in a file's content. Raises `AdapterFormatError` about `source` with every fault."""
-        tensors, metadata = _parse(source, content, ("base",), ("mean", "whitening", *GAUSSIAN_NAMES), (NUM_ORIGINAL,))
+        names, optional_keys = ("mean", "whitening", *GAUSSIAN_NAMES), (NUM_ORIGINAL, LOG_ODDS_KEY)
+        tensors, metadata = _parse(source, content, ("base",), names, optional_keys)
         number, num_gaussians = metadata.get(NUM_ORIGINAL), len(tensors["means"])
+        faults = []
         if number is not None and number not in map(str, range(1, num_gaussians)):
             expected = f"expected a number below {num_gaussians}, its number of Gaussians"
-            raise AdapterFormatError(source, [f"has {NUM_ORIGINAL} {number!r} in its metadata, {expected}"])
-        return cls(metadata["base"], tensors["mean"], tensors["whitening"], _gaussians_of(tensors), int(number or 0))
+            faults.append(f"has {NUM_ORIGINAL} {number!r} in its metadata, {expected}")
+        if (log_odds := _parse_log_odds(metadata.get(LOG_ODDS_KEY, repr(LOG_ODDS)))) is None:
+            faults.append(f"has {LOG_ODDS_KEY} {metadata[LOG_ODDS_KEY]!r} in its metadata, expected {MIN_LOG_ODDS:g} to 0")
+        if faults or log_odds is None:
+            raise AdapterFormatError(source, faults)
+        gaussians = _gaussians_of(tensors)
+        return cls(metadata["base"], tensors["mean"], tensors["whitening"], gaussians, int(number or 0), log_odds)
+
+
+def _parse_log_odds(text: str) -> float | None:
+    """Return the number, or None if it is none, or out of range."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if MIN_LOG_ODDS <= value <= 0 else None
 
 
 def fit_background(base_digest: str, groups: Sequence[Array]) -> Background:

@@ -7,6 +7,7 @@ is answered by the base.
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from lori.base_model import BaseModel
 from lori.gaussians import Array
 from lori.prompt_statistics import (
     MAX_GAUSSIANS,
+    MIN_LOG_ODDS,
     NUM_FEATURES,
     NUM_PROJECTED,
     Background,
@@ -45,6 +47,9 @@ class BackgroundConfig(RowsConfig):
     extend: Path | None = None
     """A background to extend: the output has its Gaussians, and one more for each source. Statistics of adapters that were made
     with it stay valid."""
+    log_odds: float | None = Field(default=None, ge=MIN_LOG_ODDS, le=0)
+    """Logarithm of the ratio of an adapter's prior probability to the base's: the higher, the more prompts go to adapters. The
+    default is that of the extended background, else -7."""
     num_rows: int = Field(default=1500, ge=MIN_ROWS)
     """Maximum number of prompts of each source, drawn at random."""
 
@@ -61,6 +66,8 @@ def measure_background(config: BackgroundConfig) -> str:
     base = load_base(config.model, config.dtype, config.threads)
     drawn = [config.draw(rows, config.num_rows) for rows in kinds]
     background = _extended(base, config.extend, drawn) if config.extend else _fitted(base, drawn, config.num_rows)
+    if config.log_odds is not None:
+        background = replace(background, log_odds=config.log_odds)
     content = background.to_bytes()
     Background.from_bytes(str(config.output), content)  # raises for what a server would refuse
     replace_file(config.output, content)

@@ -10,7 +10,6 @@ import pytest
 
 from lori.auto_weights import (
     GRID,
-    LOG_ODDS,
     MAX_EXACT,
     Selection,
     SelectionIndex,
@@ -40,7 +39,9 @@ def test_another_prompt_goes_to_the_base(background: Background, adapters: Seque
 
 def test_shares_lie_on_the_grid_and_their_sum_is_1(background: Background, adapters: Sequence[PromptStatistics]) -> None:
     [z] = draw(11, 3.0, count=1)
-    uneven = [shares(z, background, [adapters[0], adapters[1]], log_odds=odds) for odds in np.linspace(-1000, 1000, 2001)]
+    uneven = [
+        shares(z, replace(background, log_odds=odds), [adapters[0], adapters[1]]) for odds in np.linspace(-1000, 1000, 2001)
+    ]
     assert len({result.base for result in uneven}) > 2, "no share is between 0 and 1"
     for result in uneven:
         parts = [*result.weights, result.base]
@@ -95,12 +96,19 @@ def test_mean_weights_are_over_every_form(background: Background, adapters: Sequ
 def test_prior_odds_are_counted(background: Background, adapters: Sequence[PromptStatistics]) -> None:
     [z] = draw(11, 3.0, count=1)
     assert shares(z, background, adapters).weights[0] == 1.0
-    assert shares(z, background, adapters, log_odds=-1e6) == Shares((0.0,) * 3, 1.0)
+    assert shares(z, replace(background, log_odds=-1e6), adapters) == Shares((0.0,) * 3, 1.0)
 
 
-def test_the_base_is_e3_times_as_likely_as_an_adapter_and_as_all_that_may_be_selected(
-    background: Background, adapters: Sequence[PromptStatistics]
+def shared_prior(background: Background, num_adapters: int) -> Background:
+    """Return `background` with the prior of one of `num_adapters` that have the background's together."""
+    return replace(background, log_odds=background.log_odds - np.log(num_adapters))
+
+
+@pytest.mark.parametrize("expected", [-7, -3])
+def test_the_background_has_the_prior_odds_of_an_adapter_and_of_all_that_may_be_selected(
+    background: Background, adapters: Sequence[PromptStatistics], expected: float
 ) -> None:
+    background = replace(background, log_odds=expected)
     [start], [stop] = draw(1, count=1), draw(11, 3.0, count=1)
     path = start + np.linspace(0, 1, 100_000)[:, None] * (stop - start)
 
@@ -116,10 +124,10 @@ def test_the_base_is_e3_times_as_likely_as_an_adapter_and_as_all_that_may_be_sel
 
     # On the grid, one half is reached from 15/32 on, and by eight adapters together from 4/9 on.
     log_odds = log_ratio(crossing(lambda z: shares(z, background, adapters[:1]).weights[0])) - np.log(15 / 17)
-    assert log_odds == pytest.approx(3, abs=0.05)
+    assert log_odds == pytest.approx(-expected, abs=0.05)
     index = SelectionIndex(background, [adapters[0]] * 8)
     log_odds = log_ratio(crossing(lambda z: 1 - index.select(z, 8, allow(index)).shares.base)) - np.log(4 / 5)
-    assert log_odds == pytest.approx(3, abs=0.05)
+    assert log_odds == pytest.approx(-expected, abs=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +159,7 @@ def test_the_selection_among_many_is_that_of_a_comparison_with_all(
     selections = set()
     for place in (0, 3, 10, 11, 17):
         for z in draw(100 + place, 3.0, count=3):
-            expected = shares(z, background, adapters, log_odds=LOG_ODDS - np.log(len(adapters)))
+            expected = shares(z, shared_prior(background, len(adapters)), adapters)
             selection = index.select(z, len(adapters), allow(index))
             selections.add(selection.shares.weights)
             weights = {i: weight for i, weight in enumerate(expected.weights) if weight}
@@ -175,7 +183,7 @@ def test_the_most_likely_of_thousands_of_forms_is_selected(
         z = draw_prompt(like[place].gaussians, background, seed=int(place))
         for allowed in (allow(index), some, few):
             places = np.flatnonzero(allowed)
-            exact = shares(z, background, [like[i] for i in places], log_odds=LOG_ODDS - np.log(len(places)))
+            exact = shares(z, shared_prior(background, len(places)), [like[i] for i in places])
             expected = (places[np.argmax(exact.weights)],) if any(exact.weights) else ()
             selection = index.select(z, 1, allowed)
             assert allowed[[*selection.adapters]].all()
@@ -260,7 +268,7 @@ def test_a_form_that_is_not_compared_counts_among_its_adapter_s(background: Back
     [start], [stop] = draw(1, count=1), draw(100, 3.0, count=1)
     weights = set()
     for z in start + np.linspace(0.3, 0.7, 400)[:, None] * (stop - start):
-        expected = shares(z, background, adapters, log_odds=LOG_ODDS - np.log(len(adapters)))
+        expected = shares(z, shared_prior(background, len(adapters)), adapters)
         selection = index.select(z, 1, allow(index))
         assert selection.shares.weights == tuple(filter(None, expected.weights))
         weights.add(selection.shares.base)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load, save
 from transformers import PreTrainedTokenizerFast
 
-from lori.auto_weights import LOG_ODDS, shares
+from lori.auto_weights import shares
 from lori.errors import AdapterError, AdapterFormatError, TemplateError
 from lori.gaussians import NUM_AXES, fit_gaussian, joined, log_likelihoods
 from lori.identity import BaseIdentity
@@ -81,9 +81,24 @@ def test_statistics_hold_for_an_extended_background(background: Background, adap
     extended = background.extended([draw(11, 3.0)])  # the prompts of the first adapter
     [own], [other] = draw(11, 3.0, count=1), draw(12, 3.0, count=1)
     assert shares(own, background, adapters).weights == (1.0, 0.0, 0.0)
-    odds = 4 * np.exp(LOG_ODDS)  # the background has three Gaussians and the t distribution
+    odds = 4 * np.exp(background.log_odds)  # the background has three Gaussians and the t distribution
     assert shares(own, extended, adapters).base == pytest.approx(1 / (1 + odds), abs=1 / 16)
     assert shares(other, extended, adapters).weights == (0.0, 1.0, 0.0)
+
+
+def test_a_background_keeps_its_prior(background: Background) -> None:
+    assert Background.from_bytes("b", background.to_bytes()).log_odds == -7
+    other = replace(background, log_odds=-2.5)
+    again = Background.from_bytes("b", other.extended([draw(21)]).to_bytes())
+    assert (again.log_odds, again.original_digest) == (-2.5, background.digest)
+    assert (other.original_digest, other.digest != background.digest) == (background.digest, True)
+
+
+@pytest.mark.parametrize("log_odds", [0.5, -101.0, float("nan"), float("inf")])
+def test_a_wrong_prior_is_refused(background: Background, log_odds: float) -> None:
+    content = replace(background, log_odds=log_odds).to_bytes()
+    with pytest.raises(AdapterFormatError, match=f"has log_odds '{log_odds}' in its metadata, expected -100 to 0"):
+        Background.from_bytes("b", content)
 
 
 @pytest.mark.parametrize("number", [3, 99, -1])

@@ -68,13 +68,17 @@ def test_a_background_is_extended(tiny_model: Path, tmp_path: Path) -> None:
     place = tmp_path / "more"
     place.mkdir()
     added = random_texts(60, string.punctuation)
-    settings = config(place, tiny_model, added).model_copy(update={"extend": original.output})
+    settings = config(place, tiny_model, added).model_copy(update={"extend": original.output, "log_odds": -4.0})
     expected = f"wrote {settings.output}: 60 prompts of 1 kind beside those of {original.output}, "
     assert measure_background(settings).startswith(expected)
     assert original.output.read_bytes() == before
     base = load_base_model(str(tiny_model), torch.float32, "eager")
     background = load_background(base.identity, settings.output)
     assert background.original_digest == load_background(base.identity, original.output).digest
+    assert background.log_odds == -4
+    again = config(place, tiny_model, added).model_copy(update={"extend": settings.output, "output": place / "again"})
+    measure_background(again)
+    assert load_background(base.identity, again.output).log_odds == -4
     whitened = background.whiten(prompt_features(base, added[:20]))
     assert np.mean([np.argmax(log_likelihoods(background.gaussians.components, z)) == 2 for z in whitened]) > 0.9
 

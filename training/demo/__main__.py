@@ -31,6 +31,9 @@ from training.evaluation.server_answerer import Ask, Server
 logger = logging.getLogger(__name__)
 
 BACKGROUND, EXTENDED_BACKGROUND = "background.safetensors", "background-extended.safetensors"
+LOG_ODDS = -3.0
+"""Prior log-odds of an adapter beside the extended background. Chosen on held-out prompts: with -2, more than 3% of those that
+fit no adapter go to one."""
 HERE = Path(__file__).parent
 TASKS = ("intent", "math", "nlu", "safety")
 NUM_ORDINARY = 2400
@@ -348,7 +351,7 @@ def background(files: Files) -> list[str]:
     original, extended = (files.config.output / name for name in (BACKGROUND, EXTENDED_BACKGROUND))
     return [
         _background_command(kinds, original),
-        _background_command(added, extended, "--extend", str(original)),
+        _background_command(added, extended, "--extend", str(original), "--log-odds", str(LOG_ODDS)),
     ]
 
 

@@ -33,6 +33,7 @@ export class AutoWeights {
     const isPossible = this.catalogue.canSelect && !obstacle;
     const isNext = isPossible && (choice ?? names.length > 1);
     if (!isSelecting && isNext !== isAuto) {
+      this.#asked = "";
       this.mix.auto(isNext); // and draws again
       return;
     }
