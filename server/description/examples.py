@@ -111,7 +111,7 @@ REPLIES: dict[str, Any] = {
     "model": MODEL,
     "tokenize": {"count": 4, "max_model_len": 8192, "tokens": [504, 2365, 6354, 16438], "token_strs": None},
     "detokenize": {"prompt": "The quick brown fox"},
-    "list_adapters": {"base_model": BASE["id"], "adapters": [ADAPTER], "next": None},
+    "list_adapters": {"base_model": BASE["id"], "adapters": [ADAPTER], "default_merge": "auto", "next": None},
     "show_adapter": DETAIL,
     "compare": {
         "names": ["math", "safety"],

@@ -23,8 +23,9 @@ class WeightResolver:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, background: Background | None, *, weighs_by_default: bool = False
     ) -> None:
-        """Without a background no weight can be automatic. For `weighs_by_default` see `Settings`."""
-        self._tokenizer, self.background, self._weighs_by_default = tokenizer, background, weighs_by_default
+        """Without a background no weight can be automatic. For `weighs_by_default` see `Settings.default_merge`."""
+        self._tokenizer, self.background = tokenizer, background
+        self.weighs_by_default = weighs_by_default and background is not None
 
     def statistics_of(self, adapter: Summary) -> PromptStatistics | None:
         """Return the statistics by which the adapter's weight can be automatic: those of this server's background."""
@@ -89,7 +90,7 @@ class WeightResolver:
 
     def _default_query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery | None:
         # A prompt that is scored holds the answers, which would be compared under different weights.
-        can_default = self._weighs_by_default and request.merge.method == "linear" and not request.sampling.echo
+        can_default = self.weighs_by_default and request.merge.method == "linear" and not request.sampling.echo
         if not can_default or len(adapters) < 2 or not all(map(self.can_weigh, adapters)):
             return None
         try:

@@ -1,6 +1,6 @@
 """Bodies and replies about adapters: lists, details, changes and comparisons."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -124,6 +124,9 @@ class AdapterList(BaseModel):
     """The damaged adapters, in order of name. With `limit`, those up to the last name of `adapters` and `merges`."""
     merges: list[NamedMergeInfo] = []
     """The named merges, in order of name. `limit` counts them, too."""
+    default_merge: Literal["auto", "linear"] = "linear"
+    """The weights of several adapters that a request names without any: `auto`, from the prompt where it can give them; `linear`,
+    1/n each."""
     next: str | None = None
     """The value of `after` for the next page, if there are more than `limit`."""
 

@@ -17,6 +17,8 @@ export class Catalogue extends EventTarget {
   merges = [];
   faulty = [];
   baseModel = "";
+  /** Whether several adapters without weights get automatic ones, where they can. */
+  weighsByDefault = false;
   fault = "";
 
   /** Whether the server can select adapters by the prompt. */
@@ -30,6 +32,7 @@ export class Catalogue extends EventTarget {
       const reply = await getJson("adapters");
       this.rows = new Map(reply.adapters.map((row) => [row.name, row]));
       [this.merges, this.faulty, this.baseModel, this.fault] = [reply.merges ?? [], reply.faulty ?? [], reply.base_model, ""];
+      this.weighsByDefault = reply.default_merge === "auto";
     } catch (error) {
       this.fault = error.message;
       // What another key may see is none of this one's business.

@@ -11,7 +11,7 @@ const HINT = "Write a prompt: it gives the weights.";
 
 /**
  * The weights that the prompt in `asking` gives to what is picked in `mix`, if all of it has statistics of its prompts or is `auto`.
- * Several adapters get them unless somebody gives others.
+ * Several adapters get them unless somebody gives others, or the server's default is another.
  */
 export class AutoWeights {
   #timer = 0;
@@ -31,7 +31,7 @@ export class AutoWeights {
     const { names, isAuto, isSelecting, choice } = this.mix;
     const obstacle = this.#obstacle();
     const isPossible = this.catalogue.canSelect && !obstacle;
-    const isNext = isPossible && (choice ?? names.length > 1);
+    const isNext = isPossible && (choice ?? (names.length > 1 && this.catalogue.weighsByDefault));
     if (!isSelecting && isNext !== isAuto) {
       this.#asked = "";
       this.mix.auto(isNext); // and draws again

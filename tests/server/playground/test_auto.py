@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Route, expect
+from playwright.sync_api import Browser, Route, expect
 
 from tests.server.live import serve_here
-from tests.server.playground.conftest import Visit, Visiting
+from tests.server.playground.conftest import Visit, Visiting, visits_of
 from tests.server.service.weighed import make_service, prompts
 
 
@@ -67,6 +67,20 @@ def test_weights_that_somebody_chose_stay(visiting: Visiting, url: str) -> None:
     visit.page.get_by_role("button", name="1/n each").click()
     expect(box).not_to_be_checked()
     expect_weights(visit, "0.5", "0.5")
+
+
+def test_several_adapters_get_the_server_s_default(browser: Browser, writer_model: Path, tmp_path: Path) -> None:
+    service = make_service(writer_model, tmp_path, has_keys=False, default_merge="linear")
+    with serve_here(service) as client, visits_of(browser) as open_page:
+        visit = open_page(f"{str(client.base_url).rstrip('/')}/")
+        box = visit.page.locator("#auto")
+        visit.pick("math", "safety")
+        expect(box).to_be_enabled()
+        expect(box).not_to_be_checked()
+        expect_weights(visit, "0.5", "0.5")
+        box.check()
+        visit.page.locator("#prompt").fill(prompts("math", 1)[0])
+        expect_weights(visit, "1", "0")
 
 
 def test_an_adapter_without_statistics_ends_automatic_weights_while_it_is_picked(visiting: Visiting, url: str) -> None:

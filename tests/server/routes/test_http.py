@@ -180,6 +180,7 @@ def test_health_ready_and_adapters(live: Live) -> None:
     assert live.client.get("/ready").json() == {"status": "ready"}
     reply = live.client.get("/adapters").json()
     assert reply["base_model"] == "tiny-writer"
+    assert reply["default_merge"] == "linear", "there is no background"
     assert [a["name"] for a in reply["adapters"]] == ["intent", "math", "safety"]
     math = reply["adapters"][1]
     assert (math["rank"], math["alpha"], math["templates"]) == (4, 8.0, ["chat"])

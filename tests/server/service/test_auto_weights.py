@@ -48,6 +48,7 @@ def test_weights_are_automatic_where_a_request_has_none(weighing: httpx.Client) 
     reply, automatic = ask(weighing, prompt, weights=None), ask(weighing, prompt)
     assert weights(reply) == [1.0, 0.0]
     assert (reply["text"], reply["merge"]) == (automatic["text"], automatic["merge"])
+    assert weighing.get("/adapters").json()["default_merge"] == "auto"
 
 
 def test_a_model_s_name_without_weights_has_automatic_ones(weighing: httpx.Client) -> None:
