@@ -10,6 +10,9 @@ MergeMethod = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude"]
 """Exact sum; TIES (arXiv 2306.01708); DARE (arXiv 2311.03099), summed or as TIES; the sum of each adapter's largest entries."""
 MERGE_METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 
+DefaultMerge = Literal["auto", "linear"]
+"""Weights of several adapters that a request names without any: from the prompt where it can give them, or 1/n each."""
+
 MAX_WEIGHT, MAX_ADAPTERS = 16.0, 64
 """Largest weight of an adapter, and most adapters, in a request or a named merge."""
 

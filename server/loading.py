@@ -153,7 +153,7 @@ def _make_admission(
         grammars,
         max_merge_nnz=settings.resident_gib * GIB / BYTES_PER_PART,
         background=background,
-        weighs_by_default=settings.default_merge == "auto",
+        default_merge=settings.default_merge,
     )
 
 

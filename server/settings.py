@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from lori.merge_options import DefaultMerge
 from server.transport.bodies import max_counted_bytes
 
 MIB, GIB = 2**20, 2**30
@@ -88,7 +89,7 @@ class Settings(BaseSettings):
     background: Path | None = None
     """The file of the base's background, with which adapters are compared for automatic weights. python -m training.background
     makes one. The embedded model has one if absent."""
-    default_merge: Literal["auto", "linear"] = "auto"
+    default_merge: DefaultMerge = "auto"
     """The weights of several adapters that a request names without any. auto: from the prompt, if all of them have statistics.
     linear: 1/n each."""
     auto_max_adapters: int = Field(default=3, ge=1, le=16)

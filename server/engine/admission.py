@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from lori.errors import TemplateError
+from lori.merge_options import DefaultMerge
 from lori.prompt_statistics import Background
 from lori.summary import Summary
 from lori.template import Template, common_template, encode, render_prompt
@@ -62,10 +63,9 @@ class Admission:
         grammars: Grammars | None = None,
         max_merge_nnz: float = inf,
         background: Background | None = None,
-        *,
-        weighs_by_default: bool = False,
+        default_merge: DefaultMerge = "linear",
     ) -> None:
-        """Token ids below `num_ids` are valid; None allows those of the tokenizer. For `weighs_by_default` see `Settings`."""
+        """Token ids below `num_ids` are valid; None allows those of the tokenizer."""
         self.tokenizer, self.max_context = tokenizer, max_context
         self._bound = TextBound(tokenizer.backend_tokenizer, max_context)
         self.countable = TextBound(tokenizer.backend_tokenizer, max(MAX_COUNTED, max_context))
@@ -78,7 +78,7 @@ class Admission:
         """Maximum nonzero entries of B that can be resident. An estimate: exact sizes are known only once adapters are read."""
         self._max_merge_nnz = max_merge_nnz
         """Maximum nonzero entries of B of adapters that are read to be merged into one."""
-        self.weights = WeightResolver(tokenizer, background, weighs_by_default=weighs_by_default)
+        self.weights = WeightResolver(tokenizer, background, default_merge)
         """Without a background no weight is automatic."""
         self._grammars = grammars
         """The compiled grammars; None if the base model supports none."""

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lori.auto_weights import WeightQuery
 from lori.errors import TemplateError
+from lori.merge_options import DefaultMerge
 from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics, probed_prompt
 from lori.summary import Summary
 from lori.template import Message
@@ -20,12 +21,10 @@ NO_BACKGROUND = (
 class WeightResolver:
     """Resolves the weights of requests on one base. Automatic ones are not computed here: it says from what they are."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, background: Background | None, *, weighs_by_default: bool = False
-    ) -> None:
-        """Without a background no weight can be automatic. For `weighs_by_default` see `Settings.default_merge`."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, background: Background | None, default_merge: DefaultMerge) -> None:
+        """Without a background no weight can be automatic, so that the default is `linear`."""
         self._tokenizer, self.background = tokenizer, background
-        self.weighs_by_default = weighs_by_default and background is not None
+        self.default_merge: DefaultMerge = default_merge if background else "linear"
 
     def statistics_of(self, adapter: Summary) -> PromptStatistics | None:
         """Return the statistics by which the adapter's weight can be automatic: those of this server's background."""
@@ -90,7 +89,7 @@ class WeightResolver:
 
     def _default_query(self, request: GenerateRequest, adapters: Sequence[Summary]) -> WeightQuery | None:
         # A prompt that is scored holds the answers, which would be compared under different weights.
-        can_default = self.weighs_by_default and request.merge.method == "linear" and not request.sampling.echo
+        can_default = self.default_merge == "auto" and request.merge.method == "linear" and not request.sampling.echo
         if not can_default or len(adapters) < 2 or not all(map(self.can_weigh, adapters)):
             return None
         try:

@@ -99,8 +99,8 @@ def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit
 
     faulty = FAULTY.dump_json(_faulty(service, caller, is_on_page))
     written_merges = MERGES.dump_json([describe_merge(service, name, merges[name]) for name in shown if name in merges])
-    default_merge = "auto" if service.admission.weights.weighs_by_default else "linear"
-    parts = (to_json(service.base_model), written, faulty, written_merges, to_json(default_merge), to_json(end or None))
+    default_merge = to_json(service.admission.weights.default_merge)
+    parts = (to_json(service.base_model), written, faulty, written_merges, default_merge, to_json(end or None))
     return b'{"base_model":%b,"adapters":[%b],"faulty":%b,"merges":%b,"default_merge":%b,"next":%b}' % parts
 
 

@@ -1,9 +1,10 @@
 """Bodies and replies about adapters: lists, details, changes and comparisons."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from lori.merge_options import DefaultMerge
 from lori.template import Template, Text
 from server.engine.adapters.residents import Tier
 from server.schemas.fields import AdapterName, Body
@@ -124,9 +125,9 @@ class AdapterList(BaseModel):
     """The damaged adapters, in order of name. With `limit`, those up to the last name of `adapters` and `merges`."""
     merges: list[NamedMergeInfo] = []
     """The named merges, in order of name. `limit` counts them, too."""
-    default_merge: Literal["auto", "linear"] = "linear"
+    default_merge: DefaultMerge
     """The weights of several adapters that a request names without any: `auto`, from the prompt where it can give them; `linear`,
-    1/n each."""
+    1/n each, also of a server without a background."""
     next: str | None = None
     """The value of `after` for the next page, if there are more than `limit`."""
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -340,8 +341,9 @@ def test_a_refusal_of_the_server_is_reported(url: str, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
     with pytest.raises(AnswerError, match=r"404.*'nobody'"):
         figures_of(config("loss", data, url=url, adapter=["nobody"]))
-    with pytest.raises(AnswerError, match="is `python -m server` running there"):
+    with pytest.raises(AnswerError, match="is `python -m server` running there") as caught:
         figures_of(config("loss", data, url="http://127.0.0.1:9"))
+    assert isinstance(caught.value.__cause__, httpx.ConnectError), "no group of the errors of all requests"
 
 
 def measurement(figures: Figures, *adapters: str, **options: object) -> Measurement:

@@ -85,7 +85,8 @@ class Server:
                     async with asyncio.TaskGroup() as group:
                         tasks = [group.create_task(measure_item(item)) for item in items]
                 except* AnswerError as errors:
-                    raise errors.exceptions[0] from None  # one error says it, not one for each request
+                    first = errors.exceptions[0]
+                    raise first from first.__cause__  # without the group, which has an error of each request
         return [task.result() for task in tasks]
 
     def _client(self) -> httpx.AsyncClient:

@@ -31,7 +31,7 @@ from tests.server.both_clients import KINDS, Connect, connecting
 from tests.server.live import wait_until
 from tests.server.scripted import RESET, SILENT, UNREAD, chunks, reply, scripted
 
-NOBODY = reply(AdapterList(base_model="fake", adapters=[]).model_dump_json())
+NOBODY = reply(AdapterList(base_model="fake", adapters=[], default_merge="linear").model_dump_json())
 DONE = DoneData(
     id="gen-1",
     adapter=[],

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lori.auto_weights import Shares
-from lori.merge_options import MergeOptions
+from lori.merge_options import DefaultMerge, MergeOptions
 from lori.prompt_statistics import NUM_FEATURES, Background, PromptStatistics, probed_prompt
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.admission import Admission
@@ -33,11 +33,11 @@ REGISTRY = Registry([calibrated("math", "1" * 64), calibrated("law", "2" * 64), 
 
 
 def admission(
-    background: Background | None = BACKGROUND, template: str | None = None, *, weighs_by_default: bool = False
+    background: Background | None = BACKGROUND, template: str | None = None, default_merge: DefaultMerge = "linear"
 ) -> Admission:
     tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
     tokenizer.chat_template = template
-    return Admission(tokenizer, REGISTRY, 200, max_terms=3, background=background, weighs_by_default=weighs_by_default)
+    return Admission(tokenizer, REGISTRY, 200, max_terms=3, background=background, default_merge=default_merge)
 
 
 def ask(prompt: str | TokenPrompt = "2+3", *names: str) -> GenerateRequest:
@@ -117,7 +117,7 @@ def test_an_adapter_can_be_weighed_by_the_background_of_its_statistics() -> None
     assert not admission().weights.can_weigh(code)
 
 
-BY_DEFAULT = admission(weighs_by_default=True)
+BY_DEFAULT = admission(default_merge="auto")
 
 
 def test_several_adapters_without_weights_are_weighed_by_default() -> None:
@@ -131,8 +131,8 @@ def test_several_adapters_without_weights_are_weighed_by_default() -> None:
     ("admission", "request_", "weights"),
     [
         (admission(), replace(ask(), weights=None), [0.5, 0.5]),
-        (admission(None, weighs_by_default=True), replace(ask(), weights=None), [0.5, 0.5]),
-        (admission(OTHER, weighs_by_default=True), replace(ask(), weights=None), [0.5, 0.5]),
+        (admission(None, default_merge="auto"), replace(ask(), weights=None), [0.5, 0.5]),
+        (admission(OTHER, default_merge="auto"), replace(ask(), weights=None), [0.5, 0.5]),
         (BY_DEFAULT, replace(ask("x", "math", "code"), weights=None), [0.5, 0.5]),
         (BY_DEFAULT, replace(ask(), weights=None, merge=MergeOptions("ties")), [0.5, 0.5]),
         (BY_DEFAULT, replace(ask("x", "math"), weights=None), [1.0]),

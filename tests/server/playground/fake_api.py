@@ -99,6 +99,7 @@ def make_app(fake: FakeApi) -> FastAPI:
             "base_model": "fake-base",
             "adapters": fake.adapters,
             "faulty": fake.faulty,
+            "default_merge": "linear",
         }
 
     @app.get("/adapters/compare", response_model=None)

@@ -19,7 +19,7 @@ from server.engine.prompt_weights import OVERFLOW
 from server.loading import _log_statistics
 from server.service.service import Service
 from tests.server.keyed import MONITOR, OTHER, bearer
-from tests.server.live import LIMIT_S, events, wait_until
+from tests.server.live import LIMIT_S, events, serve_here, wait_until
 from tests.server.replies import refusal
 from tests.server.service.weighed import ALPHABETS, ask, make_service, prompts, weights
 
@@ -86,6 +86,8 @@ def test_the_operator_may_make_equal_weights_the_default(writer_model: Path, tmp
     service = make_service(writer_model, tmp_path, has_keys=False, default_merge="linear")
     request = service.admission.admit(GenerateRequest(prompt="12", adapters=("math", "safety")))
     assert (request.auto, [term.weight for term in request.terms]) == (None, [0.5, 0.5])
+    with serve_here(service) as client:
+        assert client.get("/adapters").json()["default_merge"] == "linear"
 
 
 def test_the_fingerprint_names_what_decides_the_weights(weighing: httpx.Client) -> None:
