@@ -29,15 +29,20 @@ def calibrated(name: str, digest: str) -> Registered:
     return replace(adapter, summary=replace(adapter.summary, prompt_statistics=statistics))
 
 
+REFUSING = "{{ raise_exception('no user') }}"
 REGISTRY = Registry([calibrated("math", "1" * 64), calibrated("law", "2" * 64), registered("code", "3" * 64)])
+
+
+def templated(template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def admission(
     background: Background | None = BACKGROUND, template: str | None = None, default_merge: DefaultMerge = "linear"
 ) -> Admission:
-    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return Admission(tokenizer, REGISTRY, 200, max_terms=3, background=background, default_merge=default_merge)
+    return Admission(templated(template), REGISTRY, 200, max_terms=3, background=background, default_merge=default_merge)
 
 
 def ask(prompt: str | TokenPrompt = "2+3", *names: str) -> GenerateRequest:
@@ -99,7 +104,7 @@ def test_given_weights_count_for_the_memory_of_a_request_with_automatic_ones() -
         (admission(), replace(ask(), weights=("auto",)), "has 1 weights, expected 2, one for each adapter"),
         (admission(), replace(ask(), weights=("auto", 1.0), merge=MergeOptions("ties")), "asks for 'auto' with merge 'ties'"),
         (admission(OTHER), ask(), "'math' has statistics of another background of its prompts"),
-        (admission(template="{{ raise_exception('no user') }}"), ask(), "the chat template refuses these messages: no user"),
+        (admission(template=REFUSING), ask(), "the chat template refuses these messages: no user"),
         (admission(), ask(TokenPrompt((256,))), "the message has no token"),  # the end of text, which is no text
     ],
 )
@@ -127,6 +132,13 @@ def test_several_adapters_without_weights_are_weighed_by_default() -> None:
     assert [term.weight for term in request.terms] == [0.0, 0.0]
 
 
+def test_a_prompt_without_text_is_weighed_by_the_template_around_it() -> None:
+    template = "<{{ messages[0]['content'] }}>"
+    request = admission(template=template).admit(ask(TokenPrompt((256,))))
+    assert request.auto is not None
+    assert request.auto.prompt == probed_prompt(templated(template), "")
+
+
 @pytest.mark.parametrize(
     ("admission", "request_", "weights"),
     [
@@ -137,6 +149,7 @@ def test_several_adapters_without_weights_are_weighed_by_default() -> None:
         (BY_DEFAULT, replace(ask(), weights=None, merge=MergeOptions("ties")), [0.5, 0.5]),
         (BY_DEFAULT, replace(ask("x", "math"), weights=None), [1.0]),
         (BY_DEFAULT, replace(ask(TokenPrompt((256,))), weights=None), [0.5, 0.5]),
+        (admission(template=REFUSING, default_merge="auto"), replace(ask(), weights=None), [0.5, 0.5]),
         (BY_DEFAULT, replace(ask(), weights=None, sampling=SamplingParams(echo=True)), [0.5, 0.5]),
         (BY_DEFAULT, replace(ask(), weights=(0.25, 2.0)), [0.25, 2.0]),
     ],
@@ -148,6 +161,7 @@ def test_several_adapters_without_weights_are_weighed_by_default() -> None:
         "ties",
         "one adapter",
         "no text",
+        "refused by the template",
         "scored",
         "given weights",
     ],
