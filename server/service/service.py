@@ -230,7 +230,7 @@ class Service:
         """
         time_left = None if timeout_s is None else timeout_s - submission.elapsed_s
         try:
-            with fail_after(time_left):
+            with fail_after(time_left), self.metrics.auto_seconds.time():
                 return await self.engine.evaluate(
                     queries, priority, submission.tenant, partial(check_present, submission.has_left)
                 )

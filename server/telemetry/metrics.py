@@ -137,6 +137,9 @@ class Metrics:
         self.base_share = self._histogram(
             "lori:auto_base_share", "The base's share of a request's automatic weights, and of selections (auto).", SHARES
         )
+        self.auto_seconds = self._histogram(
+            "lori:auto_weights_seconds", "Waiting for the automatic weights, or the selection (auto), of a request's prompts."
+        )
         merges_text = "Admitted requests by named merge; one that names several counts for each."
         self._merges = Counter("lori:merge_requests", merges_text, ("merge",), registry=self.registry)
         ended = Counter("vllm:request_success", "Ended requests by reason.", (*LABELS, "finished_reason"), registry=self.registry)

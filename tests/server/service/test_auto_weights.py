@@ -3,6 +3,7 @@
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -297,15 +298,19 @@ def test_the_log_has_the_weights_and_the_base_s_share(weighing: httpx.Client, ca
     assert row["base_share"] == 1.0
 
 
-def test_the_metrics_have_the_base_s_shares(weighing: httpx.Client) -> None:
+def test_the_metrics_have_the_base_s_shares_and_the_wait_for_weights(weighing: httpx.Client) -> None:
     def counts() -> dict[str, float]:
         lines = weighing.get("/metrics", headers=bearer(MONITOR)).raise_for_status().text.splitlines()
         samples = [line.rpartition(" ") for line in lines if not line.startswith("#")]
-        return {key: float(value) for key, _, value in samples if "auto_base_share" in key}
+        return {key: float(value) for key, _, value in samples if "_count" in key or "_sum" in key}
 
-    before = counts()
+    before, started = counts(), time.monotonic()
     ask(weighing, prompts("math", 1)[0])
     ask(weighing, prompts(None, 1)[0])
-    changes = {key: value - before[key] for key, value in counts().items()}
-    assert [value for key, value in changes.items() if "_count" in key] == [2]
-    assert [value for key, value in changes.items() if "_sum" in key] == [1]
+    ask(weighing, prompts("math", 1)[0], weights=[1, 0.5])
+    elapsed = time.monotonic() - started
+    labels = '{engine="0",model_name="tiny-writer"}'
+    changes = {key.removesuffix(labels): value - before[key] for key, value in counts().items()}
+    assert (changes["lori:auto_base_share_count"], changes["lori:auto_base_share_sum"]) == (2, 1)
+    assert changes["lori:auto_weights_seconds_count"] == 2
+    assert 0 < changes["lori:auto_weights_seconds_sum"] < elapsed
