@@ -21,6 +21,8 @@ from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 
 GRID = 16
 """Weights are multiples of 1 / GRID, so that like prompts share their prefixes in the cache."""
+TEMPERATURE = 3.0
+"""Divides the log-likelihoods of adapters. Undivided they are too sure which of several for like prompts is the right one."""
 MAX_EXACT = 128
 """Up to so many Gaussians are all compared exactly."""
 NUM_NEAREST = 16
@@ -48,22 +50,33 @@ class Shares:
 
 
 def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics]) -> Shares:
-    """Return the share of each adapter for a prompt with features z (F,), by Bayes' rule."""
+    """Return the share of each adapter for a prompt with features z (F,).
+
+    Bayes' rule gives that of all adapters together, against the base. They divide it by their likelihoods at the `TEMPERATURE`.
+    """
     mixtures = [adapter.gaussians.components for adapter in adapters]
-    return _shares(background.whiten(z), background, mixtures, background.log_odds)
+    return _shares(*_compare(background.whiten(z), background, mixtures))
 
 
-def _shares(whitened: Array, background: Background, adapters: Sequence[Sequence[Component]], log_odds: float) -> Shares:
-    # Components of an adapter that are not given count as infinitely unlikely.
+def _compare(whitened: Array, background: Background, adapters: Sequence[Sequence[Component]]) -> tuple[list[float], float]:
+    """Return each adapter's log-likelihood, and the log-odds of all together against the base.
+
+    Components of an adapter that are not given count as infinitely unlikely.
+    """
     components = [component for mixture in [*adapters, background.gaussians.components] for component in mixture]
     by_gaussian = iter(log_likelihoods(components, whitened).tolist())
-    scores = []
-    for mixture in adapters:
-        num_gaussians = len(mixture[0][0].means)
-        scores.append(logsumexp([*islice(by_gaussian, len(mixture))]) - log(num_gaussians) + log_odds)
-    scores.append(background.log_likelihood(whitened, [*by_gaussian]))
+    scores = [logsumexp([*islice(by_gaussian, len(mixture))]) - log(len(mixture[0][0].means)) for mixture in adapters]
+    return scores, logsumexp(scores) + background.log_odds - background.log_likelihood(whitened, [*by_gaussian])
+
+
+def _shares(scores: Sequence[float], log_odds: float) -> Shares:
+    adapters, base = _softmax([log_odds, 0.0])
+    return _on_grid([adapters * share for share in _softmax([score / TEMPERATURE for score in scores])], base)
+
+
+def _softmax(scores: Sequence[float]) -> list[float]:
     log_total = logsumexp(scores)
-    return _on_grid([exp(score - log_total) for score in scores])
+    return [exp(score - log_total) for score in scores]
 
 
 def mean_weights(background: Background, adapters: Sequence[PromptStatistics], prompts: PromptStatistics) -> Array:
@@ -73,19 +86,20 @@ def mean_weights(background: Background, adapters: Sequence[PromptStatistics], p
     """
     draws = prompts.gaussians.draw(max(1, NUM_DRAWS // len(prompts.gaussians.means)), seed=0)
     mixtures = [adapter.gaussians.components for adapter in adapters]
-    prompt_shares = [_shares(z, background, mixtures, background.log_odds) for z in draws.reshape(-1, draws.shape[-1])]
+    prompt_shares = [_shares(*_compare(z, background, mixtures)) for z in draws.reshape(-1, draws.shape[-1])]
     weights: Array = np.array([each.weights for each in prompt_shares])
     mean: Array = weights.mean(0)
     return mean
 
 
-def _on_grid(exact: Sequence[float]) -> Shares:
+def _on_grid(exact: Sequence[float], base: float) -> Shares:
     """Return shares on the grid by the largest remainder method. What is left over goes to the base.
 
     Equal remainders are rounded up together or not at all, so that the order of adapters does not matter.
     """
-    counts = [int(share * GRID + 1e-9) for share in exact]
-    remainders = [share * GRID - count for share, count in zip(exact, counts, strict=True)]
+    everyone = [*exact, base]
+    counts = [int(share * GRID + 1e-9) for share in everyone]
+    remainders = [share * GRID - count for share, count in zip(everyone, counts, strict=True)]
     num_left = GRID - sum(counts)
     for remainder in sorted(set(remainders), reverse=True):
         tied = [i for i, other in enumerate(remainders) if other == remainder]
@@ -95,8 +109,8 @@ def _on_grid(exact: Sequence[float]) -> Shares:
             counts[i] += 1
         num_left -= len(tied)
     counts[-1] += num_left
-    *weights, base = (count / GRID for count in counts)
-    return Shares(tuple(weights), base)
+    *weights, rest = (count / GRID for count in counts)
+    return Shares(tuple(weights), rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +161,9 @@ class SelectionIndex:
     def select(self, z: Array, max_adapters: int, allowed: BoolArray) -> Selection:
         """Return at most `max_adapters` of the adapters for which `allowed` is true, for a prompt with features z (F,).
 
-        All allowed adapters together have the prior of one. The base gets the shares of those beyond `max_adapters`.
+        All allowed adapters together have the prior of one. The shares of those beyond `max_adapters` go to those selected.
         """
-        num_allowed = np.count_nonzero(allowed)
+        num_allowed = int(np.count_nonzero(allowed))
         if not num_allowed:
             return Selection((), Shares((), 1.0))
         whitened = self._background.whiten(z)
@@ -160,11 +174,11 @@ class SelectionIndex:
         for owner, components in compared.items():
             if len(components) == MAX_FORMS_PER_ADAPTER:
                 compared[owner] = self._adapters[owner].gaussians.components
-        result = _shares(whitened, self._background, [*compared.values()], self._background.log_odds - log(num_allowed))
-        fitting = [(weight, owner) for owner, weight in zip(compared, result.weights, strict=True) if weight]
-        best = sorted(fitting, key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
-        weights = tuple(weight for weight, _ in best)
-        return Selection(tuple(i for _, i in best), Shares(weights, 1 - sum(weights)))
+        scores, log_odds = _compare(whitened, self._background, [*compared.values()])
+        best = sorted(zip(scores, compared, strict=True), key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
+        result = _shares([score for score, _ in best], log_odds - log(num_allowed))
+        weights = tuple(weight for weight in result.weights if weight)
+        return Selection(tuple(owner for _, owner in best[: len(weights)]), Shares(weights, result.base))
 
     def _nearest(self, whitened: Array, allowed: BoolArray) -> npt.NDArray[np.intp]:
         """Return the sorted indices of the Gaussians that are compared exactly."""

@@ -12,7 +12,7 @@ A line for each task and form (see `tests.bench.demo`) has the task's figure for
 
 and for the last three the fraction of the adapter's own gain that is kept (`_kept`). Further: the task's mean automatic weight
 (`own_weight`), the fraction of rows for which another adapter's automatic weight is above 0.5 (`misrouted`), and the fraction for
-which the server selects the task's adapter with the largest weight (`found`). For `safety` the figures are the harmful rows that
+which the server selects the task's adapter first (`found`). For `safety` the figures are the harmful rows that
 are refused, and `benign` the benign ones. With `--fixed safety=1` the requests of `auto` give `safety` the weight 1, and the
 others are automatic; `misrouted` ignores `safety`. The form `paraphrased` has messages in other words than the test rows; there
 the figure of `nlu` is the log-likelihood of the right answer, in nats a token.
@@ -54,14 +54,14 @@ def weigh(
     fixed: Mapping[str, float] = NO_WEIGHTS,
     *,
     is_selected: bool = False,
-) -> list[Weights]:
-    """Return the weights of `names` for each prompt: those in `fixed`; the rest are automatic.
+) -> list[dict[str, float]]:
+    """Return the weights of the adapters of each prompt's reply, in its order: those in `fixed`; the rest are automatic.
 
-    All are named, or the server selects among its adapters. A text in the template `chat` is sent as a message.
+    All of `names` are named, or the server selects among them. A text in the template `chat` is sent as a message.
     """
     adapter = {"adapter": "auto"} if is_selected else {"adapter": names, "weights": [fixed.get(name, "auto") for name in names]}
 
-    async def ask_one(ask: Ask, prompt: Prompt) -> Weights:
+    async def ask_one(ask: Ask, prompt: Prompt) -> dict[str, float]:
         fields: Mapping[str, Any]
         if isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
@@ -72,9 +72,14 @@ def weigh(
         weights = {one["name"]: one["weight"] for one in reply["adapter"]}
         if others := weights.keys() - {*names}:
             raise ValueError(f"the server has adapters that are not measured, and selected {others}")
-        return tuple(weights.get(name, 0.0) for name in names)
+        return weights
 
     return Server(url).ask_all(ask_one, prompts)
+
+
+def in_order(names: Sequence[str], replies: Sequence[Mapping[str, float]]) -> list[Weights]:
+    """Return the weights of `names` in each reply. Adapters that are not in it have 0."""
+    return [tuple(reply.get(name, 0.0) for name in names) for reply in replies]
 
 
 def scores(
@@ -116,8 +121,9 @@ def weight_figures(
     prompts, place, count = [row.prompt for row in rows], names.index(name), len(names)
     constant = {"base": (0.0,) * count, "alone": tuple(float(i == place) for i in range(count)), "equal": (1 / count,) * count}
     weights = {choice: [each] * len(rows) for choice, each in constant.items()}
-    weights["auto"] = weigh(url, template, prompts, names, fixed)
-    weights["selected"] = weigh(url, template, prompts, names, is_selected=True)
+    weights["auto"] = in_order(names, weigh(url, template, prompts, names, fixed))
+    selections = weigh(url, template, prompts, names, is_selected=True)
+    weights["selected"] = in_order(names, selections)
     figures = {choice: scores(url, metric, template, rows, each, names).mean for choice, each in weights.items()}
     line: dict[str, Any] = {"rows": len(rows), **figures}
     gain = figures["alone"] - figures["base"]
@@ -128,7 +134,7 @@ def weight_figures(
         any(weight > 0.5 for other, weight in zip(names, each, strict=True) if other not in {name, *fixed})
         for each in weights["auto"]
     )
-    line["found"] = statistics.fmean(each[place] == max(each) > 0 for each in weights["selected"])
+    line["found"] = statistics.fmean(next(iter(each), None) == name for each in selections)
     return line
 
 
@@ -152,7 +158,7 @@ def compare(arguments: argparse.Namespace) -> None:
             rows = [row for row in rows if task != "safety" or row.harmful]
             line = {"task": task, "form": form, **weight_figures(url, task, TASKS[task], template, rows, NAMES, fixed)}
             if benign:
-                weights = weigh(url, template, [row.prompt for row in benign], NAMES, fixed)
+                weights = in_order(NAMES, weigh(url, template, [row.prompt for row in benign], NAMES, fixed))
                 line["benign"] = scores(url, TASKS[task], template, benign, weights, NAMES).mean
             show(line)
         if task in PARAPHRASED and PARAPHRASED_FORM in arguments.forms:
@@ -165,7 +171,7 @@ def nobody(url: str, files: Sequence[Path]) -> None:
     """Print a line for each file, and one for all together."""
     all_weights: list[Weights] = []
     for file in files:
-        weights = weigh(url, "chat", [row.prompt for row in read_rows(str(file), needs="prompt")], NAMES)
+        weights = in_order(NAMES, weigh(url, "chat", [row.prompt for row in read_rows(str(file), needs="prompt")], NAMES))
         all_weights += weights
         show(_nobody_line(file.name, weights))
     if files:

@@ -11,6 +11,7 @@ import pytest
 from lori.auto_weights import (
     GRID,
     MAX_EXACT,
+    TEMPERATURE,
     Selection,
     SelectionIndex,
     SelectionQuery,
@@ -19,7 +20,7 @@ from lori.auto_weights import (
     shares,
 )
 from lori.flat_index import BoolArray
-from lori.gaussians import MAX_MAGNITUDE, Array, as_float32, joined, log_likelihoods
+from lori.gaussians import MAX_MAGNITUDE, Array, as_float32, joined, log_likelihoods, logsumexp
 from lori.prompt_statistics import BACKGROUNDS, MAX_GAUSSIANS, NUM_FEATURES, Background, ProbedPrompt, PromptStatistics
 from lori.store.entry import Entry
 from tests.lori.features import SEEDS, copies, draw, draw_prompt, make_adapters
@@ -47,6 +48,18 @@ def test_shares_lie_on_the_grid_and_their_sum_is_1(background: Background, adapt
         parts = [*result.weights, result.base]
         assert sum(parts) == 1
         assert all((part * GRID).is_integer() for part in parts)
+
+
+def test_like_adapters_share_by_their_tempered_likelihoods(background: Background, adapters: Sequence[PromptStatistics]) -> None:
+    pair = copies(adapters[:1], 2, spread=0.1, random=np.random.default_rng(0))
+    firsts = set()
+    for z in draw(11, 3.0, count=20):
+        result = shares(z, background, pair)
+        first, second = (float(log_likelihoods(one.gaussians.components, background.whiten(z))[0]) for one in pair)
+        assert result.base == 0
+        assert result.weights[0] == pytest.approx(1 / (1 + np.exp((second - first) / TEMPERATURE)), abs=0.5 / GRID)
+        firsts.add(result.weights[0])
+    assert len(firsts) > 5
 
 
 def test_the_order_of_adapters_does_not_matter(background: Background, adapters: Sequence[PromptStatistics]) -> None:
@@ -183,11 +196,11 @@ def test_the_most_likely_of_thousands_of_forms_is_selected(
         z = draw_prompt(like[place].gaussians, background, seed=int(place))
         for allowed in (allow(index), some, few):
             places = np.flatnonzero(allowed)
-            exact = shares(z, shared_prior(background, len(places)), [like[i] for i in places])
-            expected = (places[np.argmax(exact.weights)],) if any(exact.weights) else ()
+            whitened = background.whiten(z)
+            exact = [logsumexp(log_likelihoods(like[i].gaussians.components, whitened).tolist()) for i in places]
             selection = index.select(z, 1, allowed)
             assert allowed[[*selection.adapters]].all()
-            num_found += selection.adapters == expected
+            num_found += selection.adapters == (places[np.argmax(exact)],)
     assert num_found >= 28  # of 30
 
 
@@ -288,7 +301,7 @@ def test_only_allowed_adapters_are_selected(background: Background, many: Sequen
 def test_equal_adapters_share_up_to_the_maximum(background: Background, adapters: Sequence[PromptStatistics]) -> None:
     index, [z] = SelectionIndex(background, [adapters[0]] * 4), draw(11, 3.0, count=1)
     assert index.select(z, 4, allow(index)) == Selection((0, 1, 2, 3), Shares((0.25,) * 4, 0.0))
-    assert index.select(z, 3, allow(index)) == Selection((0, 1, 2), Shares((0.25,) * 3, 0.25))
+    assert index.select(z, 2, allow(index)) == Selection((0, 1), Shares((0.5, 0.5), 0.0))
 
 
 def test_without_adapters_none_is_selected(background: Background) -> None:
