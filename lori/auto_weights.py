@@ -52,7 +52,7 @@ class Shares:
 def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics]) -> Shares:
     """Return the share of each adapter for a prompt with features z (F,).
 
-    Bayes' rule gives that of all adapters together, against the base. They divide it by their likelihoods at the `TEMPERATURE`.
+    Bayes' rule gives the share of all adapters together. Each gets a part of it by its likelihood at the `TEMPERATURE`.
     """
     mixtures = [adapter.gaussians.components for adapter in adapters]
     return _shares(*_compare(background.whiten(z), background, mixtures))
