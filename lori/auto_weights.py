@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from math import exp, log
+from math import exp, fsum, log
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -22,7 +22,8 @@ from lori.prompt_statistics import Background, ProbedPrompt, PromptStatistics
 GRID = 16
 """Weights are multiples of 1 / GRID, so that like prompts share their prefixes in the cache."""
 TEMPERATURE = 3.0
-"""Divides the log-likelihoods of adapters. Undivided they are too sure which of several for like prompts is the right one."""
+"""Temperature of the softmax that splits the adapters' share among them. At 1 nearly all of it goes to one of several adapters
+for like prompts, often the wrong one."""
 MAX_EXACT = 128
 """Up to so many Gaussians are all compared exactly."""
 NUM_NEAREST = 16
@@ -48,11 +49,18 @@ class Shares:
     weights: tuple[float, ...]
     base: float
 
+    def kept(self, places: Sequence[int]) -> "Shares":
+        """Return the shares of the adapters at `places`, at least one. What the others had is divided among them."""
+        weights = [self.weights[place] for place in places]
+        factor = (1 - self.base) / sum(weights)
+        return _on_grid([*(factor * weight for weight in weights), self.base])
+
 
 def shares(z: Array, background: Background, adapters: Sequence[PromptStatistics]) -> Shares:
-    """Return the share of each adapter for a prompt with features z (F,).
+    """Return the share of each adapter, at least one, for a prompt with features z (F,).
 
-    Bayes' rule gives the share of all adapters together. Each gets a part of it by its likelihood at the `TEMPERATURE`.
+    Bayes' rule gives the share of all adapters together. It is split in proportion to each one's likelihood to the power
+    1 / `TEMPERATURE`.
     """
     mixtures = [adapter.gaussians.components for adapter in adapters]
     return _shares(*_compare(background.whiten(z), background, mixtures))
@@ -71,12 +79,14 @@ def _compare(whitened: Array, background: Background, adapters: Sequence[Sequenc
 
 def _shares(scores: Sequence[float], log_odds: float) -> Shares:
     adapters, base = _softmax([log_odds, 0.0])
-    return _on_grid([adapters * share for share in _softmax([score / TEMPERATURE for score in scores])], base)
+    return _on_grid([*(adapters * share for share in _softmax([score / TEMPERATURE for score in scores])), base])
 
 
 def _softmax(scores: Sequence[float]) -> list[float]:
-    log_total = logsumexp(scores)
-    return [exp(score - log_total) for score in scores]
+    largest = max(scores)
+    exponentials = [exp(score - largest) for score in scores]
+    total = fsum(exponentials)
+    return [one / total for one in exponentials]
 
 
 def mean_weights(background: Background, adapters: Sequence[PromptStatistics], prompts: PromptStatistics) -> Array:
@@ -92,14 +102,13 @@ def mean_weights(background: Background, adapters: Sequence[PromptStatistics], p
     return mean
 
 
-def _on_grid(exact: Sequence[float], base: float) -> Shares:
-    """Return shares on the grid by the largest remainder method. What is left over goes to the base.
+def _on_grid(exact: Sequence[float]) -> Shares:
+    """Return shares on the grid by the largest remainder method. The last is the base's, which gets what is left over.
 
     Equal remainders are rounded up together or not at all, so that the order of adapters does not matter.
     """
-    everyone = [*exact, base]
-    counts = [int(share * GRID + 1e-9) for share in everyone]
-    remainders = [share * GRID - count for share, count in zip(everyone, counts, strict=True)]
+    counts = [int(share * GRID + 1e-9) for share in exact]
+    remainders = [share * GRID - count for share, count in zip(exact, counts, strict=True)]
     num_left = GRID - sum(counts)
     for remainder in sorted(set(remainders), reverse=True):
         tied = [i for i, other in enumerate(remainders) if other == remainder]
@@ -109,8 +118,8 @@ def _on_grid(exact: Sequence[float], base: float) -> Shares:
             counts[i] += 1
         num_left -= len(tied)
     counts[-1] += num_left
-    *weights, rest = (count / GRID for count in counts)
-    return Shares(tuple(weights), rest)
+    *weights, base = (count / GRID for count in counts)
+    return Shares(tuple(weights), base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +170,9 @@ class SelectionIndex:
     def select(self, z: Array, max_adapters: int, allowed: BoolArray) -> Selection:
         """Return at most `max_adapters` of the adapters for which `allowed` is true, for a prompt with features z (F,).
 
-        All allowed adapters together have the prior of one. The shares of those beyond `max_adapters` go to those selected.
+        All allowed adapters together have the prior of one. Those selected split the share of all by their likelihoods.
         """
-        num_allowed = int(np.count_nonzero(allowed))
+        num_allowed = np.count_nonzero(allowed)
         if not num_allowed:
             return Selection((), Shares((), 1.0))
         whitened = self._background.whiten(z)
@@ -175,9 +184,9 @@ class SelectionIndex:
             if len(components) == MAX_FORMS_PER_ADAPTER:
                 compared[owner] = self._adapters[owner].gaussians.components
         scores, log_odds = _compare(whitened, self._background, [*compared.values()])
-        best = sorted(zip(scores, compared, strict=True), key=lambda pair: (-pair[0], pair[1]))[:max_adapters]
+        best = sorted(zip(scores, compared, strict=True), reverse=True, key=lambda pair: pair[0])[:max_adapters]
         result = _shares([score for score, _ in best], log_odds - log(num_allowed))
-        weights = tuple(weight for weight in result.weights if weight)
+        weights = tuple(weight for weight in result.weights if weight)  # no weight is greater than one before it
         return Selection(tuple(owner for _, owner in best[: len(weights)]), Shares(weights, result.base))
 
     def _nearest(self, whitened: Array, allowed: BoolArray) -> npt.NDArray[np.intp]:

@@ -145,19 +145,19 @@ class AdapterSelector:
         """Return the request for the selected adapters, with their shares as weights, or for the base alone.
 
         An adapter that cannot be in a request beside better ones is left out: there is no template for the messages that all of
-        them know, or no memory for all of them.
+        them know, or no memory for all of them. Its share is divided among the others.
         """
-        terms: list[tuple[Summary, float]] = []
-        for place, weight in zip(selection.adapters, selection.shares.weights, strict=True):
-            adapter = pending.adapters[place]
+        kept: dict[int, Summary] = {}
+        for place, index in enumerate(selection.adapters):
+            adapter = pending.adapters[index]
             assert adapter is not None, "only allowed adapters are selected"
-            if self._fit_together(pending, [*(other for other, _ in terms), adapter]):
-                terms.append((adapter, weight))
-        if sum(weight for _, weight in terms) < self._threshold:
-            terms = []
-        names = tuple(f"{adapter.name}@{adapter.version}" for adapter, _ in terms)
-        weights = tuple(weight for _, weight in terms)
-        return replace(pending.request, adapters=names, weights=weights or None, base_share=1.0 - sum(weights))
+            if self._fit_together(pending, [*kept.values(), adapter]):
+                kept[place] = adapter
+        if not kept or 1 - selection.shares.base < self._threshold:
+            return replace(pending.request, adapters=(), weights=None, base_share=1.0)
+        shares = selection.shares.kept([*kept])
+        names = tuple(f"{adapter.name}@{adapter.version}" for adapter in kept.values())
+        return replace(pending.request, adapters=names, weights=shares.weights, base_share=shares.base)
 
     def _fit_together(self, pending: PendingSelection, adapters: Sequence[Summary]) -> bool:
         request = pending.request

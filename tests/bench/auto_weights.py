@@ -17,8 +17,8 @@ are refused, and `benign` the benign ones. With `--fixed safety=1` the requests 
 others are automatic; `misrouted` ignores `safety`. The form `paraphrased` has messages in other words than the test rows; there
 the figure of `nlu` is the log-likelihood of the right answer, in nats a token.
 
-A line for each file of `--nobody`, JSONL with prompts that are no adapter's: the fraction of prompts of which any adapter gets
-more than a half, as messages.
+A line for each file of `--nobody`, JSONL with prompts that are no adapter's: the fraction of prompts of which one adapter gets
+more than a half, and of which all together do, as messages.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def weight_figures(
         line[f"{choice}_kept"] = (figures[choice] - figures["base"]) / gain if gain else None
     line["own_weight"] = statistics.fmean(each[place] for each in weights["auto"])
     line["misrouted"] = statistics.fmean(
-        any(weight > 0.5 for other, weight in zip(names, each, strict=True) if other not in {name, *fixed})
+        sum(weight for other, weight in zip(names, each, strict=True) if other not in {name, *fixed}) > 0.5
         for each in weights["auto"]
     )
     line["found"] = statistics.fmean(next(iter(each), None) == name for each in selections)
@@ -181,6 +181,7 @@ def nobody(url: str, files: Sequence[Path]) -> None:
 def _nobody_line(name: str, weights: Sequence[Weights]) -> dict[str, Any]:
     line: dict[str, Any] = {"nobody": name, "rows": len(weights)}
     line["any_above_half"] = statistics.fmean(max(each) > 0.5 for each in weights)
+    line["all_above_half"] = statistics.fmean(sum(each) > 0.5 for each in weights)
     return line | {task: statistics.fmean(each[i] > 0.5 for each in weights) for i, task in enumerate(NAMES)}
 
 

@@ -51,22 +51,36 @@ def test_shares_lie_on_the_grid_and_their_sum_is_1(background: Background, adapt
 
 
 def test_like_adapters_share_by_their_tempered_likelihoods(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    pair = copies(adapters[:1], 2, spread=0.1, random=np.random.default_rng(0))
-    firsts = set()
+    pair = copies(adapters[:1], 2, spread=0.3, random=np.random.default_rng(0))
+    firsts = []
     for z in draw(11, 3.0, count=20):
         result = shares(z, background, pair)
         first, second = (float(log_likelihoods(one.gaussians.components, background.whiten(z))[0]) for one in pair)
         assert result.base == 0
         assert result.weights[0] == pytest.approx(1 / (1 + np.exp((second - first) / TEMPERATURE)), abs=0.5 / GRID)
-        firsts.add(result.weights[0])
-    assert len(firsts) > 5
+        firsts.append(result.weights[0])
+    assert sum(0 < first < 1 for first in firsts) >= 18, "at lower temperatures one has all of the weight more often"
+
+
+def test_a_selection_of_like_adapters_shares_as_if_they_were_named(
+    background: Background, adapters: Sequence[PromptStatistics]
+) -> None:
+    pair = copies(adapters[:1], 2, spread=0.1, random=np.random.default_rng(0))
+    index = SelectionIndex(background, pair)
+    for z in draw(11, 3.0, count=20):
+        named, selection = shares(z, shared_prior(background, 2), pair), index.select(z, 2, allow(index))
+        weights = dict(zip(selection.adapters, selection.shares.weights, strict=True))
+        assert (weights.get(0, 0.0), weights.get(1, 0.0)) == named.weights
+        assert [*weights.values()] == sorted(weights.values(), reverse=True)
 
 
 def test_the_order_of_adapters_does_not_matter(background: Background, adapters: Sequence[PromptStatistics]) -> None:
-    [z] = draw(12, 2.0, count=1)
-    forward, backward = shares(z, background, adapters), shares(z, background, adapters[::-1])
-    assert forward.weights == backward.weights[::-1]
-    assert forward.base == backward.base
+    like = copies(adapters[:1], 3, spread=0.1, random=np.random.default_rng(0))
+    results = [(shares(z, background, like), shares(z, background, like[::-1])) for z in draw(11, 3.0, count=20)]
+    assert any(len({*forward.weights}) == 3 for forward, _ in results)
+    for forward, backward in results:
+        assert forward.weights == backward.weights[::-1]
+        assert forward.base == backward.base
 
 
 @pytest.mark.parametrize(("count", "weight"), [(1, 1.0), (2, 8 / GRID), (3, 5 / GRID), (5, 3 / GRID), (17, 0.0)])
@@ -141,6 +155,8 @@ def test_the_background_has_the_prior_odds_of_an_adapter_and_of_all_that_may_be_
     index = SelectionIndex(background, [adapters[0]] * 8)
     log_odds = log_ratio(crossing(lambda z: 1 - index.select(z, 8, allow(index)).shares.base)) - np.log(4 / 5)
     assert log_odds == pytest.approx(-expected, abs=0.05)
+    one = log_ratio(crossing(lambda z: 1 - index.select(z, 1, allow(index)).shares.base)) - np.log(15 / 17)
+    assert one == pytest.approx(-expected, abs=0.05), "the odds are those of all eight, not of the one selected"
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +317,15 @@ def test_only_allowed_adapters_are_selected(background: Background, many: Sequen
 def test_equal_adapters_share_up_to_the_maximum(background: Background, adapters: Sequence[PromptStatistics]) -> None:
     index, [z] = SelectionIndex(background, [adapters[0]] * 4), draw(11, 3.0, count=1)
     assert index.select(z, 4, allow(index)) == Selection((0, 1, 2, 3), Shares((0.25,) * 4, 0.0))
+    assert index.select(z, 3, allow(index)) == Selection((0, 1, 2), Shares((0.3125,) * 3, 0.0625))  # thirds, on the grid
     assert index.select(z, 2, allow(index)) == Selection((0, 1), Shares((0.5, 0.5), 0.0))
+
+
+def test_adapters_that_are_kept_divide_what_the_others_had() -> None:
+    result = Shares((0.5, 0.25, 0.125), 0.125)
+    assert result.kept([0, 1, 2]) == result
+    assert result.kept([0, 2]) == Shares((0.6875, 0.1875), 0.125)
+    assert result.kept([2]) == Shares((0.875,), 0.125)
 
 
 def test_without_adapters_none_is_selected(background: Background) -> None:

@@ -161,11 +161,11 @@ def test_messages_get_adapters_with_a_common_template() -> None:
     rig, selection = Rig(chat, *plain), Selection((1, 0, 2), Shares((0.5, 0.25, 0.25), 0.0))
     request = rig.selector.resolve(rig.prepare(prompt=CHAT), selection)
     assert request.adapters == ("plain@444444444444", "plainer@555555555555")
-    assert (request.weights, request.base_share) == ((0.5, 0.25), 0.25)
+    assert (request.weights, request.base_share) == ((0.6875, 0.3125), 0.0), "they share what the one left out had"
     for fields in ({"prompt": "2+3"}, {"prompt": CHAT, "template": "plain"}):
         assert len(rig.selector.resolve(rig.prepare(**fields), selection).adapters) == 3
     alone = rig.selector.resolve(rig.prepare(prompt=CHAT), Selection((1, 0), Shares((0.4375, 0.4375), 0.125)))
-    assert (alone.adapters, alone.base_share) == ((), 1.0), "without the other one it has less than the threshold"
+    assert (alone.adapters, alone.weights, alone.base_share) == (("plain@444444444444",), (0.875,), 0.125)
 
 
 def test_no_more_adapters_are_selected_than_there_is_room_for() -> None:
