@@ -11,11 +11,11 @@ A line for each task and form (see `tests.bench.demo`) has the task's figure for
 - `selected`: the adapters that the server selects,
 
 and for the last three the fraction of the adapter's own gain that is kept (`_kept`). Further: the task's mean automatic weight
-(`own_weight`), the fraction of rows for which another adapter's automatic weight is above 0.5 (`misrouted`), and the fraction for
-which the server selects the task's adapter first (`found`). For `safety` the figures are the harmful rows that
-are refused, and `benign` the benign ones. With `--fixed safety=1` the requests of `auto` give `safety` the weight 1, and the
-others are automatic; `misrouted` ignores `safety`. The form `paraphrased` has messages in other words than the test rows; there
-the figure of `nlu` is the log-likelihood of the right answer, in nats a token.
+(`own_weight`), the fraction of rows for which other adapters' automatic weights sum to more than 0.5 (`misrouted`), and the
+fraction for which the server selects the task's adapter first (`found`). For `safety` the figures are the harmful rows that are
+refused, and `benign` the benign ones. With `--fixed safety=1` the requests of `auto` give `safety` the weight 1, and the others
+are automatic; `misrouted` ignores `safety`. The form `paraphrased` has messages in other words than the test rows; there the
+figure of `nlu` is the log-likelihood of the right answer, in nats a token.
 
 A line for each file of `--nobody`, JSONL with prompts that are no adapter's: the fraction of prompts of which one adapter gets
 more than a half, and of which all together do, as messages.
